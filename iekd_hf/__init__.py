@@ -1,0 +1,30 @@
+"""Inheritance and exploration knowledge distillation (IE-KD) for vision models, as a Hugging Face Trainer."""
+
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from .arguments import IEKDTrainingArguments
+from .factors import ChannelSplit, FactorEncoder, Paraphraser
+from .features import list_layers
+from .losses import exploration_loss, inheritance_loss, reconstruction_loss
+from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from .trainer import IEKDTrainer
+
+
+AutoConfig.register(CifarResNetConfig.model_type, CifarResNetConfig)
+AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageClassification)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChannelSplit",
+    "CifarResNetConfig",
+    "CifarResNetForImageClassification",
+    "FactorEncoder",
+    "IEKDTrainer",
+    "IEKDTrainingArguments",
+    "Paraphraser",
+    "exploration_loss",
+    "inheritance_loss",
+    "list_layers",
+    "reconstruction_loss",
+]

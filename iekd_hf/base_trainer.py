@@ -1,0 +1,195 @@
+"""What every trainer of this library shares, without any algorithm: component logs, the finite-loss guard, strict loads."""
+
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class ComponentLog:
+    """
+    Sum a loss's components on the device, without a synchronisation per step, and remember the first step that was not finite.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.names: tuple[str, ...] = ()
+        self.count = 0
+
+    def record(self, components: dict[str, torch.Tensor], step: int) -> None:
+        """Add one micro-batch's scalars, which belong to optimizer step `step`."""
+        values = torch.stack([value.detach().float() for value in components.values()])
+        if not self.count:
+            self.names = tuple(components)
+            self.sums = torch.zeros_like(values)
+            self.first_bad_step = torch.full_like(values, -1)
+        unseen = (self.first_bad_step < 0) & ~values.isfinite()
+        self.first_bad_step = torch.where(unseen, step, self.first_bad_step)
+        self.sums += values
+        self.count += 1
+
+    def means(self, accelerator) -> tuple[dict[str, float], dict[str, int]]:
+        """Return the means over micro-batches and ranks, and the first bad step of each component that has one."""
+        if not self.count:
+            return {}, {}
+        gathered = accelerator.gather(torch.stack([self.sums / self.count, self.first_bad_step])[None]).cpu()
+        steps = gathered[:, 1].masked_fill(gathered[:, 1] < 0, torch.inf).amin(dim=0)
+        bad = {name: int(step) for name, step in zip(self.names, steps.tolist(), strict=True) if step != torch.inf}
+        return dict(zip(self.names, gathered[:, 0].mean(dim=0).tolist(), strict=True)), bad
+
+
+class DistillationTrainer(Trainer):
+    """
+    Extend [`~transformers.Trainer`] by what distillation trainers share.
+
+    - `self.components.record({...}, step)` in `compute_loss` puts each component, raw, beside `loss` in the logs;
+    - a component that is NaN or infinite stops training at the next log or save, before anything is overwritten;
+    - a student is reloaded by `from_pretrained`, which must find every weight;
+    - engines that would wrap or shard the student alone are refused.
+    """
+
+    _tag_names = ["iekd", "knowledge-distillation"]
+
+    # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide them by
+    # the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.components = ComponentLog()
+        name = type(self).__name__
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"Expected one process per GPU, got {self.args.n_gpu} GPUs in one process, where DataParallel would split "
+                f"every batch under {name}'s hooks: run `accelerate launch --num_processes {self.args.n_gpu} script.py`, "
+                "or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"Expected DDP or one process, got {engine}: {name} wraps the student together with its factor encoders, "
+                f"which {engine} would shard or rebuild without the student's own class. Vision students fit on one GPU: "
+                "run `accelerate launch --multi_gpu script.py` without it."
+            )
+
+    def sample_batch(self) -> dict:
+        """Return the first training example as a batch on the device, to find shapes with."""
+        dataset = self.train_dataset
+        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
+            dataset = self._remove_unused_columns(dataset)
+        hint = "if a transform makes it from other columns, set remove_unused_columns=False in the arguments"
+        try:
+            example = dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
+        except KeyError as error:
+            raise ValueError(f"Expected a first training example, got no column {error} for it: {hint}.") from error
+        batch = self._get_collator_with_removed_columns(self.data_collator)([example])
+        name = self.model.main_input_name
+        if name not in batch:
+            raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
+        return self._prepare_inputs(batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the components' means beside the training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self.check_finite()}
+            self.components.reset()
+        super().log(logs, start_time)
+
+    def check_finite(self) -> dict[str, float]:
+        """Return the components' means since the last log; raise `FloatingPointError` where one was not finite."""
+        means, bad = self.components.means(self.accelerator)
+        if bad:
+            step = min(bad.values())
+            names = ", ".join(name for name in bad if bad[name] == step)
+            last = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+            raise FloatingPointError(
+                f"Expected finite losses, got NaN or infinity in {names} at step {step}. Training stops here; "
+                + (f"the last checkpoint, {last[-1].name}, is kept. " if last else "no checkpoint had been written. ")
+                + "Lower learning_rate or the weight of that loss, use bf16 instead of fp16, or look for corrupt inputs."
+            )
+        return means
+
+    def _save_checkpoint(self, model, trial):
+        self.check_finite()
+        super()._save_checkpoint(model, trial)
+
+    def _sync_buffers(self) -> None:
+        # DDP sends rank 0's BatchNorm statistics before each forward; after the last one the ranks differ again, and
+        # each would evaluate another model than the one that rank 0 saves.
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():
+                buffer.copy_(broadcast(buffer.clone(), from_process=0))
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._sync_buffers()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if isinstance(self.model, PreTrainedModel):
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if isinstance(self.model, PreTrainedModel):
+            logger.info(f"Loading best model from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def create_model_card(self, *args, tags: str | list[str] | None = None, **kwargs) -> None:
+        """Write the model card, tagged as distilled."""
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        super().create_model_card(*args, tags=tags + [tag for tag in self._tag_names if tag not in tags], **kwargs)
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """
+    Load a checkpoint's weights into a model, all of them or none.
+
+    Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on disk,
+    which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
+
+    Args:
+        model (`PreTrainedModel`):
+            The model; changed in place.
+        folder (`str`):
+            A folder that `save_pretrained` has written.
+
+    Raises:
+        `ValueError`: weights that are missing, left over, or of another shape.
+    """
+    what_to_do = "give the model that was trained there, or another output_dir."
+    try:
+        loaded, info = type(model).from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one that cannot be loaded "
+            f"({str(error).strip().splitlines()[0]}): {what_to_do}"
+        ) from error
+    expected, got = model.state_dict(), loaded.state_dict()
+    shapes = {name: (expected[name].shape, got[name].shape) for name in expected.keys() & got.keys()}
+    different = sorted(name for name, (ours, theirs) in shapes.items() if ours != theirs)
+    missing = sorted(set(info["missing_keys"]) | (expected.keys() - got.keys()))
+    unexpected = sorted(set(info["unexpected_keys"]) | (got.keys() - expected.keys()))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one of other shapes ({name} is "
+            f"{tuple(shapes[name][1])} there and {tuple(shapes[name][0])} here; {len(different)} such weights): {what_to_do}"
+        )
+    if missing or unexpected:
+        raise ValueError(
+            f"Expected every weight of {type(model).__name__} in {folder} and no other, got {len(missing)} missing "
+            f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}: {what_to_do}"
+        )
+    model.load_state_dict(got)

@@ -1,0 +1,144 @@
+"""What a run keeps beside the plain student: factor encoders with their split, and the paraphrasers."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .factors import Paraphraser
+from .loading import explain_unreachable
+
+
+ENCODERS_FILE = "iekd_encoders.safetensors"
+
+
+def fingerprint(paraphrasers: nn.ModuleList) -> str:
+    """Return a digest of what makes the factors F_T: the weights and statistics of the paraphrasers' encoders."""
+    digest = hashlib.sha256()
+    for paraphraser in paraphrasers:
+        for tensor in paraphraser.encoder.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrasers: str) -> None:
+    """
+    Save everything of the student's side but the student.
+
+    Args:
+        student_side (`StudentWithEncoders`):
+            The student with its encoders and splits.
+        folder (`str`):
+            The checkpoint's folder.
+        trainer (`str`):
+            Name of the trainer's class.
+        paraphrasers (`str`):
+            Fingerprint of the paraphrasers that the encoders were trained against.
+    """
+    tensors = {k: v.contiguous() for k, v in student_side.state_dict().items() if not k.startswith("student.")}
+    layers = json.dumps(student_side.tap.layers)
+    metadata = {"format": "pt", "trainer": trainer, "paraphrasers": paraphrasers, "student_layers": layers}
+    save_file(tensors, Path(folder) / ENCODERS_FILE, metadata=metadata)
+
+
+def load_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrasers: str) -> None:
+    """
+    Restore what [`save_encoders`] has saved, into encoders of the same shapes.
+
+    Args:
+        student_side (`StudentWithEncoders`), folder (`str`), trainer (`str`), paraphrasers (`str`):
+            As in [`save_encoders`].
+
+    Raises:
+        `ValueError`: no such file, one of another trainer, other paraphrasers, layers or shapes.
+    """
+    file = Path(folder) / ENCODERS_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"Expected a checkpoint of {trainer} in {folder}, got one without {ENCODERS_FILE}: it was written by another "
+            "trainer or by save_model(). To start from its student, pass model=<that folder> and do not resume."
+        )
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    if metadata["trainer"] != trainer:
+        raise ValueError(
+            f"Expected a checkpoint of {trainer} in {folder}, got one of {metadata['trainer']}: resume with that trainer."
+        )
+    layers = json.loads(metadata["student_layers"])
+    if layers != student_side.tap.layers:
+        raise ValueError(
+            f"Expected a checkpoint for student_layers {student_side.tap.layers}, got one for {layers} in {folder}: set "
+            "student_layers as they were, or use another output_dir."
+        )
+    if metadata["paraphrasers"] != paraphrasers:
+        raise ValueError(
+            f"Expected the paraphraser that the checkpoint in {folder} was trained against, got another one: pass the "
+            "paraphraser (or the output_dir) of that run."
+        )
+    own = {k: v for k, v in student_side.state_dict().items() if not k.startswith("student.")}
+    different = sorted(
+        name
+        for name in own.keys() | tensors.keys()
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    )
+    if different:
+        raise ValueError(
+            f"Expected a checkpoint of encoders as the arguments make them, got another one in {folder} "
+            f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels and the "
+            "zero or non-zero lambdas as they were, or use another output_dir."
+        )
+    student_side.load_state_dict(tensors, strict=False)
+
+
+def save_paraphrasers(paraphrasers: nn.ModuleList, folder: Path) -> None:
+    """
+    Save paraphrasers, whole or not at all: one in the folder itself, several in folders `0`, `1`, ... of it.
+
+    Args:
+        paraphrasers (`nn.ModuleList`):
+            One paraphraser for each pair of layers.
+        folder (`Path`):
+            Where to; replaced if it exists.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for index, paraphraser in enumerate(paraphrasers):
+        paraphraser.save_pretrained(part if len(paraphrasers) == 1 else part / str(index))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def load_paraphrasers(source: Paraphraser | list[Paraphraser] | str, num_layers: int) -> list[Paraphraser]:
+    """
+    Take paraphrasers as objects, or load them from a Hub id or a folder.
+
+    Args:
+        source (`Paraphraser`, `list[Paraphraser]` or `str`):
+            One, several, or where they are.
+        num_layers (`int`):
+            How many the layers need.
+
+    Returns:
+        `list[Paraphraser]`: one for each layer.
+
+    Raises:
+        `ValueError`: not as many as layers, or not to be had.
+    """
+    if isinstance(source, (str, Path)):
+        names = [str(source)] if num_layers == 1 else [f"{source}/{index}" for index in range(num_layers)]
+        try:
+            source = [Paraphraser.from_pretrained(name) for name in names]
+        except (OSError, TypeError) as error:
+            raise ValueError(explain_unreachable(str(source), "paraphraser", error)) from error
+    paraphrasers = [source] if isinstance(source, Paraphraser) else list(source)
+    if len(paraphrasers) != num_layers:
+        raise ValueError(
+            f"Expected {num_layers} paraphrasers, one for each layer of the teacher, got {len(paraphrasers)}."
+        )
+    return paraphrasers

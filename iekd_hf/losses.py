@@ -1,0 +1,274 @@
+"""The losses of IE-KD, as pure functions over factors of shape `(batch_size, factor_channels, height, width)`.
+
+Every function computes in float32 (float64 stays float64) outside autocast: in half precision a squared sum overflows
+and a norm's epsilon rounds to zero.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+REDUCTIONS = ("mean", "sum")
+RECONSTRUCTION_DISTANCES = ("l1", "l2")
+
+
+def _nonzero(value: torch.Tensor) -> torch.Tensor:
+    """Replace zeros by ones, to divide by; NaN stays NaN."""
+    return torch.where(value == 0, 1.0, value)
+
+
+def _unit(factors: torch.Tensor) -> torch.Tensor:
+    """Flatten each sample and divide it by its L2 norm; a sample of zeros stays zero, with a finite gradient."""
+    flat = factors.flatten(1)
+    # Scaling by the largest entry first keeps the squares of very small and very large factors inside float32's range.
+    flat = flat / _nonzero(flat.detach().abs().amax(dim=1, keepdim=True))
+    # Only the norm of a sample of zeros is below 1 now, so the clamp acts on it alone.
+    return flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp_min(0.5)
+
+
+def _safe_sqrt(value: torch.Tensor) -> torch.Tensor:
+    """Take the square root with gradient 0, instead of infinity, at 0."""
+    return torch.where(value == 0, 0.0, _nonzero(value).sqrt())
+
+
+def _reduce(per_element: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Reduce `(batch_size, N)`: the mean over everything, or the sum over N averaged over the batch."""
+    return per_element.mean() if reduction == "mean" else per_element.sum(dim=1).mean()
+
+
+def _l1(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
+    return _reduce((_unit(student) - _unit(teacher)).abs(), reduction)
+
+
+def _l2(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
+    return _safe_sqrt(_reduce((_unit(student) - _unit(teacher)).square(), reduction))
+
+
+def _partial_l2(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
+    student, teacher = _unit(student), _unit(teacher)
+    already_below = (teacher <= 0) & (student <= teacher)
+    return _reduce((student - teacher).square().masked_fill(already_below, 0.0), reduction)
+
+
+def _cosine_similarity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (_unit(student) * _unit(teacher)).sum(dim=1)
+
+
+def _cka(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    # Each position of each image is one sample, the factor's channels are its variables. With whole images as samples
+    # there are far fewer samples than variables, and linear CKA is then close to 1 whatever the factors are.
+    def centred(factors):
+        rows = (factors / _nonzero(factors.detach().abs().amax())).movedim(1, -1).flatten(0, -2)
+        return (rows - rows.mean(dim=0)) / math.sqrt(rows.shape[0])
+
+    student, teacher = centred(student), centred(teacher)
+    cross = (student.T @ teacher).square().sum()
+    scale = _safe_sqrt((student.T @ student).square().sum()) * _safe_sqrt((teacher.T @ teacher).square().sum())
+    return cross / _nonzero(scale)
+
+
+INHERITANCE_DISTANCES = {
+    "l1": _l1,
+    "l2": _l2,
+    "cosine": lambda student, teacher, reduction: (1 - _cosine_similarity(student, teacher)).mean(),
+    "partial_l2": _partial_l2,
+}
+EXPLORATION_DISTANCES = {
+    "l1": lambda student, teacher, reduction: -_l1(student, teacher, reduction),
+    "l2": lambda student, teacher, reduction: -_l2(student, teacher, reduction),
+    "partial_l2": lambda student, teacher, reduction: -_partial_l2(student, teacher, reduction),
+    "orthogonal": lambda student, teacher, reduction: _cosine_similarity(student, teacher).abs().mean(),
+    "cka": lambda student, teacher, reduction: _cka(student, teacher),
+}
+
+
+def inheritance_loss(
+    student_factors: torch.Tensor, teacher_factors: torch.Tensor, distance: str = "l1", reduction: str = "mean"
+) -> torch.Tensor:
+    r"""
+    Measure how far the inheritance half's factors are from the teacher's: \(L_{inh}\) of the paper, section 3.2.
+
+    Both factors are flattened per sample and divided by their L2 norm first, \(\hat x = x / \|x\|_2\), so only the
+    direction counts. `"mean"` averages over all elements and the batch (about 1.13 / sqrt(N) for unrelated factors of N
+    elements), which is what the authors' code does; `"sum"` sums over the elements and averages over the batch, which
+    is the formula as printed and N times larger. The weight `lambda_inh` means something else under each.
+
+    Args:
+        student_factors (`torch.Tensor` of shape `(batch_size, factor_channels, height, width)`):
+            Factors of the student's inheritance half.
+        teacher_factors (`torch.Tensor` of shape `(batch_size, factor_channels, height, width)`):
+            Factors of the teacher, same shape.
+        distance (`str`, *optional*, defaults to `"l1"`):
+            - `"l1"`: \(\| \hat F_{inh} - \hat F_T \|_1\).
+            - `"l2"`: the root of the mean (or summed) square over the batch; batches of a gradient accumulation are
+              therefore not exactly equal to one large batch.
+            - `"cosine"`: 1 - cos, averaged over the batch; `reduction` does not act.
+            - `"partial_l2"`: squared differences, none where the teacher is not positive and the student already below
+              it (Heo et al., ICCV 2019).
+        reduction (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` or `"sum"`.
+
+    Returns:
+        `torch.Tensor`: a scalar, not negative, 0 for equal directions.
+
+    Raises:
+        `ValueError`: unknown distance or reduction, or factors of different shapes.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf import inheritance_loss
+    >>> _ = torch.manual_seed(0)
+    >>> student_factors, teacher_factors = torch.randn(4, 32, 8, 8), torch.randn(4, 32, 8, 8)
+    >>> print(f"{inheritance_loss(student_factors, teacher_factors):.5f}")
+    0.02492
+    >>> print(f"{inheritance_loss(teacher_factors, 2 * teacher_factors):.5f}")
+    0.00000
+
+    ```
+    """
+    _check(student_factors, teacher_factors, "inheritance_distance", distance, INHERITANCE_DISTANCES, reduction)
+    return _in_full_precision(INHERITANCE_DISTANCES[distance], student_factors, teacher_factors, reduction)
+
+
+def exploration_loss(
+    student_factors: torch.Tensor, teacher_factors: torch.Tensor, distance: str = "l1", reduction: str = "mean"
+) -> torch.Tensor:
+    r"""
+    Measure how alike the exploration half's factors and the teacher's are: \(L_{exp}\) of the paper, section 3.2.
+
+    Lower is more different, so the loss is added to the objective as it is. `"l1"`, `"l2"` and `"partial_l2"` are
+    negative distances and have their optimum at opposite factors; `"orthogonal"` and `"cka"` have it at unrelated ones:
+    these are different aims, not different scales.
+
+    Args:
+        student_factors (`torch.Tensor` of shape `(batch_size, factor_channels, height, width)`):
+            Factors of the student's exploration half.
+        teacher_factors (`torch.Tensor` of shape `(batch_size, factor_channels, height, width)`):
+            Factors of the teacher, same shape.
+        distance (`str`, *optional*, defaults to `"l1"`):
+            - `"l1"`, `"l2"`, `"partial_l2"`: minus the distance of that name in [`inheritance_loss`].
+            - `"orthogonal"`: |cos|, averaged over the batch; `reduction` does not act.
+            - `"cka"`: linear centred kernel alignment (Kornblith et al., 2019) over all positions of the batch;
+              `reduction` does not act.
+        reduction (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` or `"sum"`.
+
+    Returns:
+        `torch.Tensor`: a scalar; not positive for the negative distances, within [0, 1] for the others.
+
+    Raises:
+        `ValueError`: unknown distance or reduction, or factors of different shapes.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf import exploration_loss
+    >>> _ = torch.manual_seed(0)
+    >>> student_factors, teacher_factors = torch.randn(4, 32, 8, 8), torch.randn(4, 32, 8, 8)
+    >>> print(f"{exploration_loss(student_factors, teacher_factors):.5f}")
+    -0.02492
+    >>> print(f"{exploration_loss(student_factors, teacher_factors, distance='orthogonal'):.5f}")
+    0.01660
+
+    ```
+    """
+    _check(student_factors, teacher_factors, "exploration_distance", distance, EXPLORATION_DISTANCES, reduction)
+    return _in_full_precision(EXPLORATION_DISTANCES[distance], student_factors, teacher_factors, reduction)
+
+
+def reconstruction_loss(reconstruction: torch.Tensor, target: torch.Tensor, distance: str = "l1") -> torch.Tensor:
+    r"""
+    Compare a paraphraser's reconstruction with the feature map it was made from: \(L_{rec} = \|f_T - R(f_T)\|\).
+
+    Args:
+        reconstruction (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            Output of the paraphraser.
+        target (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            The teacher's feature map.
+        distance (`str`, *optional*, defaults to `"l1"`):
+            `"l1"`, the mean absolute error of the authors' code, or `"l2"`, the mean squared error of the paper.
+
+    Returns:
+        `torch.Tensor`: a scalar, not negative.
+
+    Raises:
+        `ValueError`: unknown distance, or tensors of different shapes.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf import reconstruction_loss
+    >>> reconstruction_loss(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), -3.0), distance="l2")
+    tensor(9.)
+
+    ```
+    """
+    _check(reconstruction, target, "reconstruction_distance", distance, RECONSTRUCTION_DISTANCES, "mean")
+    error = F.l1_loss if distance == "l1" else F.mse_loss
+    return _in_full_precision(lambda x, y, _: error(x, y), reconstruction, target, "mean")
+
+
+def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0) -> torch.Tensor:
+    r"""
+    Compare softened class probabilities: \(T^2 KL(p_T^{(T)} \| p_S^{(T)})\) of Hinton et al., 2015.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
+            Logits of the student.
+        teacher_logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
+            Logits of the teacher, over the same labels.
+        temperature (`float`, *optional*, defaults to 4.0):
+            Both logits are divided by it; the factor T^2 keeps the gradient's size.
+
+    Returns:
+        `torch.Tensor`: a scalar, not negative, averaged over the batch.
+
+    Raises:
+        `ValueError`: logits of different shapes.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf.losses import kd_loss
+    >>> kd_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0]]))
+    tensor(0.)
+
+    ```
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"Expected student and teacher logits of one shape, got {tuple(student_logits.shape)} and "
+            f"{tuple(teacher_logits.shape)}: give both models the same labels, or set lambda_kd=0."
+        )
+
+    def divergence(student, teacher, _):
+        student = F.log_softmax(student / temperature, dim=-1)
+        teacher = F.log_softmax(teacher / temperature, dim=-1)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+    return _in_full_precision(divergence, student_logits, teacher_logits, "mean")
+
+
+def _in_full_precision(function, student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
+        return function(student, teacher, reduction)
+
+
+def _check(student: torch.Tensor, teacher: torch.Tensor, argument: str, distance: str, known, reduction: str) -> None:
+    if distance not in known:
+        raise ValueError(f"Expected {argument} to be one of {', '.join(known)}; got {distance!r}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"Expected the reduction to be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"Expected two tensors of one shape (batch_size, channels, height, width), got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}: bring both to the same channels and size first."
+        )

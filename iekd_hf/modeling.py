@@ -1,0 +1,157 @@
+"""What trains, in one `forward`, and what is frozen: the student with its factor encoders, and the teacher's side."""
+
+import inspect
+
+import torch
+from torch import nn
+
+from .factors import ChannelSplit, FactorEncoder, Paraphraser
+from .features import FeatureTap
+from .pixels import TeacherPixels
+
+
+class StudentWithEncoders(nn.Module):
+    """
+    Hold everything that trains in stage 2 in one `forward`, so that one DDP wrapper, one compiler and one optimizer see it.
+
+    Args:
+        student (`nn.Module`):
+            The student.
+        tap (`FeatureTap`):
+            Where its feature maps are taken; one per pair of layers.
+        splits (`list[ChannelSplit]`):
+            The partition of each map's channels.
+        factor_channels (`list[int]`):
+            Channels k of the factors of each pair.
+        inherit (`bool`), explore (`bool`):
+            Whether the inheritance and the exploration loss are used. A half without channels has no encoder either.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        tap: FeatureTap,
+        splits: list[ChannelSplit],
+        factor_channels: list[int],
+        inherit: bool,
+        explore: bool,
+    ):
+        super().__init__()
+        self.student = student
+        self.tap = tap
+        self.splits = nn.ModuleList(splits)
+
+        def encoders(indices: str, wanted: bool) -> nn.ModuleList:
+            widths = [len(getattr(split, indices)) for split in splits]
+            return nn.ModuleList(
+                FactorEncoder(width, k) for width, k in zip(widths, factor_channels, strict=True) if wanted and width
+            )
+
+        self.inheritance_encoders = encoders("inheritance_indices", inherit)
+        self.exploration_encoders = encoders("exploration_indices", explore)
+
+    def forward(self, **inputs) -> tuple[dict, list[torch.Tensor], list[torch.Tensor]]:
+        """Return the student's output and the factors F_inh and F_exp of each pair; an unused half has none."""
+        outputs, feature_maps = self.tap.run(inputs)
+        for name, f_S in zip(self.tap.layers, feature_maps, strict=True):
+            if torch.is_grad_enabled() and not f_S.requires_grad:
+                raise ValueError(
+                    f"Expected the student's feature map at {name!r} to carry a gradient, got one without: its layers are "
+                    'frozen, or gradient checkpointing is reentrant (set gradient_checkpointing_kwargs={"use_reentrant": '
+                    "False}); no feature loss would reach the student."
+                )
+        halves = [split(f_S) for split, f_S in zip(self.splits, feature_maps, strict=True)]
+        factors_inh = [encode(f_inh) for encode, (f_inh, _) in zip(self.inheritance_encoders, halves)]
+        factors_exp = [encode(f_exp) for encode, (_, f_exp) in zip(self.exploration_encoders, halves)]
+        return outputs, factors_inh, factors_exp
+
+
+class FrozenTeacher(nn.Module):
+    """
+    Hold what never trains in stage 2: the teacher, and its paraphrasers. It stays in eval mode whatever is asked.
+
+    It is kept off the student's module tree: Trainer calls `train()` on that every step, and a teacher on it would move
+    its BatchNorm statistics.
+
+    Args:
+        teacher (`nn.Module`):
+            The teacher; neither its weights nor its `requires_grad` flags are changed.
+        tap (`FeatureTap`):
+            Where its feature maps are taken.
+        teacher_pixels (`TeacherPixels`, *optional*):
+            Turns the student's pixels into the teacher's.
+    """
+
+    def __init__(self, teacher: nn.Module, tap: FeatureTap, teacher_pixels: TeacherPixels | None = None):
+        super().__init__()
+        self.teacher = teacher
+        self.tap = tap
+        self.teacher_pixels = teacher_pixels
+        self.paraphrasers = nn.ModuleList()
+        self.main_input_name = getattr(teacher, "main_input_name", "pixel_values")
+        parameters = inspect.signature(teacher.forward).parameters.values()
+        self.dtype = next((p.dtype for p in teacher.parameters()), torch.float32)
+        self._arguments = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD and "label" not in p.name}
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenTeacher":
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def set_paraphrasers(self, paraphrasers: list[Paraphraser]) -> None:
+        """Take the trained paraphrasers, one for each layer."""
+        self.paraphrasers = nn.ModuleList(paraphrasers)
+        self.eval()
+
+    def adapt(self, inputs: dict) -> dict:
+        """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
+        inputs = {name: value for name, value in inputs.items() if name in self._arguments}
+        pixels = inputs[self.main_input_name]
+        if self.teacher_pixels is not None:
+            pixels = self.teacher_pixels(pixels)
+        return {**inputs, self.main_input_name: pixels.to(self.dtype)}
+
+    @torch.no_grad()
+    def feature_maps(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """
+        Run the teacher as far as needed.
+
+        Args:
+            inputs (`dict`):
+                The student's batch.
+            with_logits (`bool`, *optional*, defaults to `False`):
+                Whether the logits are needed; otherwise the forward pass ends after the last layer.
+
+        Returns:
+            `tuple`: the maps f_T, `(batch_size, channels, height, width)` each, and the logits or `None`.
+        """
+        outputs, feature_maps = self.tap.run(self.adapt(inputs), stop_after_last=not with_logits)
+        if self.dtype != torch.float32:
+            feature_maps = [f_T.float() for f_T in feature_maps]
+        return feature_maps, outputs["logits"] if with_logits else None
+
+    @torch.no_grad()
+    def forward(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Return the factors F_T of each pair, and the logits or `None`."""
+        feature_maps, logits = self.feature_maps(inputs, with_logits)
+        return [
+            paraphraser.encode(f_T) for paraphraser, f_T in zip(self.paraphrasers, feature_maps, strict=True)
+        ], logits
+
+
+class ParaphraserStack(nn.Module):
+    """
+    Hold what trains in stage 1 in one `forward`: one paraphraser for each layer of the teacher.
+
+    Args:
+        paraphrasers (`list[Paraphraser]`):
+            The paraphrasers, in the order of the teacher's layers.
+    """
+
+    def __init__(self, paraphrasers: list[Paraphraser]):
+        super().__init__()
+        self.paraphrasers = nn.ModuleList(paraphrasers)
+
+    def forward(self, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the reconstruction of each map."""
+        return [paraphraser(f_T) for paraphraser, f_T in zip(self.paraphrasers, feature_maps, strict=True)]

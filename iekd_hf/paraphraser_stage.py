@@ -1,0 +1,157 @@
+"""Bring about a run's paraphrasers: given, finished earlier, resumed, or trained from nothing."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch.utils.data import random_split
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from .checkpoints import load_paraphrasers, save_paraphrasers
+from .factors import Paraphraser
+from .modeling import ParaphraserStack
+from .paraphraser_trainer import ParaphraserTrainer
+
+
+logger = logging.get_logger(__name__)
+
+# Trainer never uploads names that begin with an underscore: what is pushed is the plain student.
+PARAPHRASER_FOLDER = "_paraphraser"
+STAGE_1_FOLDER = "_stage_1"
+
+
+class ParaphraserStage:
+    """
+    Run stage 1 of a trainer that has a `teacher`, once.
+
+    Args:
+        trainer (`Trainer`):
+            The trainer of stage 2.
+        teacher_channels (`list[int]`):
+            Channels of the teacher's maps.
+        given (`Paraphraser`, `list[Paraphraser]` or `str`, *optional*):
+            Trained paraphrasers, or where they are. `None`: `run` trains them.
+
+    Raises:
+        `ValueError`: given paraphrasers that do not fit the teacher.
+    """
+
+    def __init__(self, trainer: Trainer, teacher_channels: list[int], given):
+        self.trainer = trainer
+        self.teacher_channels = teacher_channels
+        self.given = given is not None
+        self._trained_with: tuple | None = None
+        if self.given:
+            self._take(load_paraphrasers(given, len(teacher_channels)))
+
+    def factor_channels(self) -> list[int]:
+        """Return k of each pair: the paraphraser's, the argument's, or half of the teacher's channels."""
+        if self.given:
+            return [paraphraser.factor_channels for paraphraser in self.trainer.teacher.paraphrasers]
+        return [self.trainer.args.factor_channels or max(c // 2, 1) for c in self.teacher_channels]
+
+    def run(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, dict[str, float]]:
+        """
+        Bring the paraphrasers about.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                As `IEKDTrainer.train` takes it.
+
+        Returns:
+            `tuple`: the checkpoint of stage 2 to resume from, if any, and the metrics of this stage, if it has run.
+        """
+        output_dir = Path(self.trainer.args.output_dir)
+        finished, unfinished = output_dir / PARAPHRASER_FOLDER, output_dir / STAGE_1_FOLDER
+        checkpoint = None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+            if resume_from_checkpoint is None and unfinished.is_dir():
+                checkpoint = get_last_checkpoint(unfinished)
+            if resume_from_checkpoint is None and checkpoint is None and not finished.is_dir():
+                raise ValueError(
+                    f"Expected a checkpoint to resume from in output_dir={str(output_dir)!r}, got none: train without "
+                    "resume_from_checkpoint, or name the run's output_dir."
+                )
+            resuming = True
+        else:
+            resuming = bool(resume_from_checkpoint)
+            resume_from_checkpoint = resume_from_checkpoint or None
+            if resuming and Path(resume_from_checkpoint).parent.name == STAGE_1_FOLDER:
+                resume_from_checkpoint, checkpoint = None, resume_from_checkpoint
+            elif resuming:
+                finished = Path(resume_from_checkpoint).parent / PARAPHRASER_FOLDER
+
+        settings = self._settings()
+        if self.given or (settings == self._trained_with and checkpoint is None):
+            return resume_from_checkpoint, {}
+        if resuming and checkpoint is None:
+            self._take(load_paraphrasers(str(finished), len(self.teacher_channels)))
+            return resume_from_checkpoint, {}
+        if not resuming and self.trainer.is_world_process_zero():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(finished, ignore_errors=True)
+        metrics = self._train(unfinished, checkpoint)
+        self._trained_with = settings
+        if self.trainer.args.should_save:
+            save_paraphrasers(self.trainer.teacher.paraphrasers, finished)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.trainer.accelerator.wait_for_everyone()
+        return resume_from_checkpoint, metrics
+
+    def _settings(self) -> tuple:
+        """Return what the paraphrasers depend on; a hyperparameter search may change it between two runs."""
+        args = self.trainer.args
+        distance, epochs, rate = args.reconstruction_distance, args.paraphraser_epochs, args.paraphraser_learning_rate
+        return tuple(self.factor_channels()), args.paraphraser_decoder, distance, epochs, rate
+
+    def _train(self, output_dir: Path, checkpoint: str | None) -> dict[str, float]:
+        args = self.trainer.args
+        set_seed(args.seed)  # the same paraphrasers whatever was built before them
+        widths = zip(self.teacher_channels, self.factor_channels(), strict=True)
+        paraphrasers = [Paraphraser(c, k, decoder=args.paraphraser_decoder) for c, k in widths]
+        train_dataset, held_out = self._data()
+        stage_1 = ParaphraserTrainer(
+            ParaphraserStack(paraphrasers),
+            self.trainer.teacher,
+            args,
+            output_dir=str(output_dir),
+            train_dataset=train_dataset,
+            held_out=held_out,
+            data_collator=self.trainer.data_collator,
+        )
+        logger.info(f"Stage 1: training the paraphraser, {args.paraphraser_epochs:g} epochs.")
+        output = stage_1.train(resume_from_checkpoint=checkpoint)
+        report = stage_1.report()
+        self.trainer.teacher.set_paraphrasers(paraphrasers)
+        return {"train_runtime": output.metrics["train_runtime"], **report}
+
+    def _data(self) -> tuple:
+        """Return images to train on and images to report on: the evaluation set, or a twentieth of the training set."""
+        train_dataset, held_out = self.trainer.train_dataset, self.trainer.eval_dataset
+        if isinstance(held_out, dict):
+            held_out = next(iter(held_out.values()))
+        if held_out is None and hasattr(train_dataset, "__len__") and len(train_dataset) > 1:
+            num_held_out = max(len(train_dataset) // 20, 1)
+            sizes = [len(train_dataset) - num_held_out, num_held_out]
+            generator = torch.Generator().manual_seed(self.trainer.args.seed)
+            train_dataset, held_out = random_split(train_dataset, sizes, generator=generator)
+        return train_dataset, held_out
+
+    def _take(self, paraphrasers: list[Paraphraser]) -> None:
+        """Give the teacher paraphrasers that were made elsewhere, after a look at whether they fit."""
+        args = self.trainer.args
+        for paraphraser, channels in zip(paraphrasers, self.teacher_channels, strict=True):
+            if paraphraser.in_channels != channels:
+                raise ValueError(
+                    f"Expected a paraphraser for {channels} channels, the teacher's, got one for "
+                    f"{paraphraser.in_channels}: choose one of this teacher and layer, or pass None to train one."
+                )
+            if args.factor_channels not in (None, paraphraser.factor_channels):
+                raise ValueError(
+                    f"Expected a paraphraser with factor_channels={args.factor_channels}, got one with "
+                    f"{paraphraser.factor_channels}: leave factor_channels at None, or pass another paraphraser."
+                )
+        self.trainer.teacher.set_paraphrasers([paraphraser.to(args.device) for paraphraser in paraphrasers])

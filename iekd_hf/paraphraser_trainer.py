@@ -1,0 +1,160 @@
+"""Stage 1: train the paraphrasers on the frozen teacher's maps, by their reconstruction error alone."""
+
+import copy
+import inspect
+import warnings
+
+import torch
+from accelerate.utils import broadcast
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .arguments import IEKDTrainingArguments
+from .base_trainer import DistillationTrainer
+from .losses import reconstruction_loss
+from .modeling import FrozenTeacher, ParaphraserStack
+
+
+logger = logging.get_logger(__name__)
+
+
+class ParaphraserTrainer(DistillationTrainer):
+    r"""
+    Train paraphrasers with \(L_{rec} = \|f_T - R(f_T)\|\) (section 3.1 of the paper; stage 1 of [`IEKDTrainer`]).
+
+    SGD with Nesterov momentum 0.9 and weight decay 5e-4, as both papers have it; the learning rate falls along a cosine.
+
+    Args:
+        paraphrasers (`ParaphraserStack`):
+            What is trained.
+        teacher (`FrozenTeacher`):
+            Gives the maps.
+        args (`IEKDTrainingArguments`):
+            The arguments of stage 2; what stage 1 does otherwise is set here.
+        output_dir (`str`):
+            Where this stage's checkpoints go.
+        train_dataset (`Dataset`), held_out (`Dataset`, *optional*):
+            Images to train on, and images to report on.
+        data_collator (`Callable`):
+            As in Trainer.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Further callbacks of this stage.
+    """
+
+    def __init__(
+        self,
+        paraphrasers: ParaphraserStack,
+        teacher: FrozenTeacher,
+        args: IEKDTrainingArguments,
+        output_dir: str,
+        train_dataset: Dataset,
+        held_out: Dataset | None,
+        data_collator,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        optimizer = {"lr": args.paraphraser_learning_rate, "momentum": 0.9, "nesterov": True}
+        super().__init__(
+            model=paraphrasers,
+            args=_stage_1_arguments(args, output_dir),
+            train_dataset=train_dataset,
+            eval_dataset=held_out,
+            data_collator=data_collator,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=(torch.optim.SGD, optimizer),
+        )
+        self.teacher = teacher
+
+    def _set_signature_columns_if_needed(self):
+        # The batch is the teacher's, not the paraphrasers', whose forward takes feature maps.
+        if self._signature_columns is None:
+            parameters = inspect.signature(self.teacher.teacher.forward).parameters
+            self._signature_columns = [*parameters, "label", "label_ids"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return L_rec, averaged over the layers."""
+        with self.accelerator.autocast():
+            feature_maps, _ = self.teacher.feature_maps(inputs)
+        loss = self._reconstruction(model(feature_maps), feature_maps)
+        self.components.record({"reconstruction_loss": loss}, self.state.global_step + 1)
+        return loss
+
+    def _reconstruction(self, reconstructions: list[torch.Tensor], feature_maps: list[torch.Tensor]) -> torch.Tensor:
+        distance = self.args.reconstruction_distance
+        losses = [reconstruction_loss(r, f_T, distance) for r, f_T in zip(reconstructions, feature_maps, strict=True)]
+        return torch.stack(losses).mean()
+
+    def train(self, *args, **kwargs):
+        """Train, then give every rank the BatchNorm statistics of rank 0."""
+        output = super().train(*args, **kwargs)
+        self._sync_buffers()
+        return output
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """
+        Compare the reconstruction error on held-out images with that of the trivial predictor, the mean map.
+
+        Returns:
+            `dict[str, float]`: `reconstruction_loss` and `mean_map_loss`; empty without held-out images.
+        """
+        if self.eval_dataset is None:
+            logger.warning("No held-out images: the paraphraser's reconstruction error is not reported.")
+            return {}
+        self.model.eval()
+        mean_maps, count = None, 0
+        for feature_maps in self._held_out_maps():
+            sums = [f_T.float().sum(dim=0) for f_T in feature_maps]
+            mean_maps = sums if mean_maps is None else [m + s for m, s in zip(mean_maps, sums, strict=True)]
+            count += len(feature_maps[0])
+        mean_maps = [m / count for m in mean_maps]
+        losses = torch.zeros(2, device=self.args.device)
+        for feature_maps in self._held_out_maps():
+            with self.accelerator.autocast():
+                reconstructions = self.model(feature_maps)
+            trivial = [m.expand_as(f_T) for m, f_T in zip(mean_maps, feature_maps, strict=True)]
+            for index, prediction in enumerate((reconstructions, trivial)):
+                losses[index] += self._reconstruction(prediction, feature_maps) * len(feature_maps[0])
+        ours, trivial = (losses / count).tolist()
+        logger.info(f"Reconstruction error on {count} held-out images: {ours:.4g}; of the mean map: {trivial:.4g}.")
+        if not ours < trivial:
+            warnings.warn(
+                f"The paraphraser has not beaten the trivial predictor on held-out images: reconstruction error {ours:.4g} "
+                f"against {trivial:.4g} of the mean map. Its factors say little about the teacher: raise "
+                "paraphraser_epochs or factor_channels, or change paraphraser_learning_rate.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return {"reconstruction_loss": ours, "mean_map_loss": trivial}
+
+    def _held_out_maps(self):
+        # The plain loader of this rank: every rank sees all held-out images, so all report (and warn) alike.
+        loader = torch.utils.data.DataLoader(
+            self._remove_unused_columns(self.eval_dataset)
+            if hasattr(self.eval_dataset, "column_names")
+            else self.eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+        )
+        for inputs in loader:
+            with self.accelerator.autocast():
+                feature_maps, _ = self.teacher.feature_maps(self._prepare_inputs(inputs))
+            yield feature_maps
+
+
+def _stage_1_arguments(args: IEKDTrainingArguments, output_dir: str) -> IEKDTrainingArguments:
+    """Copy the arguments and set what stage 1 does in its own way: no evaluation, no best model, no push."""
+    args = copy.copy(args)
+    args.output_dir = output_dir
+    args.num_train_epochs, args.max_steps = args.paraphraser_epochs, -1
+    args.learning_rate, args.weight_decay = args.paraphraser_learning_rate, 5e-4
+    args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps = "cosine", {}, 0
+    args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
+    args.metric_for_best_model, args.greater_is_better = None, None
+    args.save_strategy = "epoch" if args.save_strategy == "best" else args.save_strategy
+    args.save_total_limit, args.save_only_model = 1, False
+    args.push_to_hub, args.activation_checkpointing, args.gradient_checkpointing = False, False, False
+    args.label_names, args.label_smoothing_factor, args.neftune_noise_alpha = [], 0.0, None
+    args.ddp_find_unused_parameters = False
+    return args

@@ -1,0 +1,309 @@
+"""IE-KD: a student that inherits from a frozen teacher with one half and explores with the other (CVPR 2021)."""
+
+import torch
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from .arguments import IEKDTrainingArguments
+from .base_trainer import DistillationTrainer
+from .checkpoints import fingerprint, load_encoders, save_encoders
+from .checks import check_dataset, check_label_maps
+from .factors import ChannelSplit, Paraphraser
+from .features import FeatureTap, match_sizes
+from .loading import find_processor, load_model
+from .losses import exploration_loss, inheritance_loss, kd_loss
+from .modeling import FrozenTeacher, StudentWithEncoders
+from .paraphraser_stage import ParaphraserStage
+from .pixels import TeacherPixels
+
+
+logger = logging.get_logger(__name__)
+
+# Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
+_NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
+
+
+class IEKDTrainer(DistillationTrainer):
+    r"""
+    Distil a vision model by inheritance and exploration (Huang et al., CVPR 2021, arXiv 2107.00181).
+
+    `train()` runs the whole method. Stage 1 trains the paraphraser on the frozen teacher's feature maps, unless one is
+    given. Stage 2 trains the student and its factor encoders with
+
+    \(L = L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kd} L_{kd}\)
+
+    where \(L_{goal}\) is the student's own loss. Evaluation, prediction and what is saved are the plain student's.
+
+    Args:
+        model (`PreTrainedModel` or `str`, *optional*):
+            The student: a model that returns a loss, or a Hub id or folder. Omit it for `model_init`.
+        teacher_model (`nn.Module` or `str`):
+            The teacher, which is never changed: a model, or a Hub id or folder.
+        args (`IEKDTrainingArguments`):
+            The arguments.
+        train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, ...:
+            As in [`~transformers.Trainer`]; `compute_metrics` sees the student's logits.
+        paraphraser (`Paraphraser`, `list[Paraphraser]` or `str`, *optional*):
+            A trained paraphraser (one for each pair of layers), or a Hub id or folder: stage 1 is left out.
+        teacher_processor (`BaseImageProcessor`, *optional*):
+            The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
+            resized for the teacher on the device. Read from the Hub id or folder if the teacher is given as one.
+
+    Raises:
+        `ValueError`: arguments that do not fit each other, said before any training starts.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import ResNetConfig, ResNetForImageClassification
+    >>> from iekd_hf import IEKDTrainer, IEKDTrainingArguments
+    >>> def resnet(width):
+    ...     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, width], depths=[1, 1], layer_type="basic")
+    ...     return ResNetForImageClassification(config)
+    >>> images = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 2} for i in range(8)]
+    >>> trainer = IEKDTrainer(
+    ...     model=resnet(width=16),
+    ...     teacher_model=resnet(width=32),
+    ...     args=IEKDTrainingArguments("out", max_steps=2, paraphraser_epochs=1, report_to="none", disable_tqdm=True),
+    ...     train_dataset=images,
+    ...     eval_dataset=images,
+    ... )
+    >>> result = trainer.train()  # doctest: +ELLIPSIS
+    {...}
+    >>> result.global_step, type(trainer.student).__name__
+    (2, 'ResNetForImageClassification')
+
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | None = None,
+        teacher_model: nn.Module | str | None = None,
+        args: IEKDTrainingArguments | None = None,
+        paraphraser: Paraphraser | list[Paraphraser] | str | None = None,
+        teacher_processor: BaseImageProcessor | None = None,
+        **kwargs,
+    ):
+        if not isinstance(args, IEKDTrainingArguments):
+            raise ValueError(f"Expected args to be IEKDTrainingArguments, got {type(args).__name__}: pass args=...")
+        if teacher_model is None:
+            raise ValueError("Expected a teacher_model, got None: pass a model, a Hub id or a folder.")
+        if isinstance(teacher_model, str):
+            if teacher_processor is None:
+                teacher_processor = find_processor(teacher_model)
+            teacher_model = load_model(teacher_model, "teacher_model")
+        if isinstance(model, str):
+            model = load_model(model, "model")
+        teacher_tap = FeatureTap(teacher_model, args.teacher_layers)
+        if model is not None:
+            _check_student(model, teacher_model, args, kwargs)
+        super().__init__(model=model, args=args, **kwargs)
+        if model is None:
+            _check_student(self.model, teacher_model, args, kwargs)
+
+        teacher_pixels = TeacherPixels.between(self.processing_class, teacher_processor)
+        self.teacher = FrozenTeacher(teacher_model, teacher_tap, teacher_pixels).to(args.device)
+        self.student_side: StudentWithEncoders | None = None
+        if self.train_dataset is not None:
+            self._sample = self.sample_batch()
+            self.stage_1 = ParaphraserStage(self, self._probe_teacher(), paraphraser)
+            self._build_student_side()
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """Return the bare student."""
+        return self.model
+
+    # ---- The method ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        r"""
+        Return \(L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kd} L_{kd}\); in evaluation \(L_{goal}\).
+
+        Args:
+            model (`nn.Module`):
+                The student's side as it is wrapped for training, or the bare student in evaluation.
+            inputs (`dict`):
+                The batch.
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Whether to return the student's output with the loss.
+            num_items_in_batch (*optional*):
+                Not used: every loss is a mean over the micro-batch.
+
+        Returns:
+            `torch.Tensor`, or a tuple of it and the student's output.
+        """
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        args, scale = self.args, self.args.lambda_scale(self.state.global_step / self.state.max_steps)
+
+        with self.accelerator.autocast():
+            F_T, teacher_logits = self.teacher(inputs, with_logits=args.lambda_kd > 0)
+        own_loss = self.compute_loss_func is not None or self.label_smoother is not None
+        labels = inputs.pop("labels") if own_loss and "labels" in inputs else None
+        outputs, F_inh, F_exp = model(**inputs)
+
+        components = {"task_loss": self._task_loss(outputs, labels)}
+        loss = components["task_loss"]
+        if F_inh:
+            L_inh = self._mean_over_pairs(inheritance_loss, F_inh, F_T, args.inheritance_distance)
+            components["inheritance_loss"] = L_inh
+            loss = loss + scale * args.lambda_inh * L_inh
+        if F_exp:
+            L_exp = self._mean_over_pairs(exploration_loss, F_exp, F_T, args.exploration_distance)
+            components["exploration_loss"] = L_exp
+            loss = loss + scale * args.lambda_exp * L_exp
+        if args.lambda_kd > 0:
+            L_kd = kd_loss(outputs["logits"], teacher_logits, args.temperature)
+            components["kd_loss"] = L_kd
+            loss = loss + scale * args.lambda_kd * L_kd
+        self.components.record(components, self.state.global_step + 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def _mean_over_pairs(self, loss, student_factors, teacher_factors, distance: str) -> torch.Tensor:
+        pairs = [match_sizes(F_S, F_T) for F_S, F_T in zip(student_factors, teacher_factors, strict=True)]
+        return torch.stack([loss(F_S, F_T, distance, self.args.loss_reduction) for F_S, F_T in pairs]).mean()
+
+    def _task_loss(self, outputs, labels) -> torch.Tensor:
+        """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the student's own loss."""
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+        if labels is not None:
+            return self.label_smoother(outputs, labels)
+        if outputs.get("loss") is None:
+            raise ValueError(
+                f"Expected {type(self.model).__name__} to return a loss, got only {', '.join(outputs)}: the batch needs "
+                f"{' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
+            )
+        return outputs["loss"]
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial=None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Run the method: stage 1 unless a paraphraser was given, then stage 2.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` continues the run in `output_dir` in the stage it was in; or a checkpoint's folder, of either stage.
+            trial, ignore_keys_for_eval (*optional*):
+                As in Trainer.
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: of stage 2, with the metrics of stage 1 as `paraphraser_*`.
+        """
+        if self.train_dataset is None:
+            raise ValueError("Expected a train_dataset, got None: pass one to train.")
+        self._hp_search_setup(trial)  # a search's values must be in the arguments before stage 1 reads them
+        self.teacher.tap.attach()
+        try:
+            resume_from_checkpoint, metrics = self.stage_1.run(resume_from_checkpoint)
+            # Stage 2 draws the same numbers whether stage 1 has run, was resumed, or was left out.
+            set_seed(self.args.seed)
+            self.components.reset()
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self.check_finite()
+            self._sync_buffers()
+        finally:
+            self.teacher.tap.detach()
+            self.student_side.tap.detach()
+            # Give the student's side its own forward back, without accelerate's autocast around it.
+            self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            self.model_wrapped = self.model
+        output.metrics.update({f"paraphraser_{name}": value for name, value in metrics.items()})
+        return output
+
+    # ---- What trains, and where it is in Trainer ----
+
+    def _probe_teacher(self) -> list[int]:
+        try:
+            return self.teacher.tap.channels(self.teacher.adapt(self._sample))
+        except (RuntimeError, ValueError, KeyError) as error:
+            shapes = {name: tuple(x.shape) for name, x in self._sample.items() if isinstance(x, torch.Tensor)}
+            raise ValueError(
+                f"Expected {type(self.teacher.teacher).__name__} to take the student's batch {shapes}, got: {error} If it "
+                "needs another size, pass teacher_processor."
+            ) from error
+
+    def _build_student_side(self) -> None:
+        """Find the student's channels, split them, and make the encoders."""
+        args = self.args
+        tap = FeatureTap(self.model, args.student_layers)
+        sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
+        splits = [
+            ChannelSplit(channels, args.inheritance_ratio, args.split_mode, args.split_seed)
+            for channels in tap.channels(sample)
+        ]
+        factor_channels = self.stage_1.factor_channels()
+        self.student_side = StudentWithEncoders(
+            self.model, tap, splits, factor_channels, inherit=args.lambda_inh > 0, explore=args.lambda_exp > 0
+        ).to(args.device)
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        # Trainer.model stays the bare student, which is what is evaluated, saved, pushed and shown to callbacks; only
+        # Trainer.model_wrapped, which is what trains, is the student together with its encoders.
+        if training and model is self.model:
+            self.student_side.tap.attach()
+            return self.accelerator.prepare_model(self.student_side)
+        return super()._wrap_model(model, training, dataloader)
+
+    def create_optimizer(self, model=None):
+        """Make the optimizer over the student and its encoders."""
+        if self.student_side.student is not self.model:  # `model_init` has made a new student
+            self._build_student_side()
+        return super().create_optimizer(self.student_side)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict with the bare student, of whose output only predictions are kept."""
+        if ignore_keys is None:
+            ignore_keys = [*getattr(model.config, "keys_to_ignore_at_inference", []), *_NOT_PREDICTIONS]
+        with self.accelerator.autocast():  # the bare student was not prepared by accelerate
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the weights as they are now beside the loss and its components."""
+        if "loss" in logs:
+            scale = self.args.lambda_scale(self.state.global_step / self.state.max_steps)
+            weights = {name: scale * getattr(self.args, name) for name in ("lambda_inh", "lambda_exp", "lambda_kd")}
+            logs = {**logs, **{name: value for name, value in weights.items() if getattr(self.args, name) > 0}}
+        super().log(logs, start_time)
+
+    # ---- Checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the plain student; a checkpoint gets the encoders and their splits beside it."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:
+            save_encoders(self.student_side, output_dir, type(self).__name__, fingerprint(self.teacher.paraphrasers))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.student_side.student is not self.model:
+            self._build_student_side()
+        self._load_encoders(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_encoders(self.state.best_model_checkpoint)
+
+    def _load_encoders(self, folder: str) -> None:
+        load_encoders(self.student_side, folder, type(self).__name__, fingerprint(self.teacher.paraphrasers))
+
+
+def _check_student(student: PreTrainedModel, teacher: nn.Module, args: IEKDTrainingArguments, kwargs: dict) -> None:
+    """Refuse what does not fit the student before anything is created on disk or on the Hub."""
+    FeatureTap(student, args.student_layers)
+    if args.lambda_kd > 0:
+        check_label_maps(student, teacher)
+    for name in ("train_dataset", "eval_dataset"):
+        dataset = kwargs.get(name)
+        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            if part is not None:
+                check_dataset(part, name, student)
