@@ -88,7 +88,7 @@ class DistillationTrainer(Trainer):
             dataset = self._remove_unused_columns(dataset)
         hint = "if a transform makes it from other columns, set remove_unused_columns=False in the arguments"
         try:
-            example = dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
+            example = dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
         except KeyError as error:
             raise ValueError(f"Expected a first training example, got no column {error} for it: {hint}.") from error
         batch = self._get_collator_with_removed_columns(self.data_collator)([example])

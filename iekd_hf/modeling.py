@@ -126,7 +126,7 @@ class FrozenTeacher(nn.Module):
             `tuple`: the maps f_T, `(batch_size, channels, height, width)` each, and the logits or `None`.
         """
         outputs, feature_maps = self.tap.run(self.adapt(inputs), stop_after_last=not with_logits)
-        if self.dtype != torch.float32:
+        if self.dtype in (torch.float16, torch.bfloat16):  # a teacher loaded so, before float32 paraphrasers
             feature_maps = [f_T.float() for f_T in feature_maps]
         return feature_maps, outputs["logits"] if with_logits else None
 

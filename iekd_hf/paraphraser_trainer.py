@@ -5,7 +5,6 @@ import inspect
 import warnings
 
 import torch
-from accelerate.utils import broadcast
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -17,6 +16,8 @@ from .modeling import FrozenTeacher, ParaphraserStack
 
 
 logger = logging.get_logger(__name__)
+
+_MEAN_MAP_IMAGES = 1024
 
 
 class ParaphraserTrainer(DistillationTrainer):
@@ -93,7 +94,9 @@ class ParaphraserTrainer(DistillationTrainer):
     @torch.no_grad()
     def report(self) -> dict[str, float]:
         """
-        Compare the reconstruction error on held-out images with that of the trivial predictor, the mean map.
+        Compare the reconstruction error on held-out images with that of the trivial predictor.
+
+        That predictor is the mean map of the first training images.
 
         Returns:
             `dict[str, float]`: `reconstruction_loss` and `mean_map_loss`; empty without held-out images.
@@ -103,13 +106,17 @@ class ParaphraserTrainer(DistillationTrainer):
             return {}
         self.model.eval()
         mean_maps, count = None, 0
-        for feature_maps in self._held_out_maps():
+        for feature_maps in self._maps_of(self.train_dataset):
             sums = [f_T.float().sum(dim=0) for f_T in feature_maps]
             mean_maps = sums if mean_maps is None else [m + s for m, s in zip(mean_maps, sums, strict=True)]
             count += len(feature_maps[0])
+            if count >= _MEAN_MAP_IMAGES:
+                break
         mean_maps = [m / count for m in mean_maps]
+        count = 0
         losses = torch.zeros(2, device=self.args.device)
-        for feature_maps in self._held_out_maps():
+        for feature_maps in self._maps_of(self.eval_dataset):
+            count += len(feature_maps[0])
             with self.accelerator.autocast():
                 reconstructions = self.model(feature_maps)
             trivial = [m.expand_as(f_T) for m, f_T in zip(mean_maps, feature_maps, strict=True)]
@@ -127,12 +134,12 @@ class ParaphraserTrainer(DistillationTrainer):
             )
         return {"reconstruction_loss": ours, "mean_map_loss": trivial}
 
-    def _held_out_maps(self):
-        # The plain loader of this rank: every rank sees all held-out images, so all report (and warn) alike.
+    def _maps_of(self, dataset: Dataset):
+        # The plain loader of this rank: every rank sees the same images, so all report (and warn) alike.
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset)
         loader = torch.utils.data.DataLoader(
-            self._remove_unused_columns(self.eval_dataset)
-            if hasattr(self.eval_dataset, "column_names")
-            else self.eval_dataset,
+            dataset,
             batch_size=self.args.eval_batch_size,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
             num_workers=self.args.dataloader_num_workers,

@@ -242,9 +242,11 @@ class IEKDTrainer(DistillationTrainer):
             for channels in tap.channels(sample)
         ]
         factor_channels = self.stage_1.factor_channels()
-        self.student_side = StudentWithEncoders(
-            self.model, tap, splits, factor_channels, inherit=args.lambda_inh > 0, explore=args.lambda_exp > 0
-        ).to(args.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)  # the same encoders whatever was built before them
+            self.student_side = StudentWithEncoders(
+                self.model, tap, splits, factor_channels, inherit=args.lambda_inh > 0, explore=args.lambda_exp > 0
+            ).to(args.device, self.model.dtype)
 
     def _wrap_model(self, model, training=True, dataloader=None):
         # Trainer.model stays the bare student, which is what is evaluated, saved, pushed and shown to callbacks; only

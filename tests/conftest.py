@@ -1,0 +1,105 @@
+"""Tiny models from configurations and data that the tests make: offline and fast."""
+
+import os
+
+
+# Before anything imports them: tests never reach out, and draw no window.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+from iekd_hf import IEKDTrainer, IEKDTrainingArguments
+
+
+def make_resnet(width: int = 8, num_labels: int = 3, seed: int = 0, **kwargs) -> ResNetForImageClassification:
+    torch.manual_seed(seed)
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=8,
+            hidden_sizes=[8, width],
+            depths=[1, 1],
+            layer_type="basic",
+            num_labels=num_labels,
+            **kwargs,
+        )
+    )
+
+
+def make_vit(hidden_size: int = 16, num_labels: int = 3, seed: int = 0, image_size: int = 32, **kwargs):
+    torch.manual_seed(seed)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            patch_size=8,
+            image_size=image_size,
+            num_labels=num_labels,
+            **kwargs,
+        )
+    )
+
+
+def make_images(count: int = 16, num_labels: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 3, *size, generator=generator)
+    return [{"pixel_values": image, "labels": i % num_labels} for i, image in enumerate(pixels)]
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Build a trainer on tiny models; keyword arguments of the trainer by name, all others are training arguments."""
+
+    def make(model=None, teacher_model=None, trainer_class=IEKDTrainer, **kwargs):
+        of_trainer = {
+            name: kwargs.pop(name)
+            for name in (
+                "train_dataset",
+                "eval_dataset",
+                "paraphraser",
+                "callbacks",
+                "compute_metrics",
+                "compute_loss_func",
+                "data_collator",
+                "model_init",
+                "optimizers",
+                "processing_class",
+                "teacher_processor",
+            )
+            if name in kwargs
+        }
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 8,
+            "paraphraser_epochs": 1,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "use_cpu": True,
+        }
+        args = IEKDTrainingArguments(**(defaults | kwargs))
+        of_trainer.setdefault("train_dataset", make_images())
+        if model is None and "model_init" not in of_trainer:
+            model = make_resnet(8, seed=1)
+        return trainer_class(
+            model=model,
+            teacher_model=make_resnet(16, seed=2) if teacher_model is None else teacher_model,
+            args=args,
+            **of_trainer,
+        )
+
+    return make
+
+
+def same(first: dict, second: dict) -> bool:
+    """Tell whether two state dicts are equal to the last bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,293 @@
+"""Push and load by Hub name, against a server on the loopback interface.
+
+The clients are processes of their own: `HF_ENDPOINT` is read when huggingface_hub is imported.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+
+from iekd_hf import Paraphraser
+
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "hf_test"
+
+# Prepended where the library must not be there, even if the tests' environment has it installed.
+WITHOUT_IEKD_HF = """
+import sys
+sys.modules["iekd_hf"] = None
+try:
+    import iekd_hf
+    raise SystemExit("iekd_hf can be imported")
+except ImportError:
+    pass
+"""
+
+# What a model says about a fixed image: equal lists of numbers are equal models.
+LOGITS = """
+import json, torch
+def logits(model):
+    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval().cpu()(pixel_values=pixel_values).logits.tolist()
+"""
+
+Client = Callable[..., dict]
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer(TOKEN) as server:
+        yield server
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    """Return a function that runs a script in a new process and returns the JSON object of its last line of output."""
+
+    def run(script: str, endpoint: str, *arguments: str, with_library: bool = True) -> dict:
+        dropped = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "PYTHONPATH")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(dropped) and not k.lower().endswith("_proxy")}
+        env |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        # Xet has a protocol and a server of its own; without it files go through LFS. One process, not DataParallel.
+        env |= {"HF_HUB_DISABLE_XET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if with_library:
+            env["PYTHONPATH"] = str(ROOT)
+        else:
+            script = WITHOUT_IEKD_HF + script
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(
+            command, env=env, cwd=elsewhere, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+# The token and the models' folders are given where they could leak: in the arguments and in `_name_or_path`.
+TRAIN_AND_PUSH = """
+import os, sys
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+from iekd_hf import IEKDTrainer, IEKDTrainingArguments
+
+def resnet(width, folder):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, width], depths=[1, 1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(folder)
+    return folder
+
+torch.manual_seed(0)
+folder = sys.argv[1]
+images = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 2} for i in range(8)]
+trainer = IEKDTrainer(
+    model=resnet(16, folder + "/student"),
+    teacher_model=resnet(32, folder + "/teacher"),
+    args=IEKDTrainingArguments(
+        folder + "/out",
+        max_steps=2,
+        save_steps=1,
+        learning_rate=0.1,
+        paraphraser_epochs=1,
+        report_to="none",
+        push_to_hub=True,
+        hub_model_id="user/student",
+        hub_token=os.environ["HF_TOKEN"],
+    ),
+    train_dataset=images,
+    eval_dataset=images,
+    processing_class=ViTImageProcessorPil(size={"height": 32, "width": 32}),
+)
+before = logits(trainer.student)
+trainer.train()
+trainer.push_to_hub()
+print(json.dumps({"before": before, "after": logits(trainer.student), "local": os.listdir(folder + "/out")}))
+"""
+
+LOAD_STUDENT = """
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model, info = AutoModelForImageClassification.from_pretrained("user/student", output_loading_info=True)
+info = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+processor = AutoImageProcessor.from_pretrained("user/student", backend="pil")
+print(json.dumps({"class": type(model).__name__, "info": info, "size": dict(processor.size), "logits": logits(model)}))
+"""
+
+
+def test_trainer_pushes_the_plain_student(hub: HubServer, client: Client, tmp_path: Path):
+    pushed = client(LOGITS + TRAIN_AND_PUSH, hub.endpoint, str(tmp_path))
+    files = hub.repos["user/student"]["files"]
+
+    # What must not be pushed was there to be pushed.
+    assert {"_paraphraser", "checkpoint-1", "checkpoint-2"} <= set(pushed["local"])
+    assert {"model.safetensors", "config.json", "README.md", "preprocessor_config.json"} <= set(files)
+    forbidden = ("_paraphraser", "_stage_1", "checkpoint-")
+    assert not [path for path in files if path.startswith(forbidden) or "/" in path]
+    assert not {"optimizer.pt", "iekd_encoders.safetensors"} & {Path(path).name for path in files}
+    card = files["README.md"].decode().split("---")[1]
+    assert "- iekd\n" in card and "- knowledge-distillation\n" in card
+    for secret in (TOKEN, str(tmp_path)):
+        leaks = [path for path, content in files.items() if secret.encode() in content]
+        # Trainer pickles its arguments whole.
+        assert set(leaks) <= {"training_args.bin"}, f"{secret} is in {leaks}"
+
+    # The plain student needs nothing but transformers.
+    loaded = client(LOGITS + LOAD_STUDENT, hub.endpoint, with_library=False)
+    assert loaded["class"] == "ResNetForImageClassification"
+    assert loaded["info"] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+    assert loaded["size"] == {"height": 32, "width": 32}
+    assert loaded["logits"] == pushed["after"] != pushed["before"]
+
+
+PUSH_CIFAR = """
+from transformers import AutoModelForImageClassification
+from iekd_hf import CifarResNetConfig, CifarResNetForImageClassification
+model = CifarResNetForImageClassification(CifarResNetConfig.from_depth(8, num_labels=10))
+model.push_to_hub("user/cifar")
+loaded = AutoModelForImageClassification.from_pretrained("user/cifar")
+own = type(loaded) is CifarResNetForImageClassification
+print(json.dumps({"own": own, "logits": logits(model), "loaded": logits(loaded)}))
+"""
+
+LOAD_CIFAR = """
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained("user/cifar", trust_remote_code=True)
+stem = model.resnet.embedder.embedder.convolution
+print(json.dumps({"module": type(model).__module__, "stride": stem.stride, "logits": logits(model)}))
+"""
+
+
+def test_cifar_resnet_travels_with_its_code(hub: HubServer, client: Client):
+    pushed = client(LOGITS + PUSH_CIFAR, hub.endpoint)
+    files = hub.repos["user/cifar"]["files"]
+    assert {"model.safetensors", "config.json", "modeling_cifar_resnet.py"} <= set(files)
+    assert pushed["own"]
+    assert pushed["loaded"] == pushed["logits"]
+
+    loaded = client(LOGITS + LOAD_CIFAR, hub.endpoint, with_library=False)
+    assert loaded["module"].startswith("transformers_modules.")
+    assert loaded["stride"] == [1, 1]
+    assert loaded["logits"] == pushed["logits"]
+
+
+PUSH_PARAPHRASER = """
+import json, torch
+from transformers import ResNetConfig, ResNetForImageClassification
+from iekd_hf import IEKDTrainer, IEKDTrainingArguments, Paraphraser
+
+def resnet(width):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, width], depths=[1, 1], layer_type="basic")
+    return ResNetForImageClassification(config)
+
+paraphraser = Paraphraser(64, 32)
+f_T = torch.randn(2, 64, 8, 8)
+with torch.no_grad():
+    paraphraser(f_T)  # moves the statistics of BatchNorm, which must be pushed too
+    paraphraser.push_to_hub("user/paraphraser")
+    loaded = Paraphraser.from_pretrained("user/paraphraser")
+    difference = (loaded.eval().encode(f_T) - paraphraser.eval().encode(f_T)).abs().max().item()
+    spread = paraphraser.encode(f_T).std().item()
+
+images = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 2} for i in range(8)]
+trainer = IEKDTrainer(
+    model=resnet(16),
+    teacher_model=resnet(64),
+    args=IEKDTrainingArguments("out", max_steps=1, report_to="none"),
+    train_dataset=images,
+    paraphraser="user/paraphraser",
+)
+metrics = trainer.train().metrics
+state, used = paraphraser.state_dict(), trainer.teacher.paraphrasers[0].state_dict()
+print(json.dumps({
+    "difference": difference,
+    "spread": spread,
+    "same_weights": all(torch.equal(state[name], used[name]) for name in state),
+    "stage_1": [name for name in metrics if name.startswith("paraphraser_")],
+}))
+"""
+
+
+def test_paraphraser_is_pushed_and_loaded(hub: HubServer, client: Client):
+    result = client(PUSH_PARAPHRASER, hub.endpoint)
+    assert {"model.safetensors", "config.json", "README.md"} == set(hub.repos["user/paraphraser"]["files"])
+    assert result["difference"] == 0 < result["spread"]
+    assert result["same_weights"]
+    assert not result["stage_1"]  # a paraphraser that is given is not trained
+
+
+LOAD_NOTHING = """
+import json, sys, time
+from iekd_hf.loading import load_model
+start = time.monotonic()
+try:
+    load_model(sys.argv[1], "teacher_model")
+    raised = message = None
+except Exception as error:
+    raised, message = type(error).__name__, str(error)
+print(json.dumps({"raised": raised, "message": message, "seconds": time.monotonic() - start}))
+"""
+
+
+def check_explained(result: dict, name: str) -> None:
+    assert result["raised"] == "ValueError", result
+    for part in (name, "teacher_model", "HF_HUB_CACHE", "local folder"):
+        assert part in result["message"]
+
+
+def test_name_that_does_not_exist(hub: HubServer, client: Client):
+    check_explained(client(LOAD_NOTHING, hub.endpoint, "user/absent"), "user/absent")
+
+
+def test_hub_that_cannot_be_reached(client: Client):
+    with socket.socket() as taken:
+        # Bound but not listening: connections are refused, and no other process can come to listen there.
+        taken.bind(("127.0.0.1", 0))
+        result = client(LOAD_NOTHING, f"http://127.0.0.1:{taken.getsockname()[1]}", "user/teacher")
+    check_explained(result, "user/teacher")
+    assert result["seconds"] < 30
+
+
+LOAD_PICKLES = """
+import json, sys
+from iekd_hf import Paraphraser
+from iekd_hf.checkpoints import load_paraphrasers
+
+def attempt(load):
+    try:
+        load()
+        return None
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+print(json.dumps({name: {
+    "from_pretrained": attempt(lambda: Paraphraser.from_pretrained(name)),
+    "trainer": attempt(lambda: load_paraphrasers(name, 1)),
+} for name in sys.argv[1:]}))
+"""
+
+
+def test_pickled_paraphraser_is_refused(hub: HubServer, client: Client, tmp_path: Path):
+    folder = tmp_path / "pickled"
+    paraphraser = Paraphraser(8, 4)
+    paraphraser.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(paraphraser.state_dict(), folder / "pytorch_model.bin")  # harmless and complete: it would load
+    hub.repos["user/pickled"] = {"files": {path.name: path.read_bytes() for path in folder.iterdir()}}
+
+    result = client(LOAD_PICKLES, hub.endpoint, "user/pickled", str(folder))
+    for name, errors in result.items():
+        for entry, error in errors.items():
+            assert error is not None, f"{entry} has loaded {name}"
+            # Without the trainer, huggingface_hub looks into a folder for nothing but model.safetensors.
+            direct = (name, entry) == (str(folder), "from_pretrained")
+            assert error[0] == ("FileNotFoundError" if direct else "ValueError"), (name, entry, error)
+            assert "safetensors" in error[1]
