@@ -1,6 +1,7 @@
 """The arguments of the trainers: `TrainingArguments` and what the method adds."""
 
 import math
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -142,6 +143,19 @@ class IEKDTrainingArguments(TrainingArguments):
         if self.factor_channels is not None and self.factor_channels < 1:
             raise ValueError(f"Expected factor_channels of at least 1, or None, got {self.factor_channels}.")
         _check_layer_pairs(self.teacher_layers, self.student_layers)
+
+    def __getstate__(self) -> dict:
+        # Trainer pickles its arguments into training_args.bin and pushes that: no token and no path of this machine in it.
+        state = {
+            k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v for k, v in vars(self).items()
+        }
+        return {**state, "hub_token": None}
+
+    def __copy__(self) -> "IEKDTrainingArguments":
+        # A copy, unlike a pickle, stays in this process and keeps both.
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
 
     def lambda_scale(self, progress: float) -> float:
         """

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -131,11 +132,21 @@ def load_paraphrasers(source: Paraphraser | list[Paraphraser] | str, num_layers:
         `ValueError`: not as many as layers, or not to be had.
     """
     if isinstance(source, (str, Path)):
-        names = [str(source)] if num_layers == 1 else [f"{source}/{index}" for index in range(num_layers)]
+        name = str(source)
+        if num_layers > 1 and not os.path.isdir(name):
+            raise ValueError(
+                f"Expected a local folder with the {num_layers} paraphrasers of {num_layers} layers, got {name!r}: download "
+                "it first (huggingface_hub.snapshot_download), or pass a list of paraphrasers."
+            )
+        folders = [name] if num_layers == 1 else [os.path.join(name, str(index)) for index in range(num_layers)]
         try:
-            source = [Paraphraser.from_pretrained(name) for name in names]
-        except (OSError, TypeError) as error:
-            raise ValueError(explain_unreachable(str(source), "paraphraser", error)) from error
+            source = [Paraphraser.from_pretrained(folder) for folder in folders]
+        except TypeError as error:  # the mixin found no configuration to call the class with
+            raise ValueError(
+                explain_unreachable(name, "paraphraser", ValueError("no config.json of a paraphraser was found there"))
+            ) from error
+        except OSError as error:
+            raise ValueError(explain_unreachable(name, "paraphraser", error)) from error
     paraphrasers = [source] if isinstance(source, Paraphraser) else list(source)
     if len(paraphrasers) != num_layers:
         raise ValueError(

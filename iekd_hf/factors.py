@@ -1,10 +1,12 @@
 """The channel split of the student, the factor encoder, and the paraphraser that compresses the teacher's maps."""
 
 import math
+import os
 from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from torch import nn
 
 
@@ -172,6 +174,15 @@ class Paraphraser(
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return the reconstruction of `(batch_size, in_channels, height, width)`."""
         return self.decoder(self.encoder(feature_map))
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs):
+        if os.path.isdir(model_id) and not os.path.isfile(os.path.join(model_id, SAFETENSORS_SINGLE_FILE)):
+            raise ValueError(
+                f"Expected a paraphraser in {model_id}, got no {SAFETENSORS_SINGLE_FILE}: save it there with "
+                "Paraphraser.save_pretrained."
+            )
+        return super()._from_pretrained(model_id=model_id, **kwargs)
 
     @classmethod
     def _load_as_pickle(cls, model, model_file: str, map_location: str, strict: bool):

@@ -3,6 +3,8 @@
 import os
 
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -10,6 +12,10 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedModel,
 )
+from transformers.utils import IMAGE_PROCESSOR_NAME, logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
@@ -51,10 +57,20 @@ def find_processor(name_or_path: str) -> BaseImageProcessor | None:
     Returns:
         `BaseImageProcessor`, or `None` where none was saved.
     """
-    try:
-        return AutoImageProcessor.from_pretrained(name_or_path)
-    except (OSError, ValueError):
-        return None
+    if os.path.isdir(name_or_path):
+        saved = os.path.isfile(os.path.join(name_or_path, IMAGE_PROCESSOR_NAME))
+    else:
+        try:
+            saved = bool(hf_hub_download(name_or_path, IMAGE_PROCESSOR_NAME))
+        except LocalEntryNotFoundError:
+            saved = False
+            logger.warning(
+                f"The image processor of {name_or_path} is neither in the cache nor within reach: its pixels are taken to "
+                "be those of the other model. Pass teacher_processor if they are not."
+            )
+        except EntryNotFoundError:
+            saved = False
+    return AutoImageProcessor.from_pretrained(name_or_path) if saved else None
 
 
 def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:

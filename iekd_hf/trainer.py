@@ -93,9 +93,8 @@ class IEKDTrainer(DistillationTrainer):
         if teacher_model is None:
             raise ValueError("Expected a teacher_model, got None: pass a model, a Hub id or a folder.")
         if isinstance(teacher_model, str):
-            if teacher_processor is None:
-                teacher_processor = find_processor(teacher_model)
-            teacher_model = load_model(teacher_model, "teacher_model")
+            name, teacher_model = teacher_model, load_model(teacher_model, "teacher_model")
+            teacher_processor = teacher_processor or find_processor(name)
         if isinstance(model, str):
             model = load_model(model, "model")
         teacher_tap = FeatureTap(teacher_model, args.teacher_layers)

@@ -17,8 +17,8 @@ class HubServer:
     """
     Serve model repositories that are kept in memory, over the Hub's HTTP interface.
 
-    Reading is open, writing needs the token. A repository has one revision, `main`, whose commit hash is a digest of its
-    files: an older hash is unknown. Xet is not offered. What is not spoken here is answered with 501, which
+    Reading is open, writing needs the token. A repository has one revision, `main`, whose commit hash is a digest of
+    its files: an older hash is unknown. Xet is not offered. What is not spoken here is answered with 501, which
     huggingface_hub does not try again.
 
     Args:
@@ -88,9 +88,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = urlsplit(self.path).path
         try:
-            for method, pattern, name in _ROUTES:
+            for methods, pattern, name in _ROUTES:
                 match = re.fullmatch(pattern, path)
-                if match and self.command in method.split("|"):
+                if match and self.command in methods.split():
                     getattr(self, name)(**{key: unquote(value) for key, value in match.groupdict().items() if value})
                     return
             raise _Answer(501, "NotImplemented", f"{self.command} {path} is not spoken here")
@@ -123,9 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.hub.repos[repo]["files"]
 
     def log_message(self, *args) -> None:
-        """Keep quiet."""
-
-    # ---- Reading ----
+        pass  # quiet
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         files = self._files(repo, revision)
@@ -139,8 +137,6 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in self._files(repo, revision)]
         sha = self.hub.commit_hash(repo)
         self._send_json({"id": repo, "sha": sha, "private": False, "tags": [], "siblings": siblings})
-
-    # ---- Writing ----
 
     def create(self) -> None:
         self._authorize()
@@ -178,8 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, repo: str, revision: str) -> None:
         self._authorize()
         files = dict(self._files(repo, revision))
-        for line in self.body.splitlines():
-            key, value = (item := json.loads(line))["key"], item["value"]
+        for item in map(json.loads, self.body.splitlines()):
+            key, value = item["key"], item["value"]
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile" and value["oid"] in self.hub.lfs_objects:
@@ -193,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 _ROUTES = (
-    ("GET|HEAD", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET HEAD", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ("GET", rf"/api/models/{_REPO}(/revision/(?P<revision>[^/]+))?", "info"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),

@@ -1,0 +1,166 @@
+"""Each mistake gets one sentence (expected, got, what to do) before training starts, and costs nothing on disk."""
+
+import re
+
+import datasets
+import pytest
+import torch
+from conftest import make_images, make_resnet, make_vit
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from iekd_hf import ChannelSplit, IEKDTrainingArguments, Paraphraser
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"inheritance_ratio": 1.2}, r"inheritance_ratio within \[0, 1\], got 1.2"),
+        ({"inheritance_distance": "l3"}, "inheritance_distance to be one of l1, l2, cosine, partial_l2; got 'l3'"),
+        ({"exploration_distance": "cosine"}, "one of l1, l2, partial_l2, orthogonal, cka; got 'cosine'"),
+        ({"lambda_schedule": "step"}, "one of constant, linear, cosine; got 'step'"),
+        ({"loss_reduction": "none"}, "mean, sum"),
+        ({"split_mode": "odd"}, "random, natural"),
+        ({"paraphraser_decoder": "mlp"}, "conv, transposed"),
+        ({"reconstruction_distance": "l3"}, "one of l1, l2"),
+        ({"lambda_exp": -1.0}, "at least 0, got -1.0; the exploration loss has its sign already"),
+        ({"lambda_inh": float("nan")}, "finite weight"),
+        ({"lambda_warmup_ratio": 1.0}, r"\[0, 1\), got 1.0"),
+        ({"temperature": 0.0}, "temperature above 0"),
+        ({"paraphraser_epochs": 0}, "paraphraser_epochs above 0"),
+        ({"factor_channels": 0}, "at least 1"),
+        ({"teacher_layers": ["a", "b"], "student_layers": ["a"]}, "got 2 and 1"),
+        ({"teacher_layers": ["a", "b"]}, "got 2 and 1"),
+        ({"teacher_layers": []}, "got 0 and 1"),
+    ],
+)
+def test_arguments(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        IEKDTrainingArguments(str(tmp_path / "out"), report_to="none", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_do_not_exist(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"'resnet.encoder.stages.7'; close matches: resnet.encoder.stages"):
+        make_trainer(teacher_layers=["resnet.encoder.stages.7"])
+    with pytest.raises(ValueError, match=r"'resnet.encoder.stage.0'; close matches: resnet.encoder.stages.0"):
+        make_trainer(student_layers=["resnet.encoder.stage.0"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_logit_term_with_other_labels(make_trainer, tmp_path):
+    teacher = make_resnet(16, num_labels=5)
+    with pytest.raises(
+        ValueError, match=r"lambda_kd > 0, got 3 and 5 labels.*differ first at 3 \(None and 'LABEL_3'\)"
+    ):
+        make_trainer(teacher_model=teacher, lambda_kd=1.0)
+    assert not (tmp_path / "out").exists()
+    make_trainer(teacher_model=teacher)  # the feature losses do not mind
+
+
+def test_paraphraser_that_does_not_fit(make_trainer):
+    with pytest.raises(ValueError, match="for 16 channels, the teacher's, got one for 32"):
+        make_trainer(paraphraser=Paraphraser(32, 8))
+    with pytest.raises(ValueError, match="factor_channels=4, got one with 8"):
+        make_trainer(paraphraser=Paraphraser(16, 8), factor_channels=4)
+    with pytest.raises(ValueError, match="Expected 1 paraphrasers, one for each layer of the teacher, got 2"):
+        make_trainer(paraphraser=[Paraphraser(16, 8), Paraphraser(16, 8)])
+
+
+def test_paraphraser_that_cannot_be_had(make_trainer, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for source in (str(tmp_path / "empty"), "nobody/nothing"):
+        with pytest.raises(ValueError, match="paraphraser"):
+            make_trainer(paraphraser=source)
+    layers = ["resnet.encoder.stages.0", "resnet.encoder.stages.1"]
+    with pytest.raises(ValueError, match="snapshot_download"):
+        make_trainer(paraphraser="nobody/nothing", teacher_layers=layers, student_layers=layers)
+
+
+def test_empty_dataset(make_trainer, tmp_path):
+    for name in ("train_dataset", "eval_dataset"):
+        with pytest.raises(ValueError, match=f"{name} to hold at least one example"):
+            make_trainer(**{name: []})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_label_outside_of_the_models_range(make_trainer, label):
+    rows = [{"pixel_values": image["pixel_values"].tolist(), "label": 0} for image in make_images(4)]
+    rows[2]["label"] = label
+    with pytest.raises(ValueError, match=rf"within 0 and 2, the student's 3 classes, got {label} in row 2"):
+        make_trainer(train_dataset=datasets.Dataset.from_list(rows))
+    rows[2]["label"] = -100  # what cross-entropy ignores is fine
+    make_trainer(train_dataset=datasets.Dataset.from_list(rows).with_format("torch"))
+
+
+def test_columns_that_a_transform_needs(make_trainer):
+    dataset = datasets.Dataset.from_dict({"image": [0, 1], "label": [0, 1]})
+    dataset.set_transform(lambda rows: {"pixel_values": [torch.zeros(3, 32, 32) for _ in rows["image"]]})
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        make_trainer(train_dataset=dataset)
+    with pytest.raises(ValueError, match=r"'pixel_values' in a training batch, got \['labels'\]"):
+        make_trainer(train_dataset=[{"label": 1}], remove_unused_columns=False)
+
+
+def test_teacher_that_needs_another_size(make_trainer):
+    with pytest.raises(ValueError, match=r"to take the student's batch.*pass teacher_processor"):
+        make_trainer(teacher_model=make_vit(image_size=64))
+
+
+def test_model_that_cannot_be_reached(make_trainer):
+    with pytest.raises(ValueError, match=r"teacher_model.*'microsoft/no-such'.*local folder.*HF_HUB_CACHE"):
+        make_trainer(teacher_model="microsoft/no-such")
+    with pytest.raises(ValueError, match=r"Expected model .*'microsoft/no-such'"):
+        make_trainer("microsoft/no-such")
+
+
+def test_folder_without_a_model(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="to hold a loadable config.json"):
+        make_trainer(teacher_model=str(tmp_path))
+
+
+def test_model_that_gives_no_loss(make_trainer):
+    class Silent(PreTrainedModel):
+        config_class = PreTrainedConfig
+        main_input_name = "pixel_values"
+        base_model_prefix = "body"
+
+        def __init__(self):
+            super().__init__(PreTrainedConfig(num_labels=3))
+            self.body = torch.nn.Conv2d(3, 8, 3)
+
+        def forward(self, pixel_values, labels=None):
+            return {"logits": self.body(pixel_values).mean(dim=(2, 3))[:, :3]}
+
+    with pytest.raises(ValueError, match="Silent to return a loss, got only logits"):
+        make_trainer(Silent(), student_layers=["body"]).train()
+
+
+def test_a_frozen_student_is_refused(make_trainer):
+    student = make_resnet(8)
+    student.resnet.requires_grad_(False)
+    with pytest.raises(ValueError, match="'resnet' to carry a gradient"):
+        make_trainer(student).train()
+
+
+def test_reentrant_checkpointing_is_refused(make_trainer):
+    """A module inside of a reentrant checkpoint runs without a graph: its loss would silently do nothing."""
+    student = make_vit(seed=1)
+    layer = [name for name, _ in student.named_modules() if name.endswith(".layernorm_before")][-1]
+    trainer = make_trainer(
+        student,
+        student_layers=[layer],
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    with pytest.raises(ValueError, match="checkpointing is reentrant"):
+        trainer.train()
+
+
+def test_channel_split():
+    with pytest.raises(ValueError, match="at least 2 channels"):
+        ChannelSplit(1, 0.5)
+    with pytest.raises(ValueError, match=re.escape("within [0, 1]")):
+        ChannelSplit(8, -0.1)
+    with pytest.raises(ValueError, match="random, natural"):
+        ChannelSplit(8, mode="sorted")

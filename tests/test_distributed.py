@@ -1,0 +1,67 @@
+"""Two ranks on CPU (gloo): the same weights on both, in both stages; engines that cannot work are refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_images, make_resnet, same
+from transformers import ResNetForImageClassification
+
+from iekd_hf import IEKDTrainer, IEKDTrainingArguments
+
+
+HERE = Path(__file__).parent
+
+
+def torchrun(*arguments: str, timeout: int = 300) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process; torchrun starts two."""
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["resnet", "vit"])
+def test_two_ranks_are_equal(tmp_path, student):
+    torchrun(str(HERE / "distributed_script.py"), str(tmp_path), student)
+    first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["world_size"] == second["world_size"] == 2
+    assert first["distributed_type"] == "MULTI_CPU"
+    assert same(first["student_side"], second["student_side"])  # weights, encoders, split, BatchNorm statistics
+    assert same(first["paraphrasers"], second["paraphrasers"])
+    for value in ("eval_loss", "reconstruction_loss", "logs"):
+        assert first[value] == second[value]
+    if student == "resnet":
+        saved = ResNetForImageClassification.from_pretrained(tmp_path / "saved").state_dict()
+        held = {k.removeprefix("student."): v for k, v in first["student_side"].items() if k.startswith("student.")}
+        assert same(saved, held)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
+def test_engines_that_shard_are_refused(make_trainer, monkeypatch, engine):
+    monkeypatch.setattr(
+        IEKDTrainer,
+        "create_accelerator_and_postprocess",
+        _pretend(IEKDTrainer.create_accelerator_and_postprocess, engine),
+    )
+    with pytest.raises(ValueError, match=f"got {engine}.*accelerate launch --multi_gpu"):
+        make_trainer()
+
+
+def _pretend(original, engine):
+    def create(self):
+        original(self)
+        self.is_fsdp_enabled, self.is_deepspeed_enabled = engine == "FSDP", engine == "DeepSpeed"
+
+    return create
+
+
+def test_data_parallel_is_refused(tmp_path):
+    args = IEKDTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch --num_processes 2"):
+        IEKDTrainer(model=make_resnet(), teacher_model=make_resnet(), args=args, train_dataset=make_images())
