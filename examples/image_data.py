@@ -81,7 +81,8 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
         `ClassLabel`.
 
     Raises:
-        `ValueError`: no such data, a missing column, an empty split, a label outside the classes, a file that is no image.
+        `ValueError`: no such data, a missing column, an empty split, a label outside the classes, a file that is no
+        image.
     """
     splits = _load(args)
     splits = datasets.DatasetDict({name: _rename_columns(split, args, name) for name, split in splits.items()})
@@ -118,11 +119,19 @@ def _load(args: DataArguments) -> datasets.DatasetDict:
             files = {name: os.path.join(path, "**") for name, path in files.items() if path}
         # `keep_in_memory=False`: images stay on disk, memory-mapped.
         return datasets.load_dataset(kind, data_files={name: path for name, path in files.items() if path})
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(
+                "Expected images in the train split, got an empty one: check its file or folder."
+            ) from error
+        if isinstance(error, ValueError):
+            raise
         name = args.dataset_name or args.train_file or args.train_dir
         raise ValueError(
-            f"Expected a data set on the Hub or on disk, got {name!r}, which cannot be had ({error}). Without a network, "
-            "give --train_file (parquet) or --train_dir (folders of images), or fill the cache (HF_DATASETS_CACHE) on a "
+            f"Expected a data set on the Hub or on disk, got {name!r}, which cannot be had ({error}). Without a "
+            "network, "
+            "give --train_file (parquet) or --train_dir (folders of images), or fill the cache (HF_DATASETS_CACHE) on "
+            "a "
             "machine that has one and set HF_HUB_OFFLINE=1."
         ) from error
 

@@ -1,4 +1,4 @@
-"""Accuracy as an `evaluate.Metric` that needs no network: `evaluate.load("accuracy")` fetches its code from the Hub."""
+"""Accuracy as an `evaluate.Metric` that works offline: `evaluate.load("accuracy")` fetches its code from the Hub."""
 
 import datasets
 import evaluate
@@ -9,8 +9,8 @@ class TopKAccuracy(evaluate.Metric):
     """
     Compute top-1, top-5 and per-class accuracy from logits.
 
-    `compute(predictions=logits, references=labels)` returns `accuracy`, with more than five classes `top5_accuracy`, and
-    with `class_names=[...]` also `accuracy_<name>` for every class that occurs.
+    `compute(predictions=logits, references=labels)` returns `accuracy`, with more than five classes `top5_accuracy`,
+    and with `class_names=[...]` also `accuracy_<name>` for every class that occurs.
 
     Example:
 

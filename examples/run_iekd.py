@@ -5,8 +5,8 @@ Distil an image classifier by inheritance and exploration.
         --teacher microsoft/resnet-50 --student microsoft/resnet-18 \
         --dataset_name uoft-cs/cifar10 --output_dir out --push_to_hub
 
-Without a data set it uses scikit-learn's handwritten digits, without a teacher it first trains one: no network is needed.
-All arguments can also stand in one JSON or YAML file: run_iekd.py recipe.yaml
+Without a data set it uses scikit-learn's handwritten digits, without a teacher it first trains one: no network is
+needed. All arguments can also stand in one JSON or YAML file: run_iekd.py recipe.yaml
 """
 
 import copy
@@ -42,6 +42,8 @@ from iekd_hf.loading import explain_unreachable, find_processor
 
 
 logger = logging.getLogger(__name__)
+
+DIGITS_EPOCHS = {"num_train_epochs": 6.0, "paraphraser_epochs": 4.0}
 
 
 @dataclass
@@ -94,7 +96,12 @@ class RunArguments(IEKDTrainingArguments):
         default=False,
         metadata={"help": "Write predictions.csv for the test split, or else for the validation images."},
     )
-    num_train_epochs: float = field(default=30, metadata={"help": "Epochs of stage 2."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of stage 2. Default: 6 for the digits, otherwise 30."}
+    )
+    paraphraser_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of stage 1. Default: 4 for the digits, otherwise 30."}
+    )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size of each device."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Batch size of each device in evaluation."})
     learning_rate: float | None = field(
@@ -117,6 +124,13 @@ class RunArguments(IEKDTrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..., or none."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: transforms need the images."})
     seed: int = field(default=42, metadata={"help": "Seed of everything."})
+
+    def __post_init__(self):
+        # Which default holds is known when the data is: the digits are small and learnt in a few epochs.
+        self.undecided = [name for name in DIGITS_EPOCHS if getattr(self, name) is None]
+        for name in self.undecided:
+            setattr(self, name, 30.0)
+        super().__post_init__()
 
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -204,7 +218,8 @@ def check_output_dir(args: RunArguments) -> str | bool | None:
     if args.do_train and not resume and os.path.isdir(args.output_dir) and get_last_checkpoint(args.output_dir):
         raise ValueError(
             f"Expected an output_dir without checkpoints, got {args.output_dir!r} with "
-            f"{os.path.basename(get_last_checkpoint(args.output_dir))}: add --resume_from_checkpoint true to continue that "
+            f"{os.path.basename(get_last_checkpoint(args.output_dir))}: add --resume_from_checkpoint true to continue "
+            "that "
             "run, or choose another --output_dir."
         )
     return resume
@@ -219,8 +234,10 @@ class Run:
         set_seed(args.seed)
         self.splits = load_images(data_args, args.seed)
         self.names = self.splits["train"].features["label"].names
-        if data_args.uses_digits and data_args.image_size is None:
-            data_args.image_size = 16  # 8x8 scans leave no room for three stages
+        if data_args.uses_digits:
+            for name in args.undecided:
+                setattr(args, name, DIGITS_EPOCHS[name])
+            data_args.image_size = data_args.image_size or 16  # 8x8 scans leave no room for three stages
         from_scratch = model_args.student_from_scratch or is_shorthand(model_args.student)
         self.student = build_model(
             model_args.student, "--student", self.names, from_scratch, model_args.trust_remote_code

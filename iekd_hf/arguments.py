@@ -26,8 +26,8 @@ class IEKDTrainingArguments(TrainingArguments):
 
     Args:
         lambda_inh (`float`, *optional*, defaults to 1000.0):
-            Weight of the inheritance loss. With `loss_reduction="mean"` the loss is about 1.13 / sqrt(N) for factors of
-            N elements (0.025 for 32 x 8 x 8), so useful weights are in the hundreds. 0 removes the half's encoder.
+            Weight of the inheritance loss. With `loss_reduction="mean"` the loss is about 1.13 / sqrt(N) for factors
+            of N elements (0.025 for 32 x 8 x 8), so useful weights are in the hundreds. 0 removes the half's encoder.
         lambda_exp (`float`, *optional*, defaults to 100.0):
             Weight of the exploration loss. 0 removes the half's encoder.
         lambda_schedule (`str`, *optional*, defaults to `"constant"`):
@@ -145,7 +145,8 @@ class IEKDTrainingArguments(TrainingArguments):
         _check_layer_pairs(self.teacher_layers, self.student_layers)
 
     def __getstate__(self) -> dict:
-        # Trainer pickles its arguments into training_args.bin and pushes that: no token and no path of this machine in it.
+        # Trainer pickles its arguments into training_args.bin and pushes that: no token and no path of this machine
+        # in it.
         state = {
             k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v for k, v in vars(self).items()
         }
@@ -182,6 +183,7 @@ def _check_layer_pairs(teacher_layers: list[str] | None, student_layers: list[st
     num_student = 1 if student_layers is None else len(student_layers)
     if num_teacher != num_student or num_teacher == 0:
         raise ValueError(
-            f"Expected as many teacher_layers as student_layers, got {num_teacher} and {num_student}: they are paired in "
+            f"Expected as many teacher_layers as student_layers, got {num_teacher} and {num_student}: they are paired "
+            "in "
             "order, and None stands for one layer, the last feature map."
         )

@@ -1,9 +1,10 @@
-"""What every trainer of this library shares, without any algorithm: component logs, the finite-loss guard, strict loads."""
+"""What every trainer here shares, without any algorithm: component logs, the finite-loss guard, strict loads."""
 
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
@@ -13,7 +14,8 @@ logger = logging.get_logger(__name__)
 
 class ComponentLog:
     """
-    Sum a loss's components on the device, without a synchronisation per step, and remember the first step that was not finite.
+    Sum a loss's components on the device, without a synchronisation per step, and remember the first step that was
+    not finite.
     """
 
     def __init__(self):
@@ -56,10 +58,10 @@ class DistillationTrainer(Trainer):
     - engines that would wrap or shard the student alone are refused.
     """
 
-    _tag_names = ["iekd", "knowledge-distillation"]
+    _tag_names = ("iekd", "knowledge-distillation")
 
-    # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide them by
-    # the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
+    # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide
+    # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
     loss_is_scaled_for_ga = False
 
     def __init__(self, *args, **kwargs):
@@ -69,15 +71,19 @@ class DistillationTrainer(Trainer):
         name = type(self).__name__
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"Expected one process per GPU, got {self.args.n_gpu} GPUs in one process, where DataParallel would split "
-                f"every batch under {name}'s hooks: run `accelerate launch --num_processes {self.args.n_gpu} script.py`, "
+                f"Expected one process per GPU, got {self.args.n_gpu} GPUs in one process, where DataParallel would "
+                "split "
+                f"every batch under {name}'s hooks: run `accelerate launch --num_processes {self.args.n_gpu} "
+                "script.py`, "
                 "or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise ValueError(
-                f"Expected DDP or one process, got {engine}: {name} wraps the student together with its factor encoders, "
-                f"which {engine} would shard or rebuild without the student's own class. Vision students fit on one GPU: "
+                f"Expected DDP or one process, got {engine}: {name} wraps the student together with its factor "
+                "encoders, "
+                f"which {engine} would shard or rebuild without the student's own class. Vision students fit on one "
+                "GPU: "
                 "run `accelerate launch --multi_gpu script.py` without it."
             )
 
@@ -114,7 +120,8 @@ class DistillationTrainer(Trainer):
             raise FloatingPointError(
                 f"Expected finite losses, got NaN or infinity in {names} at step {step}. Training stops here; "
                 + (f"the last checkpoint, {last[-1].name}, is kept. " if last else "no checkpoint had been written. ")
-                + "Lower learning_rate or the weight of that loss, use bf16 instead of fp16, or look for corrupt inputs."
+                + "Lower learning_rate or the weight of that loss, use bf16 instead of fp16, or look for corrupt "
+                "inputs."
             )
         return means
 
@@ -122,15 +129,15 @@ class DistillationTrainer(Trainer):
         self.check_finite()
         super()._save_checkpoint(model, trial)
 
-    def _sync_buffers(self) -> None:
+    def _sync_buffers(self, module: nn.Module) -> None:
         # DDP sends rank 0's BatchNorm statistics before each forward; after the last one the ranks differ again, and
         # each would evaluate another model than the one that rank 0 saves.
         if self.args.world_size > 1:
-            for buffer in self.model.buffers():
+            for buffer in module.buffers():
                 buffer.copy_(broadcast(buffer.clone(), from_process=0))
 
     def evaluation_loop(self, *args, **kwargs):
-        self._sync_buffers()
+        self._sync_buffers(self.model)
         return super().evaluation_loop(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -156,8 +163,8 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     """
     Load a checkpoint's weights into a model, all of them or none.
 
-    Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on disk,
-    which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
+    Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on
+    disk, which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
 
     Args:
         model (`PreTrainedModel`):
@@ -185,7 +192,8 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
         name = different[0]
         raise ValueError(
             f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one of other shapes ({name} is "
-            f"{tuple(shapes[name][1])} there and {tuple(shapes[name][0])} here; {len(different)} such weights): {what_to_do}"
+            f"{tuple(shapes[name][1])} there and {tuple(shapes[name][0])} here; {len(different)} such weights): "
+            f"{what_to_do}"
         )
     if missing or unexpected:
         raise ValueError(

@@ -61,20 +61,23 @@ def load_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrase
     file = Path(folder) / ENCODERS_FILE
     if not file.is_file():
         raise ValueError(
-            f"Expected a checkpoint of {trainer} in {folder}, got one without {ENCODERS_FILE}: it was written by another "
+            f"Expected a checkpoint of {trainer} in {folder}, got one without {ENCODERS_FILE}: it was written by "
+            "another "
             "trainer or by save_model(). To start from its student, pass model=<that folder> and do not resume."
         )
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
     if metadata["trainer"] != trainer:
         raise ValueError(
-            f"Expected a checkpoint of {trainer} in {folder}, got one of {metadata['trainer']}: resume with that trainer."
+            f"Expected a checkpoint of {trainer} in {folder}, got one of {metadata['trainer']}: resume with that "
+            "trainer."
         )
     layers = json.loads(metadata["student_layers"])
     if layers != student_side.tap.layers:
         raise ValueError(
-            f"Expected a checkpoint for student_layers {student_side.tap.layers}, got one for {layers} in {folder}: set "
+            f"Expected a checkpoint for student_layers {student_side.tap.layers}, got one for {layers} in {folder}: "
+            "set "
             "student_layers as they were, or use another output_dir."
         )
     if metadata["paraphrasers"] != paraphrasers:
@@ -91,7 +94,8 @@ def load_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrase
     if different:
         raise ValueError(
             f"Expected a checkpoint of encoders as the arguments make them, got another one in {folder} "
-            f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels and the "
+            f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels "
+            "and the "
             "zero or non-zero lambdas as they were, or use another output_dir."
         )
     student_side.load_state_dict(tensors, strict=False)
@@ -135,7 +139,8 @@ def load_paraphrasers(source: Paraphraser | list[Paraphraser] | str, num_layers:
         name = str(source)
         if num_layers > 1 and not os.path.isdir(name):
             raise ValueError(
-                f"Expected a local folder with the {num_layers} paraphrasers of {num_layers} layers, got {name!r}: download "
+                f"Expected a local folder with the {num_layers} paraphrasers of {num_layers} layers, got {name!r}: "
+                "download "
                 "it first (huggingface_hub.snapshot_download), or pass a list of paraphrasers."
             )
         folders = [name] if num_layers == 1 else [os.path.join(name, str(index)) for index in range(num_layers)]

@@ -65,7 +65,9 @@ def check_label_maps(student: PreTrainedModel, teacher) -> None:
             (i for i in sorted({*(ours or {}), *(theirs or {})}) if (ours or {}).get(i) != (theirs or {}).get(i)), None
         )
         raise ValueError(
-            f"Expected equal label maps of student and teacher for lambda_kd > 0, got {sizes[0]} and {sizes[1]} labels, "
-            f"which differ first at {difference} ({(ours or {}).get(difference)!r} and {(theirs or {}).get(difference)!r}): "
+            f"Expected equal label maps of student and teacher for lambda_kd > 0, got {sizes[0]} and {sizes[1]} "
+            "labels, "
+            f"which differ first at {difference} ({(ours or {}).get(difference)!r} and "
+            f"{(theirs or {}).get(difference)!r}): "
             "load both with the same id2label, or set lambda_kd=0; the feature losses do not need it."
         )

@@ -24,8 +24,8 @@ class ChannelSplit(nn.Module):
         num_channels (`int`):
             Channels of the student's feature map.
         inheritance_ratio (`float`, *optional*, defaults to 0.5):
-            Share of the channels that inherit, in [0, 1]. At 0 or 1 one part is empty; in between both have at least one
-            channel.
+            Share of the channels that inherit, in [0, 1]. At 0 or 1 one part is empty; in between both have at least
+            one channel.
         mode (`str`, *optional*, defaults to `"random"`):
             `"random"` draws the channels, `"natural"` takes the first ones for inheritance.
         seed (`int`, *optional*, defaults to 0):
@@ -76,7 +76,7 @@ class ChannelSplit(nn.Module):
 
 
 def _coder(in_channels: int, out_channels: int, convolution: type[nn.Module] = nn.Conv2d) -> nn.Sequential:
-    """Build three 3x3 convolutions, of which the second changes the width, in the authors' order and initialisation."""
+    """Build three 3x3 convolutions, the second changing the width, as the authors order and initialise them."""
     layers: list[nn.Module] = [nn.LeakyReLU(0.1)]
     for c_in, c_out in ((in_channels, in_channels), (in_channels, out_channels), (out_channels, out_channels)):
         conv = convolution(c_in, c_out, kernel_size=3, stride=1, padding=1, bias=False)
@@ -130,7 +130,8 @@ class Paraphraser(
 
     Trained once per teacher on its reconstruction error alone, then frozen; many students of that teacher can reuse it
     (`save_pretrained`, `from_pretrained` and `push_to_hub` work as for any Hugging Face model, in safetensors).
-    Sources: Kim et al., *Paraphrasing Complex Network*, NeurIPS 2018; Huang et al., CVPR 2021, section 3.1. Layer order,
+    Sources: Kim et al., *Paraphrasing Complex Network*, NeurIPS 2018; Huang et al., CVPR 2021, section 3.1. Layer
+    order,
     missing biases, initialisation and the plain convolutions of the decoder are those of the latter's released code.
 
     Args:

@@ -1,5 +1,6 @@
-"""Where a feature map is taken in any vision model: layer names, forward hooks, tokens to maps, sizes brought together."""
+"""Where a feature map is taken in any vision model: layer names, forward hooks, tokens to maps, sizes matched."""
 
+import contextlib
 import difflib
 import math
 
@@ -183,10 +184,8 @@ def list_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> di
 
     def keep(name):
         def hook(module, args, output):
-            try:
+            with contextlib.suppress(ValueError, TypeError):  # no map: a head, a pooler, an attention module
                 found[name] = tuple(_to_map(_first_tensor(output), (height, width), prefix_tokens, name).shape[1:])
-            except (ValueError, TypeError):
-                pass  # Not a map: a head, a pooler, an attention module.
 
         return hook
 
@@ -224,7 +223,8 @@ def _default_layer(model: nn.Module) -> str:
         if isinstance(model, PreTrainedModel) and isinstance(getattr(model, name, None), nn.Module):
             return name
     raise ValueError(
-        f"Expected a model whose last feature map is known, got {type(model).__name__}: name its layer in teacher_layers "
+        f"Expected a model whose last feature map is known, got {type(model).__name__}: name its layer in "
+        "teacher_layers "
         f"or student_layers.{_suggest_layers()}"
     )
 

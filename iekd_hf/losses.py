@@ -91,7 +91,8 @@ def inheritance_loss(
     Measure how far the inheritance half's factors are from the teacher's: \(L_{inh}\) of the paper, section 3.2.
 
     Both factors are flattened per sample and divided by their L2 norm first, \(\hat x = x / \|x\|_2\), so only the
-    direction counts. `"mean"` averages over all elements and the batch (about 1.13 / sqrt(N) for unrelated factors of N
+    direction counts. `"mean"` averages over all elements and the batch (about 1.13 / sqrt(N) for unrelated factors of
+    N
     elements), which is what the authors' code does; `"sum"` sums over the elements and averages over the batch, which
     is the formula as printed and N times larger. The weight `lambda_inh` means something else under each.
 
@@ -141,8 +142,8 @@ def exploration_loss(
     Measure how alike the exploration half's factors and the teacher's are: \(L_{exp}\) of the paper, section 3.2.
 
     Lower is more different, so the loss is added to the objective as it is. `"l1"`, `"l2"` and `"partial_l2"` are
-    negative distances and have their optimum at opposite factors; `"orthogonal"` and `"cka"` have it at unrelated ones:
-    these are different aims, not different scales.
+    negative distances and have their optimum at opposite factors; `"orthogonal"` and `"cka"` have it at unrelated
+    ones: these are different aims, not different scales.
 
     Args:
         student_factors (`torch.Tensor` of shape `(batch_size, factor_channels, height, width)`):

@@ -12,7 +12,8 @@ from .pixels import TeacherPixels
 
 class StudentWithEncoders(nn.Module):
     """
-    Hold everything that trains in stage 2 in one `forward`, so that one DDP wrapper, one compiler and one optimizer see it.
+    Hold everything that trains in stage 2 in one `forward`, so that one DDP wrapper, one compiler and one optimizer
+    see it.
 
     Args:
         student (`nn.Module`):
@@ -56,13 +57,15 @@ class StudentWithEncoders(nn.Module):
         for name, f_S in zip(self.tap.layers, feature_maps, strict=True):
             if torch.is_grad_enabled() and not f_S.requires_grad:
                 raise ValueError(
-                    f"Expected the student's feature map at {name!r} to carry a gradient, got one without: its layers are "
-                    'frozen, or gradient checkpointing is reentrant (set gradient_checkpointing_kwargs={"use_reentrant": '
+                    f"Expected the student's feature map at {name!r} to carry a gradient, got one without: its layers "
+                    "are "
+                    "frozen, or gradient checkpointing is reentrant (set "
+                    'gradient_checkpointing_kwargs={"use_reentrant": '
                     "False}); no feature loss would reach the student."
                 )
         halves = [split(f_S) for split, f_S in zip(self.splits, feature_maps, strict=True)]
-        factors_inh = [encode(f_inh) for encode, (f_inh, _) in zip(self.inheritance_encoders, halves)]
-        factors_exp = [encode(f_exp) for encode, (_, f_exp) in zip(self.exploration_encoders, halves)]
+        factors_inh = [encode(f_inh) for encode, (f_inh, _) in zip(self.inheritance_encoders, halves, strict=False)]
+        factors_exp = [encode(f_exp) for encode, (_, f_exp) in zip(self.exploration_encoders, halves, strict=False)]
         return outputs, factors_inh, factors_exp
 
 
@@ -70,8 +73,8 @@ class FrozenTeacher(nn.Module):
     """
     Hold what never trains in stage 2: the teacher, and its paraphrasers. It stays in eval mode whatever is asked.
 
-    It is kept off the student's module tree: Trainer calls `train()` on that every step, and a teacher on it would move
-    its BatchNorm statistics.
+    It is kept off the student's module tree: Trainer calls `train()` on that every step, and a teacher on it would
+    move its BatchNorm statistics.
 
     Args:
         teacher (`nn.Module`):

@@ -129,7 +129,7 @@ class ParaphraserStage:
         return {"train_runtime": output.metrics["train_runtime"], **report}
 
     def _data(self) -> tuple:
-        """Return images to train on and images to report on: the evaluation set, or a twentieth of the training set."""
+        """Return images to train on and to report on: the evaluation set, or a twentieth of the training set."""
         train_dataset, held_out = self.trainer.train_dataset, self.trainer.eval_dataset
         if isinstance(held_out, dict):
             held_out = next(iter(held_out.values()))

@@ -24,7 +24,8 @@ class ParaphraserTrainer(DistillationTrainer):
     r"""
     Train paraphrasers with \(L_{rec} = \|f_T - R(f_T)\|\) (section 3.1 of the paper; stage 1 of [`IEKDTrainer`]).
 
-    SGD with Nesterov momentum 0.9 and weight decay 5e-4, as both papers have it; the learning rate falls along a cosine.
+    SGD with Nesterov momentum 0.9 and weight decay 5e-4, as both papers have it; the learning rate falls along a
+    cosine.
 
     Args:
         paraphrasers (`ParaphraserStack`):
@@ -88,7 +89,7 @@ class ParaphraserTrainer(DistillationTrainer):
     def train(self, *args, **kwargs):
         """Train, then give every rank the BatchNorm statistics of rank 0."""
         output = super().train(*args, **kwargs)
-        self._sync_buffers()
+        self._sync_buffers(self.model)
         return output
 
     @torch.no_grad()
@@ -126,7 +127,8 @@ class ParaphraserTrainer(DistillationTrainer):
         logger.info(f"Reconstruction error on {count} held-out images: {ours:.4g}; of the mean map: {trivial:.4g}.")
         if not ours < trivial:
             warnings.warn(
-                f"The paraphraser has not beaten the trivial predictor on held-out images: reconstruction error {ours:.4g} "
+                "The paraphraser has not beaten the trivial predictor on held-out images: reconstruction error "
+                f"{ours:.4g} "
                 f"against {trivial:.4g} of the mean map. Its factors say little about the teacher: raise "
                 "paraphraser_epochs or factor_channels, or change paraphraser_learning_rate.",
                 UserWarning,

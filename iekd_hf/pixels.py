@@ -10,8 +10,8 @@ class TeacherPixels(nn.Module):
     """
     Renormalise and resize pixel values on the device, from the student's image processor to the teacher's.
 
-    A batch is processed once, for the student. If the teacher was trained with another mean, standard deviation, scale or
-    size, it would see wrong pixels and say nothing.
+    A batch is processed once, for the student. If the teacher was trained with another mean, standard deviation,
+    scale or size, it would see wrong pixels and say nothing.
 
     Args:
         student_processor (`BaseImageProcessor`):

@@ -121,7 +121,8 @@ class IEKDTrainer(DistillationTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         r"""
-        Return \(L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kd} L_{kd}\); in evaluation \(L_{goal}\).
+        Return \(L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kd} L_{kd}\); in evaluation
+        \(L_{goal}\).
 
         Args:
             model (`nn.Module`):
@@ -175,7 +176,8 @@ class IEKDTrainer(DistillationTrainer):
             return self.label_smoother(outputs, labels)
         if outputs.get("loss") is None:
             raise ValueError(
-                f"Expected {type(self.model).__name__} to return a loss, got only {', '.join(outputs)}: the batch needs "
+                f"Expected {type(self.model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
+                "needs "
                 f"{' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
             )
         return outputs["loss"]
@@ -191,7 +193,8 @@ class IEKDTrainer(DistillationTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` continues the run in `output_dir` in the stage it was in; or a checkpoint's folder, of either stage.
+                `True` continues the run in `output_dir` in the stage it was in; or a checkpoint's folder, of either
+                stage.
             trial, ignore_keys_for_eval (*optional*):
                 As in Trainer.
 
@@ -209,7 +212,7 @@ class IEKDTrainer(DistillationTrainer):
             self.components.reset()
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             self.check_finite()
-            self._sync_buffers()
+            self._sync_buffers(self.student_side)
         finally:
             self.teacher.tap.detach()
             self.student_side.tap.detach()
@@ -227,7 +230,8 @@ class IEKDTrainer(DistillationTrainer):
         except (RuntimeError, ValueError, KeyError) as error:
             shapes = {name: tuple(x.shape) for name, x in self._sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
-                f"Expected {type(self.teacher.teacher).__name__} to take the student's batch {shapes}, got: {error} If it "
+                f"Expected {type(self.teacher.teacher).__name__} to take the student's batch {shapes}, got: {error} "
+                "If it "
                 "needs another size, pass teacher_processor."
             ) from error
 

@@ -115,7 +115,7 @@ def test_model_that_cannot_be_reached(make_trainer):
 
 
 def test_folder_without_a_model(make_trainer, tmp_path):
-    with pytest.raises(ValueError, match="to hold a loadable config.json"):
+    with pytest.raises(ValueError, match=r"to hold a loadable config\.json"):
         make_trainer(teacher_model=str(tmp_path))
 
 
@@ -132,7 +132,7 @@ def test_model_that_gives_no_loss(make_trainer):
         def forward(self, pixel_values, labels=None):
             return {"logits": self.body(pixel_values).mean(dim=(2, 3))[:, :3]}
 
-    with pytest.raises(ValueError, match="Silent to return a loss, got only logits"):
+    with pytest.raises(ValueError, match=r"Silent to return a loss, got only logits"):
         make_trainer(Silent(), student_layers=["body"]).train()
 
 

@@ -83,7 +83,7 @@ def test_paraphraser_is_saved_in_safetensors_and_comes_back_frozen(tmp_path):
     assert (loaded.in_channels, loaded.factor_channels) == (8, 4)
     (tmp_path / "model.safetensors").unlink()
     torch.save(paraphraser.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="got no model.safetensors"):
+    with pytest.raises(ValueError, match=r"got no model\.safetensors"):
         Paraphraser.from_pretrained(tmp_path)
 
 
@@ -97,5 +97,5 @@ def test_cifar_resnets_have_the_literatures_sizes(depth, parameters):
 
 
 def test_cifar_resnet_depths():
-    with pytest.raises(ValueError, match="6n \\+ 2"):
+    with pytest.raises(ValueError, match=r"6n \+ 2"):
         CifarResNetConfig.from_depth(18)

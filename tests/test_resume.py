@@ -56,10 +56,7 @@ def test_ten_steps_equal_five_and_five(make_trainer, tmp_path, student):
     """To the last bit: student (dropout included), encoders, split, optimizer, the weights' schedule, and the logs."""
 
     def make(**kwargs):
-        if student == "vit":
-            model = make_vit(seed=1, hidden_dropout_prob=0.1)
-        else:
-            model = make_resnet(8, seed=1)
+        model = make_vit(seed=1, hidden_dropout_prob=0.1) if student == "vit" else make_resnet(8, seed=1)
         return make_trainer(model, **(ARGUMENTS | kwargs))
 
     straight = make(output_dir=str(tmp_path / "straight"))
@@ -143,7 +140,7 @@ def test_resume_refuses_other_shapes_and_keeps_the_disk(make_trainer, tmp_path):
     make_trainer(**(ARGUMENTS | {"max_steps": 5})).train()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     wider = make_trainer(make_resnet(12, seed=1), **ARGUMENTS)
-    with pytest.raises(ValueError, match="other shapes.*another output_dir"):
+    with pytest.raises(ValueError, match=r"other shapes.*another output_dir"):
         wider.train(resume_from_checkpoint=True)
     other_split = make_trainer(inheritance_ratio=0.25, **ARGUMENTS)
     with pytest.raises(ValueError, match="inheritance_ratio"):

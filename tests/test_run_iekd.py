@@ -1,0 +1,253 @@
+"""The example script: the whole run on the digits, other sources of images, resuming, and its errors."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import same
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import image_data  # noqa: E402
+import run_iekd  # noqa: E402
+from image_metrics import TopKAccuracy  # noqa: E402
+
+
+QUICK = [
+    "--max_train_samples",
+    "64",
+    "--max_eval_samples",
+    "32",
+    "--num_train_epochs",
+    "1",
+    "--paraphraser_epochs",
+    "1",
+]
+QUICK += ["--teacher", "cifar-resnet-8", "--disable_tqdm", "true", "--per_device_train_batch_size", "16", "--use_cpu"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run_iekd.py", *map(str, arguments)])
+        run_iekd.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def image_rows(count=40, size=12, labels=("cat", "dog")):
+    generator = np.random.default_rng(0)
+    rows = {"img": [], "label": []}
+    for i in range(count):
+        pixels = generator.integers(0, 100, (size, size, 3)) + 100 * (i % 2)
+        rows["img"].append(PIL.Image.fromarray(pixels.astype(np.uint8)))
+        rows["label"].append(i % len(labels))
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(labels))})
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.mark.slow
+def test_the_digits_from_nothing_to_the_table(run, tmp_path):
+    printed = run("--output_dir", tmp_path, *QUICK, "--do_predict")
+    for row in ("teacher", "plain student", "distilled student"):
+        assert re.search(rf"^{row} +78,042 +\d+\.\d\d% +\d+\.\d\d% +\w", printed, flags=re.MULTILINE), printed
+    assert re.search(r"stage 1 \d+\.\d, stage 2 \d+\.\d", printed)
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    student, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    metrics = json.loads((tmp_path / "eval_results.json").read_text())
+    assert {"eval_accuracy", "eval_top5_accuracy", "eval_loss"} <= set(metrics)
+    assert any(re.fullmatch(r"eval_accuracy_\d", name) for name in metrics)
+    # The saved student, used as anybody would, gives the predictions that the run wrote down.
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()[1:]
+    assert len(lines) == 32
+    splits = image_data.load_images(image_data.DataArguments(max_train_samples=64, max_eval_samples=32), seed=42)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    pixels = processor([image.convert("RGB") for image in splits["validation"]["image"]], return_tensors="pt")
+    with torch.no_grad():
+        predicted = student.eval()(**pixels).logits.argmax(dim=1).tolist()
+    assert [line.split(",")[1] for line in lines] == [student.config.id2label[i] for i in predicted]
+    with pytest.raises(
+        ValueError, match=r"without checkpoints, got .* with checkpoint-4: add --resume_from_checkpoint"
+    ):
+        run("--output_dir", tmp_path, *QUICK)
+
+
+@pytest.mark.slow
+def test_resume_reuses_what_is_finished(run, tmp_path):
+    """Exact with random augmentation too, from the end of an epoch: within one, the next batch is drawn already."""
+    common = ["--output_dir", tmp_path, *QUICK, "--num_train_epochs", "2", "--save_total_limit", "5"]
+    run(*common)
+    finished = AutoModelForImageClassification.from_pretrained(tmp_path).state_dict()
+    teacher = (tmp_path / "_teacher" / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    printed = run(*common, "--resume_from_checkpoint", "true")
+    assert (tmp_path / "_teacher" / "model.safetensors").stat().st_mtime_ns == teacher
+    assert re.search(r"^teacher .* training", printed, flags=re.MULTILINE)
+    assert same(AutoModelForImageClassification.from_pretrained(tmp_path).state_dict(), finished)
+
+
+@pytest.mark.slow
+def test_parquet_yaml_and_pretrained_models(run, tmp_path):
+    """Columns are found by type (`img` as in CIFAR-10 on the Hub), settings come from a file, models from folders."""
+    from conftest import make_resnet
+
+    image_rows().to_parquet(tmp_path / "train.parquet")
+    image_rows(10).to_parquet(tmp_path / "validation.parquet")
+    make_resnet(16, num_labels=5, seed=2).save_pretrained(tmp_path / "teacher")  # other classes: features only
+    make_resnet(8, num_labels=7, seed=1).save_pretrained(tmp_path / "student")  # gets a new head
+    recipe = {
+        "teacher": str(tmp_path / "teacher"),
+        "student": str(tmp_path / "student"),
+        "train_file": str(tmp_path / "train.parquet"),
+        "validation_file": str(tmp_path / "validation.parquet"),
+        "output_dir": str(tmp_path / "out"),
+        "image_size": 32,
+        "num_train_epochs": 1,
+        "paraphraser_epochs": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    (tmp_path / "recipe.yaml").write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in recipe.items()))
+    printed = run(tmp_path / "recipe.yaml")
+    assert re.search(r"^teacher +[\d,]+ +- +-$", printed, flags=re.MULTILINE), printed  # its head knows other classes
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
+    assert config.id2label == {0: "cat", 1: "dog"}
+    (tmp_path / "recipe.json").write_text(
+        json.dumps({**recipe, "output_dir": str(tmp_path / "alone"), "do_train": False})
+    )
+    assert re.search(r"^student +[\d,]+ +\d", run(tmp_path / "recipe.json"), flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_image_folder_with_images_of_mixed_sizes(run, tmp_path):
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("validation", 4)):
+        for name in ("ant", "bee"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = generator.integers(70, 100, 2)
+                PIL.Image.fromarray(generator.integers(0, 255, (height, width, 3)).astype(np.uint8)).save(
+                    folder / f"{i}.png"
+                )
+    folders = ["--train_dir", tmp_path / "train", "--validation_dir", tmp_path / "validation", "--image_size", 72]
+    printed = run("--output_dir", tmp_path / "out", *folders, *QUICK, "--plain_student", "false")
+    assert "plain student" not in printed and "distilled student" in printed
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.label2id == {"ant": 0, "bee": 1}
+
+
+def test_help_explains(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_iekd.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        run_iekd.main()
+    text = capsys.readouterr().out
+    for name in ("--teacher", "--lambda_inh", "--train_file", "--student_from_scratch", "--push_to_hub"):
+        assert re.search(rf"{name}\b", text)
+
+
+def load(tmp_path, seed=0, **kwargs):
+    return image_data.load_images(image_data.DataArguments(train_file=str(tmp_path / "train.parquet"), **kwargs), seed)
+
+
+def test_data_is_brought_into_one_form(tmp_path):
+    rows = image_rows(20)
+    rows.to_parquet(tmp_path / "train.parquet")
+    splits = load(tmp_path, train_val_split=0.2)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 16, "validation": 4}
+    assert splits["train"].column_names == ["image", "label"]
+    # Names instead of codes, in another order than they first occur.
+    names = rows.remove_columns("label").add_column("label", ["dog" if i % 2 else "cat" for i in range(20)])
+    names.to_parquet(tmp_path / "train.parquet")
+    splits = load(tmp_path)
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+
+
+def test_bad_data(tmp_path):
+    rows = image_rows(8)
+    rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(
+        ValueError, match="a column of images in the train split, got the columns img, label, not 'image'"
+    ):
+        load(tmp_path, image_column_name="image")
+    rows.remove_columns("label").to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"column of labels.*--label_column_name"):
+        load(tmp_path)
+    rows.select([]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="images in the train split, got an empty one"):
+        load(tmp_path)
+    rows.to_parquet(tmp_path / "train.parquet")
+    image_rows(4, labels=("cat", "dog", "cow")).to_parquet(tmp_path / "validation.parquet")
+    with pytest.raises(ValueError, match="among the training split's 2 classes, got cow"):
+        load(tmp_path, validation_file=str(tmp_path / "validation.parquet"))
+    with pytest.raises(ValueError, match="does not exist"):
+        image_data.load_images(image_data.DataArguments(train_file=str(tmp_path / "absent.parquet")), 0)
+    with pytest.raises(ValueError, match="one source"):
+        image_data.DataArguments(train_file="a", train_dir="b")
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    for i in range(4):
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    files = [str(tmp_path / f"{i}.png") for i in range(4)]
+    split = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match=r"image in row 2 of the train split \(2\.png\).*replace or remove"):
+        image_data.check_images(split, "train")
+
+
+def test_data_sets_and_models_that_cannot_be_reached(run, tmp_path):
+    with pytest.raises(ValueError, match=r"'nobody/nothing', which cannot be had.*--train_file"):
+        run("--output_dir", tmp_path, "--dataset_name", "nobody/nothing")
+    with pytest.raises(ValueError, match=r"--student .*'nobody/nothing'.*HF_HUB_CACHE"):
+        run("--output_dir", tmp_path, *QUICK, "--student", "nobody/nothing")
+    with pytest.raises(ValueError, match=r"--teacher .*'nobody/nothing'"):
+        run("--output_dir", tmp_path, *QUICK, "--teacher", "nobody/nothing")
+    with pytest.raises(ValueError, match="6n"):
+        run("--output_dir", tmp_path, *QUICK, "--teacher", "cifar-resnet-21")
+
+
+def test_augmentation_keeps_shape_and_range():
+    arguments = image_data.DataArguments(image_size=16, max_train_samples=16, max_eval_samples=8)
+    splits = image_data.load_images(arguments, 0)
+    from transformers import ViTImageProcessorPil
+
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    plain = torch.stack(
+        [processor(im.convert("RGB"), return_tensors="pt")["pixel_values"][0] for im in splits["train"]["image"]]
+    )
+    image_data.add_transforms(splits, processor, arguments)
+    batch = torch.stack(splits["train"][:]["pixel_values"])
+    assert batch.shape == plain.shape == (16, 3, 16, 16)
+    assert batch.min() >= -1 and batch.max() <= 1
+    assert not torch.equal(batch, plain)
+    assert not torch.equal(batch, torch.stack(splits["train"][:]["pixel_values"]))  # drawn anew each time
+    validation = splits["validation"][:]["pixel_values"]
+    assert all(torch.equal(a, b) for a, b in zip(validation, splits["validation"][:]["pixel_values"], strict=True))
+
+
+def test_metric_counts():
+    logits = np.eye(8)[[0, 1, 2, 3]] * 2 - np.arange(8) / 100
+    result = TopKAccuracy(keep_in_memory=True).compute(
+        predictions=logits, references=[0, 1, 5, 7], class_names=[f"c{i}" for i in range(8)]
+    )
+    # Behind the best, the lower index is the larger logit: for row 2 the best five are 2, 0, 1, 3, 4.
+    assert result == {
+        "accuracy": 0.5,
+        "top5_accuracy": 0.5,
+        "accuracy_c0": 1,
+        "accuracy_c1": 1,
+        "accuracy_c5": 0,
+        "accuracy_c7": 0,
+    }
