@@ -90,10 +90,10 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
         if len(split) == 0:
             raise ValueError(f"Expected images in the {name} split, got an empty one: check its file or folder.")
     if "validation" not in splits:
-        stratify = isinstance(splits["train"].features["label"], datasets.ClassLabel)
-        parts = splits["train"].train_test_split(
-            args.train_val_split, seed=seed, stratify_by_column="label" if stratify else None
-        )
+        try:
+            parts = splits["train"].train_test_split(args.train_val_split, seed=seed, stratify_by_column="label")
+        except ValueError:  # no class labels yet, or too few images to hold every class twice
+            parts = splits["train"].train_test_split(args.train_val_split, seed=seed)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     splits = _unify_labels(splits)
     for name, most in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
@@ -117,8 +117,14 @@ def _load(args: DataArguments) -> datasets.DatasetDict:
                 raise ValueError(f"Expected a file or folder of {name} images, got {path!r}, which does not exist.")
         if kind == "imagefolder":
             files = {name: os.path.join(path, "**") for name, path in files.items() if path}
-        # `keep_in_memory=False`: images stay on disk, memory-mapped.
-        return datasets.load_dataset(kind, data_files={name: path for name, path in files.items() if path})
+        # Split by split: loaded together, all would get the class names of the first.
+        return datasets.DatasetDict(
+            {
+                name: datasets.load_dataset(kind, data_files={name: path}, split=name)
+                for name, path in files.items()
+                if path
+            }
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(

@@ -135,8 +135,10 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Return the factors F_T of each pair, and the logits or `None`."""
+        """Return the factors F_T of each pair (none without paraphrasers), and the logits or `None`."""
         feature_maps, logits = self.feature_maps(inputs, with_logits)
+        if not self.paraphrasers:
+            return [], logits
         return [
             paraphraser.encode(f_T) for paraphraser, f_T in zip(self.paraphrasers, feature_maps, strict=True)
         ], logits

@@ -84,7 +84,9 @@ class ParaphraserStage:
             elif resuming:
                 finished = Path(resume_from_checkpoint).parent / PARAPHRASER_FOLDER
 
-        settings = self._settings()
+        settings, args = self._settings(), self.trainer.args
+        if args.lambda_inh == 0 and args.lambda_exp == 0:
+            return resume_from_checkpoint, {}  # no factor is compared: plain logit distillation needs no paraphraser
         if self.given or (settings == self._trained_with and checkpoint is None):
             return resume_from_checkpoint, {}
         if resuming and checkpoint is None:

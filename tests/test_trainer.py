@@ -261,6 +261,18 @@ def test_a_zero_weight_removes_the_encoder(make_trainer):
     assert "exploration_loss" not in train_logs(trainer)[-1]
 
 
+def test_logit_distillation_alone_needs_no_paraphraser(make_trainer, tmp_path):
+    trainer = make_trainer(lambda_inh=0.0, lambda_exp=0.0, lambda_kd=1.0, save_strategy="steps", save_steps=1)
+    output = trainer.train()
+    assert not any(name.startswith("paraphraser") for name in output.metrics)
+    assert not (tmp_path / "out" / "_paraphraser").exists()
+    logs = train_logs(trainer)[-1]
+    assert logs["loss"] == pytest.approx(logs["task_loss"] + logs["kd_loss"], rel=1e-5)
+    again = make_trainer(lambda_inh=0.0, lambda_exp=0.0, lambda_kd=1.0, max_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert again.state.global_step == 3
+
+
 @pytest.mark.parametrize(
     "inheritance_distance, exploration_distance",
     [("l2", "l2"), ("cosine", "orthogonal"), ("partial_l2", "partial_l2"), ("l1", "cka")],

@@ -1,0 +1,119 @@
+"""Every code block of the README runs. Names on the Hub stand for small local folders of that name."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import make_resnet
+from hub_server import HubServer
+from transformers import ViTImageProcessorPil
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+COMMANDS = [line[2:] for kind, block in BLOCKS if kind == "console" for line in block.splitlines() if line[:2] == "$ "]
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """Make `microsoft/resnet-18`, `microsoft/resnet-50` and `uoft-cs/cifar10` folders of the working directory."""
+    import datasets
+
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    for name, width in (("resnet-18", 8), ("resnet-50", 16)):
+        make_resnet(width, num_labels=1000, seed=width).save_pretrained(tmp_path / "microsoft" / name)
+        processor.save_pretrained(tmp_path / "microsoft" / name)
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        pixels = generator.integers(0, 255, (24, 32, 32, 3)).astype(np.uint8)
+        features = datasets.Features(
+            {"img": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
+        )
+        rows = {"img": [PIL.Image.fromarray(image) for image in pixels], "label": [i % 10 for i in range(24)]}
+        folder = tmp_path / "uoft-cs" / "cifar10"
+        folder.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_python_blocks_in_order(stand_ins):
+    script = "\n".join(block for kind, block in BLOCKS if kind == "python")
+    assert script.count("IEKDTrainer(") == 2
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resnet.encoder.stages.1" in done.stdout  # list_layers
+    assert (stand_ins / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_accelerate_line(stand_ins):
+    (command,) = [command for command in COMMANDS if command.startswith("accelerate launch")]
+    (stand_ins / "examples").symlink_to(ROOT / "examples")
+    with HubServer() as hub:
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": "hf_test",
+            "HF_HOME": str(stand_ins / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        accelerate, *arguments = shlex.split(command)
+        program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments]
+        assert accelerate == "accelerate"
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert re.search(r"^distilled student +[\d,]+ +\d", done.stdout, flags=re.MULTILINE), done.stdout
+        (repository,) = hub.repos.values()
+        assert {"model.safetensors", "config.json", "README.md", "preprocessor_config.json"} <= set(
+            repository["files"]
+        )
+        assert not [path for path in repository["files"] if path.startswith(("_", "checkpoint-"))]
+
+
+@pytest.mark.slow
+def test_make_demo(tmp_path):
+    """The demo itself, in a copy of the tree that shares the virtual environment in which the tests run."""
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("runs in the virtual environment that the Makefile makes")
+    ignore = shutil.ignore_patterns(".venv", ".git", "__pycache__", "demo", "out")
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=ignore)
+    (tmp_path / "copy" / ".venv").symlink_to(ROOT / ".venv")
+    assert "make demo" in COMMANDS
+    # The stamps are as old as the installation; a copy has newer files, which are not to be installed again.
+    done = subprocess.run(
+        ["make", "-o", ".venv/examples", "demo"],
+        cwd=tmp_path / "copy",
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    accuracies = dict(re.findall(r"^(teacher|plain student|distilled student) +[\d,]+ +([\d.]+)%", done.stdout, re.M))
+    assert len(accuracies) == 3 and all(float(value) > 85 for value in accuracies.values()), done.stdout
+    assert (tmp_path / "copy" / "demo" / "report.png").is_file()
+
+
+def test_every_command_is_one_of_those_run():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command)
+        assert (program == "make" and arguments[0] in targets) or program in ("accelerate", "pip"), command
+    # `make test` is what runs this file, and installs by the line that the README shows.
+    assert "make test" in COMMANDS and "make test" in (ROOT / ".ci" / "run").read_text()
+    (pip,) = [command for command in COMMANDS if command.startswith("pip")]
+    assert '-e ".[examples]"' in pip and '-e ".[examples]"' in (ROOT / "Makefile").read_text()
+    assert {kind for kind, _ in BLOCKS} <= {"console", "python", "bibtex"}
