@@ -135,10 +135,8 @@ def _load(args: DataArguments) -> datasets.DatasetDict:
         name = args.dataset_name or args.train_file or args.train_dir
         raise ValueError(
             f"Expected a data set on the Hub or on disk, got {name!r}, which cannot be had ({error}). Without a "
-            "network, "
-            "give --train_file (parquet) or --train_dir (folders of images), or fill the cache (HF_DATASETS_CACHE) on "
-            "a "
-            "machine that has one and set HF_HUB_OFFLINE=1."
+            "network, give --train_file (parquet) or --train_dir (folders of images), or fill the cache "
+            "(HF_DATASETS_CACHE) on a machine that has one and set HF_HUB_OFFLINE=1."
         ) from error
 
 

@@ -219,8 +219,7 @@ def check_output_dir(args: RunArguments) -> str | bool | None:
         raise ValueError(
             f"Expected an output_dir without checkpoints, got {args.output_dir!r} with "
             f"{os.path.basename(get_last_checkpoint(args.output_dir))}: add --resume_from_checkpoint true to continue "
-            "that "
-            "run, or choose another --output_dir."
+            "that run, or choose another --output_dir."
         )
     return resume
 

@@ -184,6 +184,5 @@ def _check_layer_pairs(teacher_layers: list[str] | None, student_layers: list[st
     if num_teacher != num_student or num_teacher == 0:
         raise ValueError(
             f"Expected as many teacher_layers as student_layers, got {num_teacher} and {num_student}: they are paired "
-            "in "
-            "order, and None stands for one layer, the last feature map."
+            "in order, and None stands for one layer, the last feature map."
         )

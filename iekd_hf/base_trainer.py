@@ -72,19 +72,15 @@ class DistillationTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"Expected one process per GPU, got {self.args.n_gpu} GPUs in one process, where DataParallel would "
-                "split "
-                f"every batch under {name}'s hooks: run `accelerate launch --num_processes {self.args.n_gpu} "
-                "script.py`, "
-                "or set CUDA_VISIBLE_DEVICES to one GPU."
+                f"split every batch under {name}'s hooks: run `accelerate launch --num_processes {self.args.n_gpu} "
+                "script.py`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise ValueError(
                 f"Expected DDP or one process, got {engine}: {name} wraps the student together with its factor "
-                "encoders, "
-                f"which {engine} would shard or rebuild without the student's own class. Vision students fit on one "
-                "GPU: "
-                "run `accelerate launch --multi_gpu script.py` without it."
+                f"encoders, which {engine} would shard or rebuild without the student's own class. Vision students "
+                "fit on one GPU: run `accelerate launch --multi_gpu script.py` without it."
             )
 
     def sample_batch(self) -> dict:

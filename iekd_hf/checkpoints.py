@@ -62,8 +62,8 @@ def load_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrase
     if not file.is_file():
         raise ValueError(
             f"Expected a checkpoint of {trainer} in {folder}, got one without {ENCODERS_FILE}: it was written by "
-            "another "
-            "trainer or by save_model(). To start from its student, pass model=<that folder> and do not resume."
+            "another trainer or by save_model(). To start from its student, pass model=<that folder> and do not "
+            "resume."
         )
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
@@ -77,8 +77,7 @@ def load_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrase
     if layers != student_side.tap.layers:
         raise ValueError(
             f"Expected a checkpoint for student_layers {student_side.tap.layers}, got one for {layers} in {folder}: "
-            "set "
-            "student_layers as they were, or use another output_dir."
+            "set student_layers as they were, or use another output_dir."
         )
     if metadata["paraphrasers"] != paraphrasers:
         raise ValueError(
@@ -95,8 +94,7 @@ def load_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrase
         raise ValueError(
             f"Expected a checkpoint of encoders as the arguments make them, got another one in {folder} "
             f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels "
-            "and the "
-            "zero or non-zero lambdas as they were, or use another output_dir."
+            "and the zero or non-zero lambdas as they were, or use another output_dir."
         )
     student_side.load_state_dict(tensors, strict=False)
 
@@ -140,8 +138,7 @@ def load_paraphrasers(source: Paraphraser | list[Paraphraser] | str, num_layers:
         if num_layers > 1 and not os.path.isdir(name):
             raise ValueError(
                 f"Expected a local folder with the {num_layers} paraphrasers of {num_layers} layers, got {name!r}: "
-                "download "
-                "it first (huggingface_hub.snapshot_download), or pass a list of paraphrasers."
+                "download it first (huggingface_hub.snapshot_download), or pass a list of paraphrasers."
             )
         folders = [name] if num_layers == 1 else [os.path.join(name, str(index)) for index in range(num_layers)]
         try:

@@ -66,8 +66,7 @@ def check_label_maps(student: PreTrainedModel, teacher) -> None:
         )
         raise ValueError(
             f"Expected equal label maps of student and teacher for lambda_kd > 0, got {sizes[0]} and {sizes[1]} "
-            "labels, "
-            f"which differ first at {difference} ({(ours or {}).get(difference)!r} and "
-            f"{(theirs or {}).get(difference)!r}): "
-            "load both with the same id2label, or set lambda_kd=0; the feature losses do not need it."
+            f"labels, which differ first at {difference} ({(ours or {}).get(difference)!r} and "
+            f"{(theirs or {}).get(difference)!r}): load both with the same id2label, or set lambda_kd=0; the feature "
+            "losses do not need it."
         )

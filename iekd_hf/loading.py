@@ -66,8 +66,7 @@ def find_processor(name_or_path: str) -> BaseImageProcessor | None:
             saved = False
             logger.warning(
                 f"The image processor of {name_or_path} is neither in the cache nor within reach: its pixels are "
-                "taken to "
-                "be those of the other model. Pass teacher_processor if they are not."
+                "taken to be those of the other model. Pass teacher_processor if they are not."
             )
         except EntryNotFoundError:
             saved = False
@@ -95,8 +94,6 @@ def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
     reason = str(error).strip().partition("\n")[0]
     return (
         f"Expected {role} to be a folder or a Hub name that can be reached, got {name_or_path!r}, which is no folder "
-        "here "
-        f"and could not be had from the Hub ({reason}). Without a network, give a local folder, or fill the Hub's "
-        "cache "
-        f"({cache}) on a machine that has one and set HF_HUB_OFFLINE=1."
+        f"here and could not be had from the Hub ({reason}). Without a network, give a local folder, or fill the "
+        f"Hub's cache ({cache}) on a machine that has one and set HF_HUB_OFFLINE=1."
     )

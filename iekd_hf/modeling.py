@@ -58,8 +58,7 @@ class StudentWithEncoders(nn.Module):
             if torch.is_grad_enabled() and not f_S.requires_grad:
                 raise ValueError(
                     f"Expected the student's feature map at {name!r} to carry a gradient, got one without: its layers "
-                    "are "
-                    "frozen, or gradient checkpointing is reentrant (set "
+                    "are frozen, or gradient checkpointing is reentrant (set "
                     'gradient_checkpointing_kwargs={"use_reentrant": '
                     "False}); no feature loss would reach the student."
                 )

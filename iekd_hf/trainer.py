@@ -177,8 +177,7 @@ class IEKDTrainer(DistillationTrainer):
         if outputs.get("loss") is None:
             raise ValueError(
                 f"Expected {type(self.model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
-                "needs "
-                f"{' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
+                f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
             )
         return outputs["loss"]
 
@@ -231,8 +230,7 @@ class IEKDTrainer(DistillationTrainer):
             shapes = {name: tuple(x.shape) for name, x in self._sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
                 f"Expected {type(self.teacher.teacher).__name__} to take the student's batch {shapes}, got: {error} "
-                "If it "
-                "needs another size, pass teacher_processor."
+                "If it needs another size, pass teacher_processor."
             ) from error
 
     def _build_student_side(self) -> None:
