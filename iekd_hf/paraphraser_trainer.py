@@ -5,6 +5,7 @@ import inspect
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -109,7 +110,9 @@ class ParaphraserTrainer(DistillationTrainer):
         mean_maps, count = None, 0
         for feature_maps in self._maps_of(self.train_dataset):
             sums = [f_T.float().sum(dim=0) for f_T in feature_maps]
-            mean_maps = sums if mean_maps is None else [m + s for m, s in zip(mean_maps, sums, strict=True)]
+            mean_maps = (
+                sums if mean_maps is None else [m + _resize(s, m) for m, s in zip(mean_maps, sums, strict=True)]
+            )
             count += len(feature_maps[0])
             if count >= _MEAN_MAP_IMAGES:
                 break
@@ -120,11 +123,11 @@ class ParaphraserTrainer(DistillationTrainer):
             count += len(feature_maps[0])
             with self.accelerator.autocast():
                 reconstructions = self.model(feature_maps)
-            trivial = [m.expand_as(f_T) for m, f_T in zip(mean_maps, feature_maps, strict=True)]
+            trivial = [_resize(m, f_T).expand_as(f_T) for m, f_T in zip(mean_maps, feature_maps, strict=True)]
             for index, prediction in enumerate((reconstructions, trivial)):
                 losses[index] += self._reconstruction(prediction, feature_maps) * len(feature_maps[0])
         ours, trivial = (losses / count).tolist()
-        logger.info(f"Reconstruction error on {count} held-out images: {ours:.4g}; of the mean map: {trivial:.4g}.")
+        self.log({"held_out_reconstruction_loss": ours, "held_out_mean_map_loss": trivial})
         if not ours < trivial:
             warnings.warn(
                 "The paraphraser has not beaten the trivial predictor on held-out images: reconstruction error "
@@ -149,6 +152,11 @@ class ParaphraserTrainer(DistillationTrainer):
             with self.accelerator.autocast():
                 feature_maps, _ = self.teacher.feature_maps(self._prepare_inputs(inputs))
             yield feature_maps
+
+
+def _resize(feature_map: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Bring a map to another's height and width: images to report on may be larger than those to train on."""
+    return F.adaptive_avg_pool2d(feature_map, like.shape[-2:])
 
 
 def _stage_1_arguments(args: IEKDTrainingArguments, output_dir: str) -> IEKDTrainingArguments:

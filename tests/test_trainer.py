@@ -133,6 +133,11 @@ def test_a_good_paraphraser_does_not_warn(make_trainer):
     assert output.metrics["paraphraser_reconstruction_loss"] < output.metrics["paraphraser_mean_map_loss"]
 
 
+def test_stage_1_reports_on_images_of_another_size(make_trainer):
+    output = make_trainer(eval_dataset=make_images(4, size=(48, 40))).train()
+    assert output.metrics["paraphraser_mean_map_loss"] > 0
+
+
 def test_lambda_schedule_is_followed(make_trainer):
     trainer = make_trainer(max_steps=4, lambda_inh=8.0, lambda_schedule="linear", lambda_warmup_ratio=0.5)
     seen = []
@@ -511,3 +516,13 @@ def test_arguments_are_required(tmp_path):
         IEKDTrainer(model=make_resnet(), teacher_model=make_resnet())
     with pytest.raises(ValueError, match="teacher_model"):
         IEKDTrainer(model=make_resnet(), args=IEKDTrainingArguments(tmp_path, report_to="none"))
+
+
+def test_tensorboard_gets_the_components(make_trainer, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make_trainer(report_to="tensorboard").train()
+    (folder,) = {path.parent for path in (tmp_path / "out" / "runs").rglob("events*")}
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("task_loss", "inheritance_loss", "exploration_loss", "lambda_inh"):
+        assert len(events.Scalars(f"train/{name}")) == 2
