@@ -93,13 +93,13 @@ class ParaphraserStage:
             self._take(load_paraphrasers(str(finished), len(self.teacher_channels)))
             return resume_from_checkpoint, {}
         if not resuming and self.trainer.is_world_process_zero():
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_checkpoints(unfinished)
             shutil.rmtree(finished, ignore_errors=True)
         metrics = self._train(unfinished, checkpoint)
         self._trained_with = settings
         if self.trainer.args.should_save:
             save_paraphrasers(self.trainer.teacher.paraphrasers, finished)
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_checkpoints(unfinished)
         self.trainer.accelerator.wait_for_everyone()
         return resume_from_checkpoint, metrics
 
@@ -157,3 +157,9 @@ class ParaphraserStage:
                     f"{paraphraser.factor_channels}: leave factor_channels at None, or pass another paraphraser."
                 )
         self.trainer.teacher.set_paraphrasers([paraphraser.to(args.device) for paraphraser in paraphrasers])
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a stage 1 that is over; what trackers have written there stays."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
