@@ -231,7 +231,8 @@ class Run:
         self.model_args, self.args = model_args, args
         self.resume = check_output_dir(args)
         set_seed(args.seed)
-        self.splits = load_images(data_args, args.seed)
+        with args.main_process_first(desc="loading images"):  # the others find them in the cache
+            self.splits = load_images(data_args, args.seed)
         self.names = self.splits["train"].features["label"].names
         if data_args.uses_digits:
             for name in args.undecided:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_images, make_resnet, same
-from transformers import ResNetForImageClassification
+from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments
 
@@ -16,12 +16,13 @@ from iekd_hf import IEKDTrainer, IEKDTrainingArguments
 HERE = Path(__file__).parent
 
 
-def torchrun(*arguments: str, timeout: int = 300) -> None:
+def torchrun(*arguments: str, timeout: int = 300) -> str:
     """`accelerate launch --cpu --num_processes 2` starts one process; torchrun starts two."""
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -39,6 +40,19 @@ def test_two_ranks_are_equal(tmp_path, student):
         saved = ResNetForImageClassification.from_pretrained(tmp_path / "saved").state_dict()
         held = {k.removeprefix("student."): v for k, v in first["student_side"].items() if k.startswith("student.")}
         assert same(saved, held)
+
+
+@pytest.mark.slow
+def test_the_script_on_two_ranks(tmp_path):
+    small = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1"]
+    small += ["--paraphraser_epochs", "1", "--teacher", "cifar-resnet-8", "--per_device_train_batch_size", "16"]
+    script = str(HERE.parent / "examples" / "run_iekd.py")
+    printed = torchrun(script, "--output_dir", str(tmp_path), "--use_cpu", "--disable_tqdm", "true", *small)
+    assert printed.count("\ndistilled student ") == 1  # one rank prints
+    # 64 images on 2 ranks of 16 are 2 steps.
+    assert (tmp_path / "checkpoint-2" / "rng_state_1.pth").is_file()
+    _, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
