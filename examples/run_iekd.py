@@ -196,7 +196,7 @@ def has_classes(name: str, names: list[str], trust_remote_code: bool) -> bool:
     return config.id2label == dict(enumerate(names))
 
 
-def build_processor(student: str, from_scratch: bool, image_size: int | None, first_image) -> BaseImageProcessor:
+def build_processor(student: str, image_size: int | None, first_image) -> BaseImageProcessor:
     """Load the student's image processor, or make one for the images' own size."""
     if not is_shorthand(student):
         processor = find_processor(student)
@@ -245,7 +245,7 @@ class Run:
         if args.learning_rate is None:
             args.learning_rate = 0.1 if from_scratch else 0.01
         first_image = self.splits["train"][0]["image"]
-        self.processor = build_processor(model_args.student, from_scratch, data_args.image_size, first_image)
+        self.processor = build_processor(model_args.student, data_args.image_size, first_image)
         add_transforms(self.splits, self.processor, data_args)
         self.metric = TopKAccuracy(keep_in_memory=True)
 

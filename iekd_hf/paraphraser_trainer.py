@@ -7,7 +7,6 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .arguments import IEKDTrainingArguments
@@ -41,8 +40,6 @@ class ParaphraserTrainer(DistillationTrainer):
             Images to train on, and images to report on.
         data_collator (`Callable`):
             As in Trainer.
-        callbacks (`list[TrainerCallback]`, *optional*):
-            Further callbacks of this stage.
     """
 
     def __init__(
@@ -54,7 +51,6 @@ class ParaphraserTrainer(DistillationTrainer):
         train_dataset: Dataset,
         held_out: Dataset | None,
         data_collator,
-        callbacks: list[TrainerCallback] | None = None,
     ):
         optimizer = {"lr": args.paraphraser_learning_rate, "momentum": 0.9, "nesterov": True}
         super().__init__(
@@ -63,7 +59,6 @@ class ParaphraserTrainer(DistillationTrainer):
             train_dataset=train_dataset,
             eval_dataset=held_out,
             data_collator=data_collator,
-            callbacks=callbacks,
             optimizer_cls_and_kwargs=(torch.optim.SGD, optimizer),
         )
         self.teacher = teacher

@@ -206,6 +206,7 @@ class IEKDTrainer(DistillationTrainer):
         self.teacher.tap.attach()
         try:
             resume_from_checkpoint, metrics = self.stage_1.run(resume_from_checkpoint)
+            self._fingerprint = fingerprint(self.teacher.paraphrasers)  # once: they are frozen from here on
             # Stage 2 draws the same numbers whether stage 1 has run, was resumed, or was left out.
             set_seed(self.args.seed)
             self.components.reset()
@@ -284,7 +285,7 @@ class IEKDTrainer(DistillationTrainer):
         """Save the plain student; a checkpoint gets the encoders and their splits beside it."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:
-            save_encoders(self.student_side, output_dir, type(self).__name__, fingerprint(self.teacher.paraphrasers))
+            save_encoders(self.student_side, output_dir, type(self).__name__, self._fingerprint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -297,7 +298,7 @@ class IEKDTrainer(DistillationTrainer):
         self._load_encoders(self.state.best_model_checkpoint)
 
     def _load_encoders(self, folder: str) -> None:
-        load_encoders(self.student_side, folder, type(self).__name__, fingerprint(self.teacher.paraphrasers))
+        load_encoders(self.student_side, folder, type(self).__name__, self._fingerprint)
 
 
 def _check_student(student: PreTrainedModel, teacher: nn.Module, args: IEKDTrainingArguments, kwargs: dict) -> None:
