@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from image_data import DataArguments, add_transforms, load_images
@@ -228,7 +229,7 @@ class Run:
     """Hold what the steps of the script share."""
 
     def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: RunArguments):
-        self.model_args, self.args = model_args, args
+        self.model_args, self.data_args, self.args = model_args, data_args, args
         self.resume = check_output_dir(args)
         set_seed(args.seed)
         with args.main_process_first(desc="loading images"):  # the others find them in the cache
@@ -296,11 +297,16 @@ class Run:
             done.write_text(json.dumps({"seconds": seconds, "log_history": trainer.state.log_history}))
         return seconds, trainer.state.log_history
 
-    def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return a model's metrics on the validation images."""
+    def evaluate(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> dict[str, float]:
+        """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
         args = copy.copy(self.args)
         args.push_to_hub = False
-        metrics = DistillationTrainer(model=model, args=args, **self.common()).evaluate()
+        validation = self.splits["validation"]
+        if processor is not None:
+            own = datasets.DatasetDict({"validation": validation.with_format(None)})
+            add_transforms(own, processor, self.data_args)
+            validation = own["validation"]
+        metrics = DistillationTrainer(model=model, args=args, **self.common()).evaluate(validation)
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
     def get_teacher(self) -> tuple[PreTrainedModel, BaseImageProcessor | None, Result]:
@@ -320,8 +326,8 @@ class Run:
         result = Result("teacher", teacher.num_parameters())
         if epochs > 0:
             result.seconds, result.log_history = self.train_alone(teacher, "teacher", epochs)
-        if own_classes and self.args.do_eval and processor is None:
-            result.metrics = self.evaluate(teacher)
+        if own_classes and self.args.do_eval:
+            result.metrics = self.evaluate(teacher, processor)
         return teacher, processor, result
 
 

@@ -131,6 +131,27 @@ def test_parquet_yaml_and_pretrained_models(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_trained_teacher_is_measured_on_its_own_pixels(run, tmp_path):
+    """A teacher of these classes has an accuracy in the table, and it is the one that its own processor gives."""
+    from conftest import make_resnet
+    from transformers import ViTImageProcessorPil
+
+    image_rows().to_parquet(tmp_path / "train.parquet")
+    image_rows(16).to_parquet(tmp_path / "validation.parquet")
+    processor = ViTImageProcessorPil(size={"height": 48, "width": 48}, image_mean=[0.1] * 3, image_std=[0.3] * 3)
+    teacher = make_resnet(16, num_labels=2, seed=2, id2label={0: "cat", 1: "dog"}).eval()
+    teacher.save_pretrained(tmp_path / "teacher")
+    processor.save_pretrained(tmp_path / "teacher")
+    with torch.no_grad():
+        logits = teacher(**processor(list(image_rows(16)["img"]), return_tensors="pt")).logits
+    expected = (logits.argmax(dim=1).numpy() == np.array(image_rows(16)["label"])).mean()
+    files = ["--train_file", tmp_path / "train.parquet", "--validation_file", tmp_path / "validation.parquet"]
+    small = [*QUICK, "--teacher", tmp_path / "teacher", "--plain_student", "false", "--image_size", "32"]
+    printed = run("--output_dir", tmp_path / "out", *files, *small)
+    assert re.search(rf"^teacher +[\d,]+ +{expected:.2%}", printed, flags=re.MULTILINE), printed
+
+
+@pytest.mark.slow
 def test_image_folder_with_images_of_mixed_sizes(run, tmp_path):
     generator = np.random.default_rng(0)
     for split, count in (("train", 12), ("validation", 4)):
