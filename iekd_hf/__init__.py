@@ -1,12 +1,13 @@
-"""Inheritance and exploration knowledge distillation (IE-KD) for vision models, as a Hugging Face Trainer."""
+"""Inheritance and exploration knowledge distillation (IE-KD, IE-DML) for vision models, as Hugging Face Trainers."""
 
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from .arguments import IEKDTrainingArguments
+from .arguments import IEKDTrainingArguments, MutualTrainingArguments
 from .factors import ChannelSplit, FactorEncoder, Paraphraser
 from .features import list_layers
 from .losses import exploration_loss, inheritance_loss, reconstruction_loss
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from .mutual_trainer import MutualTrainer
 from .trainer import IEKDTrainer
 
 
@@ -22,6 +23,8 @@ __all__ = [
     "FactorEncoder",
     "IEKDTrainer",
     "IEKDTrainingArguments",
+    "MutualTrainer",
+    "MutualTrainingArguments",
     "Paraphraser",
     "exploration_loss",
     "inheritance_loss",

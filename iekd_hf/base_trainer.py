@@ -11,6 +11,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
+_NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
+
 
 class ComponentLog:
     """
@@ -59,6 +62,8 @@ class DistillationTrainer(Trainer):
     """
 
     _tag_names = ("iekd", "knowledge-distillation")
+    # The arguments that weigh a loss, as both trainers name them for `loss_weights`.
+    _weight_names: tuple[str, ...] = ()
 
     # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
@@ -99,12 +104,44 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         return self._prepare_inputs(batch)
 
+    def take_labels(self, inputs: dict) -> torch.Tensor | None:
+        """Take the labels out of a batch where the task's loss is not the model's own."""
+        own_loss = self.compute_loss_func is not None or self.label_smoother is not None
+        return inputs.pop("labels") if own_loss and "labels" in inputs else None
+
+    def task_loss(self, model: nn.Module, outputs: dict, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+        if labels is not None:
+            return self.label_smoother(outputs, labels)
+        if outputs.get("loss") is None:
+            raise ValueError(
+                f"Expected {type(model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
+                f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
+            )
+        return outputs["loss"]
+
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weights of the losses beside the task's as they are at this step, by argument; none is 0."""
+        if not self._weight_names:
+            return {}
+        scale = self.args.lambda_scale(self.state.global_step / self.state.max_steps)
+        return {name: scale * getattr(self.args, name) for name in self._weight_names if getattr(self.args, name) > 0}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the components' means beside the training loss."""
+        """Log, with the components' means and the weights as they are now beside the training loss."""
         if "loss" in logs:
-            logs = {**logs, **self.check_finite()}
+            logs = {**logs, **self.check_finite(), **self.loss_weights()}
             self.components.reset()
         super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict with the bare model, of whose output only predictions are kept."""
+        if ignore_keys is None:
+            ignore_keys = [*getattr(self.model.config, "keys_to_ignore_at_inference", []), *_NOT_PREDICTIONS]
+        with self.accelerator.autocast():  # where the bare model was not prepared by accelerate
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def check_finite(self) -> dict[str, float]:
         """Return the components' means since the last log; raise `FloatingPointError` where one was not finite."""

@@ -1,14 +1,13 @@
 """What a run keeps beside the plain student: factor encoders with their split, and the paraphrasers."""
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .factors import Paraphraser
@@ -27,64 +26,77 @@ def fingerprint(paraphrasers: nn.ModuleList) -> str:
     return digest.hexdigest()
 
 
-def save_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrasers: str) -> None:
+def save_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str) -> None:
     """
-    Save everything of the student's side but the student.
+    Save everything that trains but the students, which are saved as models.
 
     Args:
-        student_side (`StudentWithEncoders`):
-            The student with its encoders and splits.
+        module (`nn.Module`):
+            Holds each student in an attribute `student`, with its encoders and splits beside it.
         folder (`str`):
             The checkpoint's folder.
         trainer (`str`):
             Name of the trainer's class.
-        paraphrasers (`str`):
-            Fingerprint of the paraphrasers that the encoders were trained against.
+        made_for (`str`):
+            What the encoders belong to: `student_layers` or `peer_layers`, and a fingerprint of `paraphrasers`.
     """
-    tensors = {k: v.contiguous() for k, v in student_side.state_dict().items() if not k.startswith("student.")}
-    layers = json.dumps(student_side.tap.layers)
-    metadata = {"format": "pt", "trainer": trainer, "paraphrasers": paraphrasers, "student_layers": layers}
-    save_file(tensors, Path(folder) / ENCODERS_FILE, metadata=metadata)
+    tensors = {name: value.contiguous() for name, value in _beside_students(module).items()}
+    save_file(tensors, Path(folder) / ENCODERS_FILE, metadata={"format": "pt", "trainer": trainer, **made_for})
 
 
-def load_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrasers: str) -> None:
+def read_metadata(folder: str, trainer: str) -> dict[str, str]:
     """
-    Restore what [`save_encoders`] has saved, into encoders of the same shapes.
+    Return what [`save_encoders`] has written beside the tensors, if it was this trainer.
 
     Args:
-        student_side (`StudentWithEncoders`), folder (`str`), trainer (`str`), paraphrasers (`str`):
+        folder (`str`), trainer (`str`):
             As in [`save_encoders`].
 
     Raises:
-        `ValueError`: no such file, one of another trainer, other paraphrasers, layers or shapes.
+        `ValueError`: a checkpoint of another trainer.
     """
     file = Path(folder) / ENCODERS_FILE
     if not file.is_file():
         raise ValueError(
             f"Expected a checkpoint of {trainer} in {folder}, got one without {ENCODERS_FILE}: it was written by "
-            "another trainer or by save_model(). To start from its student, pass model=<that folder> and do not "
+            "another trainer or by save_model(). To start from its weights, load them from that folder and do not "
             "resume."
         )
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
     if metadata["trainer"] != trainer:
         raise ValueError(
             f"Expected a checkpoint of {trainer} in {folder}, got one of {metadata['trainer']}: resume with that "
             "trainer."
         )
-    layers = json.loads(metadata["student_layers"])
-    if layers != student_side.tap.layers:
+    return metadata
+
+
+def load_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str) -> None:
+    """
+    Restore what [`save_encoders`] has saved, into encoders of the same shapes.
+
+    Args:
+        module (`nn.Module`), folder (`str`), trainer (`str`), made_for (`str`):
+            As in [`save_encoders`].
+
+    Raises:
+        `ValueError`: no such file, one of another trainer, other paraphrasers, layers or shapes.
+    """
+    metadata = read_metadata(folder, trainer)
+    for name, value in made_for.items():
+        if metadata.get(name) == value:
+            continue
+        if name == "paraphrasers":
+            raise ValueError(
+                f"Expected the paraphraser that the checkpoint in {folder} was trained against, got another one: pass "
+                "the paraphraser (or the output_dir) of that run."
+            )
         raise ValueError(
-            f"Expected a checkpoint for student_layers {student_side.tap.layers}, got one for {layers} in {folder}: "
-            "set student_layers as they were, or use another output_dir."
+            f"Expected a checkpoint for {name} {value}, got one for {metadata.get(name)} in {folder}: set {name} as "
+            "they were, or use another output_dir."
         )
-    if metadata["paraphrasers"] != paraphrasers:
-        raise ValueError(
-            f"Expected the paraphraser that the checkpoint in {folder} was trained against, got another one: pass the "
-            "paraphraser (or the output_dir) of that run."
-        )
-    own = {k: v for k, v in student_side.state_dict().items() if not k.startswith("student.")}
+    own, tensors = _beside_students(module), load_file(Path(folder) / ENCODERS_FILE)
     different = sorted(
         name
         for name in own.keys() | tensors.keys()
@@ -94,9 +106,13 @@ def load_encoders(student_side: nn.Module, folder: str, trainer: str, paraphrase
         raise ValueError(
             f"Expected a checkpoint of encoders as the arguments make them, got another one in {folder} "
             f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels "
-            "and the zero or non-zero lambdas as they were, or use another output_dir."
+            "and the losses that are in use as they were, or use another output_dir."
         )
-    student_side.load_state_dict(tensors, strict=False)
+    module.load_state_dict(tensors, strict=False)
+
+
+def _beside_students(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in module.state_dict().items() if ".student." not in f".{name}"}
 
 
 def save_paraphrasers(paraphrasers: nn.ModuleList, folder: Path) -> None:

@@ -1,8 +1,27 @@
-"""What is refused before training starts: empty datasets, labels outside the model's range, label maps that differ."""
+"""What is refused before training starts: data without rows or with unknown labels, models that do not go together."""
 
 import datasets
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
+
+
+def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
+    """
+    Apply [`check_dataset`] to all that were given.
+
+    Args:
+        model (`PreTrainedModel`):
+            The student.
+        train_dataset (`Dataset`, *optional*), eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            As Trainer takes them.
+
+    Raises:
+        `ValueError`: as [`check_dataset`].
+    """
+    for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        for dataset in given.values() if isinstance(given, dict) else [given]:
+            if dataset is not None:
+                check_dataset(dataset, name, model)
 
 
 def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
@@ -45,28 +64,61 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
             )
 
 
-def check_label_maps(student: PreTrainedModel, teacher) -> None:
+def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, term: str, way_out: str) -> None:
     """
     Refuse the logit term between models of different labels.
 
     Args:
-        student (`PreTrainedModel`):
-            The student.
-        teacher (`PreTrainedModel`):
-            The teacher.
+        first (`PreTrainedModel`), second (`PreTrainedModel`):
+            The models.
+        who (`str`):
+            What to call them: `"student and teacher"`.
+        term (`str`), way_out (`str`):
+            The arguments that turn the logit term on, and off.
 
     Raises:
         `ValueError`: the label maps `id2label` differ.
     """
-    ours, theirs = (getattr(getattr(m, "config", None), "id2label", None) for m in (student, teacher))
+    ours, theirs = (getattr(getattr(m, "config", None), "id2label", None) for m in (first, second))
     if ours != theirs:
         sizes = [None if labels is None else len(labels) for labels in (ours, theirs)]
         difference = next(
             (i for i in sorted({*(ours or {}), *(theirs or {})}) if (ours or {}).get(i) != (theirs or {}).get(i)), None
         )
         raise ValueError(
-            f"Expected equal label maps of student and teacher for lambda_kd > 0, got {sizes[0]} and {sizes[1]} "
-            f"labels, which differ first at {difference} ({(ours or {}).get(difference)!r} and "
-            f"{(theirs or {}).get(difference)!r}): load both with the same id2label, or set lambda_kd=0; the feature "
-            "losses do not need it."
+            f"Expected equal label maps of {who} for {term}, got {sizes[0]} and {sizes[1]} labels, which differ first "
+            f"at {difference} ({(ours or {}).get(difference)!r} and {(theirs or {}).get(difference)!r}): load both "
+            f"with the same id2label, or set {way_out}; the feature losses do not need it."
         )
+
+
+def check_models(models: list[PreTrainedModel], kwargs: dict) -> None:
+    """
+    Refuse what cannot be trained side by side.
+
+    Args:
+        models (`list[PreTrainedModel]`):
+            The models.
+        kwargs (`dict`):
+            The trainer's other arguments.
+
+    Raises:
+        `ValueError`: fewer than two models, common weights, arguments for one model, data that do not fit.
+    """
+    if len(models) < 2:
+        raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
+    owners = {}
+    for i, model in enumerate(models):
+        for parameter in model.parameters():
+            if owners.setdefault(parameter, i) != i:
+                raise ValueError(
+                    f"Expected models with weights of their own, but models[{owners[parameter]}] and models[{i}] "
+                    "share theirs: build the second one anew, or pass copy.deepcopy(model)."
+                )
+        check_datasets(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    for name in ("model", "model_init", "optimizers"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"Expected no {name}, got one: pass models=[...]; each gets an optimizer of its own, by args.optim or "
+                "optimizer_cls_and_kwargs."
+            )

@@ -60,14 +60,15 @@ class FeatureTap:
         self._handles.clear()
         self._outputs.clear()
 
-    def channels(self, inputs: dict) -> list[int]:
-        """Return each map's number of channels, found by one forward pass in eval mode that leaves no trace."""
+    def probe(self, inputs: dict, stop_after_last: bool = True) -> tuple[dict | None, list[int]]:
+        """Return the model's output (or `None`) and each map's channels, by one forward pass that leaves no trace."""
         was_attached, was_training = bool(self._handles), self.model.training
         self.model.eval()
         self.attach()
         try:
             with torch.no_grad():
-                return [feature_map.shape[1] for feature_map in self.run(inputs, stop_after_last=True)[1]]
+                outputs, feature_maps = self.run(inputs, stop_after_last)
+                return outputs, [feature_map.shape[1] for feature_map in feature_maps]
         finally:
             self.model.train(was_training)
             if not was_attached:

@@ -1,9 +1,12 @@
-"""What trains, in one `forward`, and what is frozen: the student with its factor encoders, and the teacher's side."""
+"""What trains, each in one `forward`, and what is frozen: students and peers with encoders, and the teacher's side."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .factors import ChannelSplit, FactorEncoder, Paraphraser
 from .features import FeatureTap
@@ -54,6 +57,10 @@ class StudentWithEncoders(nn.Module):
     def forward(self, **inputs) -> tuple[dict, list[torch.Tensor], list[torch.Tensor]]:
         """Return the student's output and the factors F_inh and F_exp of each pair; an unused half has none."""
         outputs, feature_maps = self.tap.run(inputs)
+        return outputs, *self.factors(feature_maps)
+
+    def factors(self, feature_maps: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return F_inh and F_exp of each map."""
         for name, f_S in zip(self.tap.layers, feature_maps, strict=True):
             if torch.is_grad_enabled() and not f_S.requires_grad:
                 raise ValueError(
@@ -65,7 +72,43 @@ class StudentWithEncoders(nn.Module):
         halves = [split(f_S) for split, f_S in zip(self.splits, feature_maps, strict=True)]
         factors_inh = [encode(f_inh) for encode, (f_inh, _) in zip(self.inheritance_encoders, halves, strict=False)]
         factors_exp = [encode(f_exp) for encode, (_, f_exp) in zip(self.exploration_encoders, halves, strict=False)]
-        return outputs, factors_inh, factors_exp
+        return factors_inh, factors_exp
+
+
+class Peer(StudentWithEncoders):
+    """
+    Hold one of several networks that teach each other, with the encoders of what it learns: a student as above, whose
+    pairs are the other peers, all against its one feature map. Without pairs (logits only) it taps nothing.
+    """
+
+    def forward(self, **inputs) -> tuple[dict, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+        """Return the output, F_inh and F_exp towards each other peer, and the map itself, detached, to teach with."""
+        outputs, feature_maps = self.tap.run(inputs)
+        return outputs, *self.factors(feature_maps), feature_maps[0].detach() if feature_maps else None
+
+    @torch.no_grad()
+    def teach(self, inputs: dict, with_logits: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the map, and the logits if they are wanted, of the network as it is now, and leave no trace in it."""
+        with frozen_statistics(self.student):
+            outputs, feature_maps = self.tap.run(inputs, stop_after_last=not with_logits)
+        return feature_maps[0] if feature_maps else None, outputs["logits"] if with_logits else None
+
+
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """
+    Let BatchNorm normalise by the batch, as in training, without moving its running statistics.
+
+    A network that teaches while it learns is not in eval mode, whose statistics lag behind its weights.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class FrozenTeacher(nn.Module):
@@ -159,3 +202,22 @@ class ParaphraserStack(nn.Module):
     def forward(self, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return the reconstruction of each map."""
         return [paraphraser(f_T) for paraphraser, f_T in zip(self.paraphrasers, feature_maps, strict=True)]
+
+
+class PeerGroup(nn.Module):
+    """
+    Hold all that trains in mutual learning: the peers with their encoders, and a paraphraser of each.
+
+    It has no forward of its own: each part is run, and wrapped for DDP, by itself.
+
+    Args:
+        peers (`list[Peer]`):
+            The peers.
+        paraphrasers (`list[Paraphraser]`):
+            As many, or none where no factor is compared.
+    """
+
+    def __init__(self, peers: list[Peer], paraphrasers: list[Paraphraser]):
+        super().__init__()
+        self.peers = nn.ModuleList(peers)
+        self.paraphrasers = nn.ModuleList(paraphrasers)

@@ -9,7 +9,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .checkpoints import load_paraphrasers, save_paraphrasers
+from .checkpoints import load_paraphrasers, read_metadata, save_paraphrasers
 from .factors import Paraphraser
 from .modeling import ParaphraserStack
 from .paraphraser_trainer import ParaphraserTrainer
@@ -84,6 +84,8 @@ class ParaphraserStage:
             elif resuming:
                 finished = Path(resume_from_checkpoint).parent / PARAPHRASER_FOLDER
 
+        if resume_from_checkpoint:
+            read_metadata(resume_from_checkpoint, type(self.trainer).__name__)
         settings, args = self._settings(), self.trainer.args
         if args.lambda_inh == 0 and args.lambda_exp == 0:
             return resume_from_checkpoint, {}  # no factor is compared: plain logit distillation needs no paraphraser

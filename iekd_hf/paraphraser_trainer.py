@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .arguments import IEKDTrainingArguments
+from .arguments import PARAPHRASER_SGD, IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
 from .losses import reconstruction_loss
 from .modeling import FrozenTeacher, ParaphraserStack
@@ -52,14 +52,13 @@ class ParaphraserTrainer(DistillationTrainer):
         held_out: Dataset | None,
         data_collator,
     ):
-        optimizer = {"lr": args.paraphraser_learning_rate, "momentum": 0.9, "nesterov": True}
         super().__init__(
             model=paraphrasers,
             args=_stage_1_arguments(args, output_dir),
             train_dataset=train_dataset,
             eval_dataset=held_out,
             data_collator=data_collator,
-            optimizer_cls_and_kwargs=(torch.optim.SGD, optimizer),
+            optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": args.paraphraser_learning_rate, **PARAPHRASER_SGD}),
         )
         self.teacher = teacher
 
@@ -159,7 +158,7 @@ def _stage_1_arguments(args: IEKDTrainingArguments, output_dir: str) -> IEKDTrai
     args = copy.copy(args)
     args.output_dir = output_dir
     args.num_train_epochs, args.max_steps = args.paraphraser_epochs, -1
-    args.learning_rate, args.weight_decay = args.paraphraser_learning_rate, 5e-4
+    args.learning_rate, args.weight_decay = args.paraphraser_learning_rate, PARAPHRASER_SGD["weight_decay"]
     args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps = "cosine", {}, 0
     args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
     args.metric_for_best_model, args.greater_is_better = None, None

@@ -9,20 +9,18 @@ from transformers.utils import logging
 from .arguments import IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
 from .checkpoints import fingerprint, load_encoders, save_encoders
-from .checks import check_dataset, check_label_maps
+from .checks import check_datasets, check_label_maps
 from .factors import ChannelSplit, Paraphraser
-from .features import FeatureTap, match_sizes
+from .features import FeatureTap
 from .loading import find_processor, load_model
-from .losses import exploration_loss, inheritance_loss, kd_loss
+from .losses import kd_loss
 from .modeling import FrozenTeacher, StudentWithEncoders
+from .objective import factor_losses, weighted_sum
 from .paraphraser_stage import ParaphraserStage
 from .pixels import TeacherPixels
 
 
 logger = logging.get_logger(__name__)
-
-# Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
-_NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
 
 
 class IEKDTrainer(DistillationTrainer):
@@ -112,6 +110,8 @@ class IEKDTrainer(DistillationTrainer):
             self.stage_1 = ParaphraserStage(self, self._probe_teacher(), paraphraser)
             self._build_student_side()
 
+    _weight_names = ("lambda_inh", "lambda_exp", "lambda_kd")
+
     @property
     def student(self) -> PreTrainedModel:
         """Return the bare student."""
@@ -139,47 +139,18 @@ class IEKDTrainer(DistillationTrainer):
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        args, scale = self.args, self.args.lambda_scale(self.state.global_step / self.state.max_steps)
-
         with self.accelerator.autocast():
-            F_T, teacher_logits = self.teacher(inputs, with_logits=args.lambda_kd > 0)
-        own_loss = self.compute_loss_func is not None or self.label_smoother is not None
-        labels = inputs.pop("labels") if own_loss and "labels" in inputs else None
+            F_T, teacher_logits = self.teacher(inputs, with_logits=self.args.lambda_kd > 0)
+        labels = self.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
-        components = {"task_loss": self._task_loss(outputs, labels)}
-        loss = components["task_loss"]
-        if F_inh:
-            L_inh = self._mean_over_pairs(inheritance_loss, F_inh, F_T, args.inheritance_distance)
-            components["inheritance_loss"] = L_inh
-            loss = loss + scale * args.lambda_inh * L_inh
-        if F_exp:
-            L_exp = self._mean_over_pairs(exploration_loss, F_exp, F_T, args.exploration_distance)
-            components["exploration_loss"] = L_exp
-            loss = loss + scale * args.lambda_exp * L_exp
-        if args.lambda_kd > 0:
-            L_kd = kd_loss(outputs["logits"], teacher_logits, args.temperature)
-            components["kd_loss"] = L_kd
-            loss = loss + scale * args.lambda_kd * L_kd
+        components = {"task_loss": self.task_loss(self.model, outputs, labels)}
+        components |= factor_losses(F_inh, F_exp, F_T, self.args)
+        if self.args.lambda_kd > 0:
+            components["kd_loss"] = kd_loss(outputs["logits"], teacher_logits, self.args.temperature)
         self.components.record(components, self.state.global_step + 1)
+        loss = weighted_sum(components, self.loss_weights())
         return (loss, outputs) if return_outputs else loss
-
-    def _mean_over_pairs(self, loss, student_factors, teacher_factors, distance: str) -> torch.Tensor:
-        pairs = [match_sizes(F_S, F_T) for F_S, F_T in zip(student_factors, teacher_factors, strict=True)]
-        return torch.stack([loss(F_S, F_T, distance, self.args.loss_reduction) for F_S, F_T in pairs]).mean()
-
-    def _task_loss(self, outputs, labels) -> torch.Tensor:
-        """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the student's own loss."""
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-        if labels is not None:
-            return self.label_smoother(outputs, labels)
-        if outputs.get("loss") is None:
-            raise ValueError(
-                f"Expected {type(self.model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
-                f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
-            )
-        return outputs["loss"]
 
     def train(
         self,
@@ -226,7 +197,7 @@ class IEKDTrainer(DistillationTrainer):
 
     def _probe_teacher(self) -> list[int]:
         try:
-            return self.teacher.tap.channels(self.teacher.adapt(self._sample))
+            return self.teacher.tap.probe(self.teacher.adapt(self._sample))[1]
         except (RuntimeError, ValueError, KeyError) as error:
             shapes = {name: tuple(x.shape) for name, x in self._sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
@@ -241,7 +212,7 @@ class IEKDTrainer(DistillationTrainer):
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
         splits = [
             ChannelSplit(channels, args.inheritance_ratio, args.split_mode, args.split_seed)
-            for channels in tap.channels(sample)
+            for channels in tap.probe(sample)[1]
         ]
         factor_channels = self.stage_1.factor_channels()
         with torch.random.fork_rng(devices=[]):
@@ -264,28 +235,13 @@ class IEKDTrainer(DistillationTrainer):
             self._build_student_side()
         return super().create_optimizer(self.student_side)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Predict with the bare student, of whose output only predictions are kept."""
-        if ignore_keys is None:
-            ignore_keys = [*getattr(model.config, "keys_to_ignore_at_inference", []), *_NOT_PREDICTIONS]
-        with self.accelerator.autocast():  # the bare student was not prepared by accelerate
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the weights as they are now beside the loss and its components."""
-        if "loss" in logs:
-            scale = self.args.lambda_scale(self.state.global_step / self.state.max_steps)
-            weights = {name: scale * getattr(self.args, name) for name in ("lambda_inh", "lambda_exp", "lambda_kd")}
-            logs = {**logs, **{name: value for name, value in weights.items() if getattr(self.args, name) > 0}}
-        super().log(logs, start_time)
-
     # ---- Checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain student; a checkpoint gets the encoders and their splits beside it."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:
-            save_encoders(self.student_side, output_dir, type(self).__name__, self._fingerprint)
+            save_encoders(self.student_side, output_dir, type(self).__name__, **self._encoders_made_for())
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -298,16 +254,15 @@ class IEKDTrainer(DistillationTrainer):
         self._load_encoders(self.state.best_model_checkpoint)
 
     def _load_encoders(self, folder: str) -> None:
-        load_encoders(self.student_side, folder, type(self).__name__, self._fingerprint)
+        load_encoders(self.student_side, folder, type(self).__name__, **self._encoders_made_for())
+
+    def _encoders_made_for(self) -> dict[str, str]:
+        return {"paraphrasers": self._fingerprint, "student_layers": ", ".join(self.student_side.tap.layers)}
 
 
 def _check_student(student: PreTrainedModel, teacher: nn.Module, args: IEKDTrainingArguments, kwargs: dict) -> None:
     """Refuse what does not fit the student before anything is created on disk or on the Hub."""
     FeatureTap(student, args.student_layers)
     if args.lambda_kd > 0:
-        check_label_maps(student, teacher)
-    for name in ("train_dataset", "eval_dataset"):
-        dataset = kwargs.get(name)
-        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            if part is not None:
-                check_dataset(part, name, student)
+        check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
+    check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))

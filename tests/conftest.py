@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from iekd_hf import IEKDTrainer, IEKDTrainingArguments
+from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
 
 
 def make_resnet(width: int = 8, num_labels: int = 3, seed: int = 0, **kwargs) -> ResNetForImageClassification:
@@ -50,52 +50,64 @@ def make_images(count: int = 16, num_labels: int = 3, size: tuple[int, int] = (3
     return [{"pixel_values": image, "labels": i % num_labels} for i, image in enumerate(pixels)]
 
 
+OF_TRAINER = (
+    "train_dataset",
+    "eval_dataset",
+    "paraphraser",
+    "callbacks",
+    "compute_metrics",
+    "compute_loss_func",
+    "data_collator",
+    "model_init",
+    "optimizers",
+    "optimizer_cls_and_kwargs",
+    "processing_class",
+    "teacher_processor",
+)
+
+
+def arguments(tmp_path, args_class, **kwargs) -> dict:
+    """Split keywords into those of the trainer and those of its arguments, with what tiny runs want."""
+    of_trainer = {name: kwargs.pop(name) for name in OF_TRAINER if name in kwargs}
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+    }
+    of_trainer.setdefault("train_dataset", make_images())
+    return {"args": args_class(**(defaults | kwargs)), **of_trainer}
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
     """Build a trainer on tiny models; keyword arguments of the trainer by name, all others are training arguments."""
 
     def make(model=None, teacher_model=None, trainer_class=IEKDTrainer, **kwargs):
-        of_trainer = {
-            name: kwargs.pop(name)
-            for name in (
-                "train_dataset",
-                "eval_dataset",
-                "paraphraser",
-                "callbacks",
-                "compute_metrics",
-                "compute_loss_func",
-                "data_collator",
-                "model_init",
-                "optimizers",
-                "processing_class",
-                "teacher_processor",
-            )
-            if name in kwargs
-        }
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 8,
-            "paraphraser_epochs": 1,
-            "learning_rate": 0.01,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "use_cpu": True,
-        }
-        args = IEKDTrainingArguments(**(defaults | kwargs))
-        of_trainer.setdefault("train_dataset", make_images())
-        if model is None and "model_init" not in of_trainer:
+        keywords = arguments(tmp_path, IEKDTrainingArguments, **({"paraphraser_epochs": 1} | kwargs))
+        if model is None and "model_init" not in keywords:
             model = make_resnet(8, seed=1)
-        return trainer_class(
-            model=model,
-            teacher_model=make_resnet(16, seed=2) if teacher_model is None else teacher_model,
-            args=args,
-            **of_trainer,
-        )
+        teacher_model = make_resnet(16, seed=2) if teacher_model is None else teacher_model
+        return trainer_class(model=model, teacher_model=teacher_model, **keywords)
+
+    return make
+
+
+@pytest.fixture
+def make_mutual(tmp_path):
+    """Build a trainer of tiny peers, a ResNet and a ViT unless others are given; keyword arguments as above."""
+
+    def make(models=None, trainer_class=MutualTrainer, **kwargs):
+        models = [make_resnet(8, seed=1), make_vit(seed=2)] if models is None else models
+        keywords = arguments(tmp_path, MutualTrainingArguments, **({"lambda_inh": 20.0, "lambda_exp": 5.0} | kwargs))
+        return trainer_class(models=models, **keywords)
 
     return make
 

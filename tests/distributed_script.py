@@ -1,49 +1,70 @@
 """Run by torchrun in test_distributed.py: train on every rank, and write down what each rank holds."""
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 from conftest import make_images, make_resnet, make_vit
 
-from iekd_hf import IEKDTrainer, IEKDTrainingArguments
+from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
 
 
-def main(output_dir: str, student: str) -> None:
-    args = IEKDTrainingArguments(
-        output_dir=f"{output_dir}/out",
-        max_steps=4,
-        per_device_train_batch_size=4,
-        paraphraser_epochs=1,
-        learning_rate=0.01,
-        logging_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+def common(output_dir: str) -> dict:
+    return {
+        "output_dir": f"{output_dir}/out",
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "logging_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+DATA = {"train_dataset": make_images(32), "eval_dataset": make_images(16, seed=1)}
+
+
+def distil(output_dir: str, student: str) -> tuple[IEKDTrainer, dict]:
     trainer = IEKDTrainer(
         model=make_vit(seed=torch.initial_seed() % 7) if student == "vit" else make_resnet(8),
         teacher_model=make_resnet(16, seed=2),
-        args=args,
-        train_dataset=make_images(32),
-        eval_dataset=make_images(16, seed=1),
+        args=IEKDTrainingArguments(paraphraser_epochs=1, **common(output_dir)),
+        **DATA,
     )
     output = trainer.train()
-    metrics = trainer.evaluate()
-    state = {
-        "world_size": trainer.accelerator.num_processes,
-        "distributed_type": trainer.accelerator.distributed_type.value,
+    return trainer, {
         "student_side": trainer.student_side.state_dict(),
         "paraphrasers": trainer.teacher.paraphrasers.state_dict(),
-        "eval_loss": metrics["eval_loss"],
+        "eval_loss": trainer.evaluate()["eval_loss"],
         "reconstruction_loss": output.metrics["paraphraser_reconstruction_loss"],
         "logs": [logs for logs in trainer.state.log_history if "inheritance_loss" in logs],
     }
+
+
+def teach_each_other(output_dir: str, mutual_loss: str) -> tuple[MutualTrainer, dict]:
+    models = [make_resnet(8), make_vit(seed=2)]
+    if os.environ["RANK"] == "0":
+        models[0].save_pretrained(f"{output_dir}/before")
+    args = MutualTrainingArguments(mutual_loss=mutual_loss, **common(output_dir))
+    trainer = MutualTrainer(models, args=args, **DATA)
+    trainer.train()
+    metrics = {name: value for name, value in trainer.evaluate().items() if name.endswith("loss")}
+    logs = [logs for logs in trainer.state.log_history if "peer_1/task_loss" in logs]
+    return trainer, {"group": trainer.group.state_dict(), "metrics": metrics, "logs": logs}
+
+
+def main(output_dir: str, what: str) -> None:
+    mutual_loss = what.partition("mutual ")[2]
+    trainer, state = teach_each_other(output_dir, mutual_loss) if mutual_loss else distil(output_dir, what)
     trainer.save_model(f"{output_dir}/saved")
+    state["world_size"] = trainer.accelerator.num_processes
+    state["distributed_type"] = trainer.accelerator.distributed_type.value
     torch.save(state, Path(output_dir) / f"rank_{trainer.accelerator.process_index}.pt")
 
 

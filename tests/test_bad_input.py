@@ -8,7 +8,7 @@ import torch
 from conftest import make_images, make_resnet, make_vit
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from iekd_hf import ChannelSplit, IEKDTrainingArguments, Paraphraser
+from iekd_hf import ChannelSplit, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments, Paraphraser
 
 
 @pytest.mark.parametrize(
@@ -164,3 +164,70 @@ def test_channel_split():
         ChannelSplit(8, -0.1)
     with pytest.raises(ValueError, match="random, natural"):
         ChannelSplit(8, mode="sorted")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"mutual_loss": "dml"}, r"one of ie, kl, ie\+kl; got 'dml'"),
+        ({"lambda_kl": -1.0}, "lambda_kl to be a finite weight of at least 0, got -1.0"),
+        ({"temperature": 0.0}, "temperature above 0"),
+        (
+            {"gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps=1, got 4: a step updates the peers one after",
+        ),
+        ({"gradient_checkpointing": True}, "no activation checkpointing"),
+        ({"inheritance_ratio": -0.1}, r"within \[0, 1\], got -0.1"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_mutual_arguments(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MutualTrainingArguments(str(tmp_path / "out"), report_to="none", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_no_peers(make_mutual, tmp_path):
+    with pytest.raises(ValueError, match="at least two models, got 1"):
+        make_mutual([make_resnet()])
+    model = make_resnet()
+    with pytest.raises(ValueError, match=r"models\[0\] and models\[1\] share theirs.*copy.deepcopy"):
+        make_mutual([model, model])
+    with pytest.raises(ValueError, match="differ first at 3"):
+        make_mutual([make_resnet(), make_vit(num_labels=5)], mutual_loss="kl")
+    with pytest.raises(ValueError, match=r"models\[0\] and models\[2\] for mutual_loss='ie\+kl', got 3 and 5 labels"):
+        make_mutual([make_resnet(), make_vit(), make_vit(num_labels=5)], mutual_loss="ie+kl")
+    with pytest.raises(ValueError, match="for each of the 2 models in peer_layers, got 1"):
+        make_mutual(peer_layers=["resnet"])
+    with pytest.raises(ValueError, match="'resnet.encoder.stage.0'; close matches: resnet.encoder.stages.0"):
+        make_mutual(peer_layers=["resnet.encoder.stage.0", "vit"])
+    with pytest.raises(ValueError, match="Expected no optimizers, got one.*args.optim"):
+        make_mutual(optimizers=(torch.optim.SGD(model.parameters()), None))
+    with pytest.raises(ValueError, match="Expected no model_init, got one"):
+        make_mutual(model_init=make_resnet)
+    with pytest.raises(ValueError, match="MutualTrainingArguments, got IEKDTrainingArguments"):
+        MutualTrainer([make_resnet(), make_vit()], args=IEKDTrainingArguments(str(tmp_path / "out"), report_to="none"))
+    with pytest.raises(ValueError, match=r"models\[1\] to be a folder or a Hub name that can be reached"):
+        make_mutual([make_resnet(), "nobody/nothing"])
+    labels_up_to_2 = datasets.Dataset.from_dict({"pixel_values": [[0.0]] * 3, "labels": [0, 1, 2]})
+    with pytest.raises(ValueError, match="within 0 and 1"):  # the second peer's head is too small for them
+        make_mutual([make_resnet(), make_resnet(num_labels=2)], train_dataset=labels_up_to_2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_peer_that_gives_no_loss(make_mutual):
+    body = make_vit().vit
+    with pytest.raises(
+        ValueError, match=r"models\[1\] to return a loss, got ViTModel, which returns last_hidden_state"
+    ):
+        make_mutual([make_resnet(), body])
+    unlabelled = [{"pixel_values": image["pixel_values"]} for image in make_images(4)]
+    with pytest.raises(ValueError, match=r"models\[0\] to return a loss, got ResNetFor.* a batch of pixel_values"):
+        make_mutual(train_dataset=unlabelled)
+
+
+def test_mutual_training_without_training_data(make_mutual):
+    trainer = make_mutual(train_dataset=None, eval_dataset=make_images(4))
+    assert trainer.evaluate()["eval_peer_2_loss"] > 0
+    with pytest.raises(ValueError, match="train_dataset"):
+        trainer.train()

@@ -11,6 +11,7 @@ from conftest import make_images, make_resnet, same
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments
+from iekd_hf.base_trainer import DistillationTrainer
 
 
 HERE = Path(__file__).parent
@@ -43,6 +44,21 @@ def test_two_ranks_are_equal(tmp_path, student):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mutual_loss", ["ie", "kl"])
+def test_two_ranks_hold_the_same_peers(tmp_path, mutual_loss):
+    torchrun(str(HERE / "distributed_script.py"), str(tmp_path), f"mutual {mutual_loss}")
+    first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["world_size"] == second["world_size"] == 2
+    assert first["distributed_type"] == "MULTI_CPU"
+    assert same(first["group"], second["group"])  # a ResNet and a ViT, their encoders, splits and paraphrasers
+    assert first["metrics"] == second["metrics"] and first["logs"] == second["logs"]
+    before = ResNetForImageClassification.from_pretrained(tmp_path / "before").state_dict()
+    saved = ResNetForImageClassification.from_pretrained(tmp_path / "saved" / "peer_1").state_dict()
+    held = {k.partition("student.")[2]: v for k, v in first["group"].items() if k.startswith("peers.0.student.")}
+    assert same(saved, held) and not same(saved, before)
+
+
+@pytest.mark.slow
 def test_the_script_on_two_ranks(tmp_path):
     small = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1"]
     small += ["--paraphraser_epochs", "1", "--teacher", "cifar-resnet-8", "--per_device_train_batch_size", "16"]
@@ -56,14 +72,15 @@ def test_the_script_on_two_ranks(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
-def test_engines_that_shard_are_refused(make_trainer, monkeypatch, engine):
+@pytest.mark.parametrize("trainer", ["IEKDTrainer", "MutualTrainer"])
+def test_engines_that_shard_are_refused(make_trainer, make_mutual, monkeypatch, engine, trainer):
     monkeypatch.setattr(
-        IEKDTrainer,
+        DistillationTrainer,
         "create_accelerator_and_postprocess",
-        _pretend(IEKDTrainer.create_accelerator_and_postprocess, engine),
+        _pretend(DistillationTrainer.create_accelerator_and_postprocess, engine),
     )
-    with pytest.raises(ValueError, match=f"got {engine}.*accelerate launch --multi_gpu"):
-        make_trainer()
+    with pytest.raises(ValueError, match=f"got {engine}: {trainer}.*accelerate launch --multi_gpu"):
+        make_trainer() if trainer == "IEKDTrainer" else make_mutual()
 
 
 def _pretend(original, engine):

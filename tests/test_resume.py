@@ -43,6 +43,14 @@ def everything(trainer) -> dict:
     return state
 
 
+def everything_mutual(trainer) -> dict:
+    state = {k: v.clone() for k, v in trainer.group.state_dict().items()}
+    for part, optimizer in enumerate(trainer.optimizer.optimizer.optimizers):
+        for index, slots in optimizer.state_dict()["state"].items():
+            state |= {f"optimizer {part} {index} {k}": torch.as_tensor(v).clone() for k, v in slots.items()}
+    return state
+
+
 def logged(trainer) -> list[dict]:
     return [
         {k: v for k, v in logs.items() if "runtime" not in k and "per_second" not in k}
@@ -73,6 +81,54 @@ def test_ten_steps_equal_five_and_five(make_trainer, tmp_path, student):
     assert resumed.state.global_step == 10
     assert same(everything(resumed), everything(straight))
     assert logged(resumed) == logged(straight)
+
+
+@pytest.mark.parametrize("mutual_loss, number", [("ie", 2), ("kl", 2), ("ie+kl", 3)])
+def test_mutual_ten_steps_equal_five_and_five(make_mutual, tmp_path, mutual_loss, number):
+    """Peers of two families, dropout included; their optimizers, the paraphrasers', splits, schedules, and the logs."""
+
+    def make(**kwargs):
+        models = [make_resnet(8, seed=1), make_vit(seed=2, hidden_dropout_prob=0.1), make_resnet(12, seed=3)]
+        return make_mutual(models[:number], **(ARGUMENTS | {"mutual_loss": mutual_loss} | kwargs))
+
+    straight = make(output_dir=str(tmp_path / "straight"))
+    straight.train()
+    make(output_dir=str(tmp_path / "broken"), callbacks=[StopAt(5)]).train()
+    resumed = make(output_dir=str(tmp_path / "broken"), split_seed=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 10
+    assert same(everything_mutual(resumed), everything_mutual(straight))
+    assert logged(resumed) == logged(straight)
+
+
+def test_resume_refuses_the_other_trainers_checkpoint(make_trainer, make_mutual, tmp_path):
+    common = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(output_dir=str(tmp_path / "iekd"), **common).train()
+    make_mutual(output_dir=str(tmp_path / "mutual"), **common).train()
+    mutual = make_mutual(output_dir=str(tmp_path / "iekd"))
+    before = [{k: v.clone() for k, v in model.state_dict().items()} for model in mutual.models]
+    with pytest.raises(
+        ValueError, match="checkpoint of MutualTrainer in .*, got one of IEKDTrainer: resume with that"
+    ):
+        mutual.train(resume_from_checkpoint=True)
+    assert all(same(m.state_dict(), state) for m, state in zip(mutual.models, before, strict=True))
+    for resume in (True, str(tmp_path / "mutual" / "checkpoint-1")):
+        with pytest.raises(ValueError, match="checkpoint of IEKDTrainer in .*, got one of MutualTrainer"):
+            make_trainer(output_dir=str(tmp_path / "mutual")).train(resume_from_checkpoint=resume)
+
+
+def test_mutual_resume_refuses_other_peers_and_losses(make_mutual, tmp_path):
+    make_mutual(max_steps=1, save_strategy="steps", save_steps=1).train()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    with pytest.raises(ValueError, match="mutual_loss ie\\+kl, got one for ie"):
+        make_mutual(mutual_loss="ie+kl").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"peer_1.*other shapes.*another output_dir"):
+        make_mutual([make_resnet(12, seed=1), make_vit(seed=2)]).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="peer_layers resnet, vit, resnet, got one for resnet, vit"):
+        make_mutual([make_resnet(8), make_vit(), make_resnet(8)]).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="inheritance_ratio"):
+        make_mutual(inheritance_ratio=0.25).train(resume_from_checkpoint=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
 def test_interrupted_in_stage_1(make_trainer, tmp_path, monkeypatch):
@@ -186,6 +242,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(make_trai
     again = make_trainer(max_steps=3, save_strategy="no")
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_a_peers_loss_that_is_not_finite_is_named(make_mutual):
+    images = make_images()
+    images[3]["pixel_values"][:] = float("nan")
+    with pytest.raises(
+        FloatingPointError, match=r"peer_1/reconstruction_loss.*peer_2/task_loss.* at step [1-4]\."
+    ) as error:
+        make_mutual(train_dataset=images, max_steps=5, logging_steps=5).train()
+    assert "no checkpoint had been written" in str(error.value)
 
 
 def test_nan_in_stage_1_names_the_reconstruction(make_trainer):

@@ -1,0 +1,307 @@
+"""IE-DML: networks that teach each other by inheritance and exploration while they learn (CVPR 2021)."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
+
+from .arguments import PARAPHRASER_SGD, MutualTrainingArguments
+from .checkpoints import load_encoders, read_metadata, save_encoders
+from .checks import check_label_maps, check_models
+from .factors import ChannelSplit, Paraphraser
+from .features import FeatureTap
+from .loading import load_model
+from .losses import kd_loss, reconstruction_loss
+from .modeling import Peer, PeerGroup, frozen_statistics
+from .objective import factor_losses, weighted_sum
+from .partwise_optimizer import PartwiseOptimizer
+from .peers_trainer import PeersTrainer
+
+
+class MutualTrainer(PeersTrainer):
+    r"""
+    Train two or more networks that teach each other: IE-DML (Huang et al., CVPR 2021, section 3.3), or DML (Zhang et
+    al., CVPR 2018).
+
+    IE-DML is two processes of inheritance and exploration in opposite directions. Each peer has a paraphraser, which
+    trains along, a channel split, and two factor encoders. One step makes four updates, each by the gradients of its
+    own loss alone:
+
+    1. the paraphraser of peer 1, by its reconstruction of peer 1's feature map;
+    2. peer 2 and its encoders, by \(L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp}\) towards the factor of
+       peer 1;
+    3. the paraphraser of peer 2, on the feature map of the updated peer 2;
+    4. peer 1 and its encoders, towards the factor of the updated peer 2.
+
+    That takes three forward and two backward passes of the networks, the fewest that this order allows. Peer 1 does
+    not change before update 4, so it runs once, and that pass serves updates 1, 2 and 4 (its graph is kept meanwhile).
+    Peer 2 runs twice, because update 2 changes it and update 3 needs it as it is then; the second pass keeps no graph,
+    ends after the feature map unless logits are needed, and normalises by its batch without moving BatchNorm's
+    running statistics: these move once for each update of their network.
+
+    DML (`mutual_loss="kl"`) makes updates 2 and 4 only, towards the other peer's logits.
+
+    More than two peers learn from the mean of the losses towards all others, each pair with its own encoders. Peers
+    are updated in the order 2, 3, ..., 1, from the others as they are by then; a paraphraser is updated once a step,
+    just before its peer first teaches. N peers take 2N - 1 forward and N backward passes.
+
+    `loss` in the logs is the mean of the peers' objectives, `grad_norm` is peer 1's.
+
+    Args:
+        models (`list[PreTrainedModel | str]`):
+            The peers, from scratch or from anything, or Hub ids or folders; of any families. All see the same pixels.
+        args (`MutualTrainingArguments`):
+            The arguments.
+        train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, ...:
+            As in [`~transformers.Trainer`]. `compute_metrics` is called for each peer; `eval_peer_1_<metric>`,
+            `eval_peer_2_<metric>`, ... and their mean `eval_<metric>` can each be `metric_for_best_model`.
+            `predict` returns a tuple of predictions, one of each peer.
+
+    Raises:
+        `ValueError`: arguments that do not fit each other, said before any training starts.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import ResNetConfig, ResNetForImageClassification
+    >>> from iekd_hf import MutualTrainer, MutualTrainingArguments
+    >>> def resnet(width):
+    ...     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, width], depths=[1, 1], layer_type="basic")
+    ...     return ResNetForImageClassification(config)
+    >>> images = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 2} for i in range(8)]
+    >>> trainer = MutualTrainer(
+    ...     models=[resnet(width=16), resnet(width=32)],
+    ...     args=MutualTrainingArguments("out", max_steps=2, report_to="none", disable_tqdm=True),
+    ...     train_dataset=images,
+    ...     eval_dataset=images,
+    ... )
+    >>> result = trainer.train()  # doctest: +ELLIPSIS
+    {...}
+    >>> sorted(name for name in trainer.evaluate() if name.endswith("loss"))  # doctest: +ELLIPSIS
+    {...}
+    ['eval_loss', 'eval_peer_1_loss', 'eval_peer_2_loss']
+
+    ```
+    """
+
+    _tag_names = ("iekd", "knowledge-distillation", "deep-mutual-learning")
+
+    def __init__(self, models: list[PreTrainedModel | str], args: MutualTrainingArguments | None = None, **kwargs):
+        if not isinstance(args, MutualTrainingArguments):
+            raise ValueError(f"Expected args to be MutualTrainingArguments, got {type(args).__name__}: pass args=...")
+        self.with_factors, self.with_logits = "ie" in args.mutual_loss, "kl" in args.mutual_loss
+        self._weight_names = ("lambda_inh", "lambda_exp") * self.with_factors + ("lambda_kl",) * self.with_logits
+        models = [load_model(m, f"models[{i}]") if isinstance(m, str) else m for i, m in enumerate(models)]
+        self.taps = _check_peers(models, args, kwargs)
+        super().__init__(models, args=args, **kwargs)
+        self.group: PeerGroup | None = None
+        self._wrapped_peers: list[nn.Module] = []
+        self._wrapped_paraphrasers: list[nn.Module] = []
+        if self.train_dataset is not None:
+            self._build_group()
+
+    # ---- The method ----
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """
+        Make one step's updates; the gradients of the last one are left to Trainer, which clips and steps as always.
+
+        Args:
+            model (`PeerGroup`):
+                All that trains.
+            inputs (`dict`):
+                The batch.
+            num_items_in_batch (*optional*):
+                Not used: every loss is a mean over the batch.
+
+        Returns:
+            `torch.Tensor`: the mean of the peers' objectives.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        labels = self.take_labels(inputs)
+        order = [*range(1, len(self.models)), 0]
+        components, losses, runs, targets = {}, [], {}, {}
+
+        # Update 1. Those that teach before they learn, as they are; their graphs wait for their own updates.
+        for i in order[1:]:
+            runs[i] = self._wrapped_peers[i](**self.inputs_of(i, inputs))
+            outputs, _, _, f = runs[i]
+            targets[i] = self._as_target(i, f, outputs["logits"].detach() if self.with_logits else None, components)
+        for i in order:
+            # Updates 2 and 4.
+            run = runs.pop(i) if i in runs else self._wrapped_peers[i](**self.inputs_of(i, inputs))
+            outputs, F_inh, F_exp, _ = run
+            others = [targets[j] for j in range(len(self.models)) if j != i]
+            losses.append(self._objective(i, outputs, F_inh, F_exp, labels, others, components))
+            self.accelerator.backward(losses[-1])
+            if i != order[-1]:
+                self._update(model.peers[i])
+                # Update 3, on the map of the peer as it is now.
+                unlabelled = {name: x for name, x in self.inputs_of(i, inputs).items() if name not in self.label_names}
+                with self.accelerator.autocast():
+                    f, logits = model.peers[i].teach(unlabelled, self.with_logits)
+                targets[i] = self._as_target(i, f, logits, components)
+        self.components.record(dict(sorted(components.items())), self.state.global_step + 1)
+        return torch.stack([loss.detach() for loss in losses]).mean()
+
+    def _objective(self, i: int, outputs, F_inh, F_exp, labels, others: list[tuple], components: dict) -> torch.Tensor:
+        r"""Return \(L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kl} L_{kl}\) of peer `i`."""
+        args = self.args
+        own = {"task_loss": self.task_loss(self.models[i], outputs, labels)}
+        own |= factor_losses(F_inh, F_exp, [F_T for F_T, _ in others], args)
+        if self.with_logits and args.lambda_kl > 0:
+            divergences = [kd_loss(outputs["logits"], logits, args.temperature) for _, logits in others]
+            own["kl_loss"] = torch.stack(divergences).mean()
+        components |= {f"peer_{i + 1}/{name}": value for name, value in own.items()}
+        return weighted_sum(own, self.loss_weights())
+
+    def _as_target(self, i: int, f: torch.Tensor | None, logits: torch.Tensor | None, components: dict) -> tuple:
+        """Return what the others learn from peer `i`: its factor, by the updated paraphraser, and its logits."""
+        if f is None:
+            return None, logits
+        name = f"peer_{i + 1}/reconstruction_loss"
+        if name not in components:
+            components[name] = reconstruction_loss(
+                self._wrapped_paraphrasers[i](f), f, self.args.reconstruction_distance
+            )
+            self.accelerator.backward(components[name])
+            self._update(self.group.paraphrasers[i])
+        with torch.no_grad(), self.accelerator.autocast(), frozen_statistics(self.group.paraphrasers[i]):
+            return self.group.paraphrasers[i].encode(f), logits
+
+    def _update(self, part: nn.Module) -> None:
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        part.zero_grad()
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial=None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Train all peers.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` continues from the last checkpoint in `output_dir`; or a checkpoint's folder.
+            trial, ignore_keys_for_eval (*optional*):
+                As in Trainer.
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]
+        """
+        if self.group is None:
+            raise ValueError("Expected a train_dataset, got None: pass one to train.")
+        self.components.reset()
+        try:
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self.check_finite()
+            self._sync_buffers(self.group)
+        finally:
+            for peer in self.group.peers:
+                peer.tap.detach()
+            # Give each part its own forward back, without accelerate's autocast around it.
+            for part in (*self._wrapped_peers, *self._wrapped_paraphrasers):
+                self.accelerator.unwrap_model(part, keep_fp32_wrapper=False)
+            self._wrapped_peers, self._wrapped_paraphrasers = [], []
+            self.model_wrapped = self.model
+        return output
+
+    # ---- What trains, and where it is in Trainer ----
+
+    def _build_group(self) -> None:
+        """Find the peers' channels, split them, and make encoders and paraphrasers."""
+        args, sample = self.args, self.sample_batch()
+        has_own_loss = self.compute_loss_func is not None or self.label_smoother is not None
+        widths = []
+        for i, tap in enumerate(self.taps):
+            outputs, channels = tap.probe(self.inputs_of(i, sample), stop_after_last=False)
+            if not has_own_loss and outputs.get("loss") is None:
+                raise ValueError(
+                    f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "
+                    f"{', '.join(outputs)} for a batch of {', '.join(sample)}: pass a model with a head for the task, "
+                    "or compute_loss_func."
+                )
+            widths.append(channels[0] if channels else 0)
+        factor_channels = [args.factor_channels or max(width // 2, 1) for width in widths]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)  # the same encoders whatever was built before them
+            peers, paraphrasers = [], []
+            for i, tap in enumerate(self.taps):
+                splits = [
+                    ChannelSplit(widths[i], args.inheritance_ratio, args.split_mode, args.split_seed)
+                    for _ in tap.layers
+                ]
+                towards = [k for j, k in enumerate(factor_channels) if j != i and tap.layers]
+                peer = Peer(tap.model, tap, splits, towards, inherit=args.lambda_inh > 0, explore=args.lambda_exp > 0)
+                peers.append(peer.to(args.device, tap.model.dtype))
+                if tap.layers:
+                    paraphraser = Paraphraser(widths[i], factor_channels[i], decoder=args.paraphraser_decoder)
+                    paraphrasers.append(paraphraser.to(args.device, tap.model.dtype))
+        self.group = PeerGroup(peers, paraphrasers)
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        # Trainer.model is the first peer, or the one that is being evaluated or saved; Trainer.model_wrapped, which
+        # is what trains, is all of them. Each part is prepared by itself, because each is updated by itself.
+        if not training:
+            return super()._wrap_model(model, training, dataloader)
+        for peer in self.group.peers:
+            peer.tap.attach()
+        self._wrapped_peers = [self.accelerator.prepare_model(peer) for peer in self.group.peers]
+        self._wrapped_paraphrasers = [self.accelerator.prepare_model(p) for p in self.group.paraphrasers]
+        return self.group
+
+    def create_optimizer(self, model=None):
+        """Make an optimizer for each peer with its encoders, and one for each paraphraser, under one roof."""
+        if self.optimizer is None:
+            optimizers = []
+            for peer in self.group.peers:
+                self.optimizer = None
+                optimizers.append(super().create_optimizer(peer))
+            for paraphraser in self.group.paraphrasers:
+                rate = self.args.paraphraser_learning_rate
+                optimizers.append(torch.optim.SGD(paraphraser.parameters(), lr=rate, **PARAPHRASER_SGD))
+            self.optimizer = PartwiseOptimizer(optimizers)
+        return self.optimizer
+
+    # ---- Checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save each peer in a folder of its own; a checkpoint gets encoders, splits and paraphrasers beside them."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:
+            save_encoders(self.group, output_dir, type(self).__name__, **self._encoders_made_for())
+
+    def load_peers(self, folder: str) -> None:
+        """Restore the peers and all that trains beside them."""
+        read_metadata(folder, type(self).__name__)  # before a weight is changed
+        super().load_peers(folder)
+        load_encoders(self.group, folder, type(self).__name__, **self._encoders_made_for())
+
+    def _encoders_made_for(self) -> dict[str, str]:
+        layers = ", ".join(tap.layers[0] if tap.layers else "none" for tap in self.taps)
+        return {"mutual_loss": self.args.mutual_loss, "peer_layers": layers}
+
+
+def _check_peers(models: list[PreTrainedModel], args: MutualTrainingArguments, kwargs: dict) -> list[FeatureTap]:
+    """Refuse what does not fit before anything is created on disk; return where the peers' feature maps are taken."""
+    check_models(models, kwargs)
+    if args.peer_layers is not None and len(args.peer_layers) != len(models):
+        raise ValueError(
+            f"Expected a layer for each of the {len(models)} models in peer_layers, got {len(args.peer_layers)}."
+        )
+    if "kl" in args.mutual_loss:
+        term = f"mutual_loss={args.mutual_loss!r}"
+        for i, model in enumerate(models):
+            check_label_maps(models[0], model, f"models[0] and models[{i}]", term, "mutual_loss='ie'")
+    if "ie" not in args.mutual_loss:
+        return [FeatureTap(model, []) for model in models]
+    layers = args.peer_layers or [None] * len(models)
+    taps = [FeatureTap(model, layer and [layer]) for model, layer in zip(models, layers, strict=True)]
+    # Each other peer makes a pair with the one layer.
+    return [FeatureTap(tap.model, tap.layers * (len(models) - 1)) for tap in taps]

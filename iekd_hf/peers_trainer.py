@@ -1,0 +1,139 @@
+"""What makes several models one to Trainer, without any algorithm: evaluation, saving, loading and pushing of each."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+
+import torch
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+
+from .base_trainer import DistillationTrainer, load_weights
+
+
+class PeersTrainer(DistillationTrainer):
+    """
+    Let Trainer hold several models, `peer_1`, `peer_2`, ...
+
+    `Trainer.model` is the first one, and each in turn while it is evaluated, saved or loaded.
+
+    - Evaluation gives `eval_peer_1_<metric>`, ... and the mean `eval_<metric>`;
+    - each is saved as a plain model in a folder of its name, also on the Hub, where all are in one repository.
+
+    Args:
+        models (`list[PreTrainedModel]`):
+            The models.
+        args, train_dataset, ...:
+            As in [`~transformers.Trainer`].
+    """
+
+    def __init__(self, models: list[PreTrainedModel], **kwargs):
+        self.models = list(models)
+        self._accepted = [inspect.signature(model.forward).parameters.keys() for model in models]
+        super().__init__(model=models[0], **kwargs)
+        for model in models[1:]:
+            if self.place_model_on_device:
+                self._move_model_to_device(model, self.args.device)
+        self._num_parameters = sum(model.num_parameters(exclude_embeddings=True) for model in models)
+
+    def named_peers(self) -> dict[str, PreTrainedModel]:
+        """Return the models by name: `peer_1`, `peer_2`, ..."""
+        return {f"peer_{i}": model for i, model in enumerate(self.models, start=1)}
+
+    def inputs_of(self, index: int, inputs: dict) -> dict:
+        """Return what the model of that index takes of a batch, which holds what any of them takes."""
+        return {name: value for name, value in inputs.items() if name in self._accepted[index]}
+
+    @contextlib.contextmanager
+    def _acting_as(self, model: PreTrainedModel) -> Iterator[None]:
+        self.model, first = model, self.model
+        try:
+            yield
+        finally:
+            self.model = first
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [
+                *dict.fromkeys([*self._signature_columns, *(n for a in self._accepted for n in a)])
+            ]
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Estimate the operations of a step as Trainer does, over all models."""
+        return 6 * inputs[self.model.main_input_name].numel() * self._num_parameters
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Run each model over the data; predictions are a tuple, metrics are each model's and their means."""
+        outputs = {}
+        for name, model in self.named_peers().items():
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.prediction_bar is not None:
+                    callback.prediction_bar.reset()  # a run over the data for each model
+            with self._acting_as(model):
+                outputs[name] = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, f"{metric_key_prefix}_{name}"
+                )
+        metrics, values = {}, {}
+        for name, output in outputs.items():
+            metrics |= output.metrics
+            for key, value in output.metrics.items():
+                if isinstance(value, (int, float)):
+                    values.setdefault(key.replace(f"_{name}", "", 1), []).append(value)
+        metrics |= {key: sum(each) / len(each) for key, each in values.items() if len(each) == len(outputs)}
+        first = outputs["peer_1"]
+        predictions = tuple(output.predictions for output in outputs.values())
+        return EvalLoopOutput(predictions, first.label_ids, metrics, first.num_samples)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict with one model, from what it takes of the batch."""
+        index = next(i for i, peer in enumerate(self.models) if peer is self.model)
+        return super().prediction_step(model, self.inputs_of(index, inputs), prediction_loss_only, ignore_keys)
+
+    # ---- Checkpoints and the Hub ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        for name, model in self.named_peers().items():
+            with self._acting_as(model):
+                super()._save(os.path.join(output_dir or self.args.output_dir, name), state_dict)
+
+    def load_peers(self, folder: str) -> None:
+        """Restore the models from where they were saved together."""
+        for name, model in self.named_peers().items():
+            load_weights(model, os.path.join(folder, name))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self.load_peers(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        self.load_peers(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies one model from the checkpoint to where it pushes from.
+        if self.args.hub_strategy != HubStrategy.END:
+            self._save(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the model card, with how to load each model."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = os.path.join(self.args.output_dir, "README.md")
+        card = ModelCard.load(path)
+        lines = [
+            f'{name} = {type(model).__name__}.from_pretrained("{self.hub_model_id or "."}", subfolder="{name}")'
+            for name, model in self.named_peers().items()
+        ]
+        imports = ", ".join(sorted({type(model).__name__ for model in self.models}))
+        card.text += "\n".join(
+            ["", "## How to load", "", "```python", f"from transformers import {imports}", "", *lines, "```", ""]
+        )
+        card.save(path)
