@@ -38,22 +38,22 @@ def save_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str)
         trainer (`str`):
             Name of the trainer's class.
         made_for (`str`):
-            What the encoders belong to: `student_layers` or `peer_layers`, and a fingerprint of `paraphrasers`.
+            What the encoders belong to: `student_layers` and a fingerprint of `paraphrasers`; `peers` and so on.
     """
     tensors = {name: value.contiguous() for name, value in _beside_students(module).items()}
     save_file(tensors, Path(folder) / ENCODERS_FILE, metadata={"format": "pt", "trainer": trainer, **made_for})
 
 
-def read_metadata(folder: str, trainer: str) -> dict[str, str]:
+def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
     """
-    Return what [`save_encoders`] has written beside the tensors, if it was this trainer.
+    Refuse a checkpoint of another trainer, or one whose encoders belong to something else.
 
     Args:
-        folder (`str`), trainer (`str`):
+        folder (`str`), trainer (`str`), made_for (`str`):
             As in [`save_encoders`].
 
     Raises:
-        `ValueError`: a checkpoint of another trainer.
+        `ValueError`: no such checkpoint, or one of another trainer, other paraphrasers or layers.
     """
     file = Path(folder) / ENCODERS_FILE
     if not file.is_file():
@@ -69,23 +69,8 @@ def read_metadata(folder: str, trainer: str) -> dict[str, str]:
             f"Expected a checkpoint of {trainer} in {folder}, got one of {metadata['trainer']}: resume with that "
             "trainer."
         )
-    return metadata
-
-
-def load_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str) -> None:
-    """
-    Restore what [`save_encoders`] has saved, into encoders of the same shapes.
-
-    Args:
-        module (`nn.Module`), folder (`str`), trainer (`str`), made_for (`str`):
-            As in [`save_encoders`].
-
-    Raises:
-        `ValueError`: no such file, one of another trainer, other paraphrasers, layers or shapes.
-    """
-    metadata = read_metadata(folder, trainer)
     for name, value in made_for.items():
-        if metadata.get(name) == value:
+        if metadata[name] == value:
             continue
         if name == "paraphrasers":
             raise ValueError(
@@ -93,9 +78,22 @@ def load_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str)
                 "the paraphraser (or the output_dir) of that run."
             )
         raise ValueError(
-            f"Expected a checkpoint for {name} {value}, got one for {metadata.get(name)} in {folder}: set {name} as "
-            "they were, or use another output_dir."
+            f"Expected a checkpoint for {name} {value}, got one for {metadata[name]} in {folder}: set {name} as it "
+            "was, or use another output_dir."
         )
+
+
+def load_encoders(module: nn.Module, folder: str) -> None:
+    """
+    Restore what [`save_encoders`] has saved, into encoders of the same shapes.
+
+    Args:
+        module (`nn.Module`), folder (`str`):
+            As in [`save_encoders`].
+
+    Raises:
+        `ValueError`: other shapes.
+    """
     own, tensors = _beside_students(module), load_file(Path(folder) / ENCODERS_FILE)
     different = sorted(
         name

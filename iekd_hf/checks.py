@@ -3,6 +3,7 @@
 import datasets
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
+from transformers.utils import find_labels
 
 
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
@@ -103,7 +104,8 @@ def check_models(models: list[PreTrainedModel], kwargs: dict) -> None:
             The trainer's other arguments.
 
     Raises:
-        `ValueError`: fewer than two models, common weights, arguments for one model, data that do not fit.
+        `ValueError`: fewer than two models, common weights, a model without loss, arguments for one model only, data
+        that do not fit.
     """
     if len(models) < 2:
         raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
@@ -115,6 +117,11 @@ def check_models(models: list[PreTrainedModel], kwargs: dict) -> None:
                     f"Expected models with weights of their own, but models[{owners[parameter]}] and models[{i}] "
                     "share theirs: build the second one anew, or pass copy.deepcopy(model)."
                 )
+        if not find_labels(type(model)) and kwargs.get("compute_loss_func") is None:
+            raise ValueError(
+                f"Expected models[{i}] to return a loss, got {type(model).__name__}, which takes no labels: pass a "
+                "model with a head for the task, or compute_loss_func."
+            )
         check_datasets(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
     for name in ("model", "model_init", "optimizers"):
         if kwargs.get(name) is not None:

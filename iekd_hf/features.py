@@ -225,7 +225,7 @@ def _default_layer(model: nn.Module) -> str:
             return name
     raise ValueError(
         f"Expected a model whose last feature map is known, got {type(model).__name__}: name its layer in "
-        f"teacher_layers or student_layers.{_suggest_layers()}"
+        f"teacher_layers, student_layers or peer_layers.{_suggest_layers()}"
     )
 
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from .arguments import PARAPHRASER_SGD, MutualTrainingArguments
-from .checkpoints import load_encoders, read_metadata, save_encoders
+from .checkpoints import check_made_by, load_encoders, save_encoders
 from .checks import check_label_maps, check_models
 from .factors import ChannelSplit, Paraphraser
 from .features import FeatureTap
@@ -279,13 +279,14 @@ class MutualTrainer(PeersTrainer):
 
     def load_peers(self, folder: str) -> None:
         """Restore the peers and all that trains beside them."""
-        read_metadata(folder, type(self).__name__)  # before a weight is changed
+        check_made_by(folder, type(self).__name__, **self._encoders_made_for())  # before a weight is changed
         super().load_peers(folder)
-        load_encoders(self.group, folder, type(self).__name__, **self._encoders_made_for())
+        load_encoders(self.group, folder)
 
     def _encoders_made_for(self) -> dict[str, str]:
         layers = ", ".join(tap.layers[0] if tap.layers else "none" for tap in self.taps)
-        return {"mutual_loss": self.args.mutual_loss, "peer_layers": layers}
+        peers = ", ".join(type(model).__name__ for model in self.models)
+        return {"peers": peers, "mutual_loss": self.args.mutual_loss, "peer_layers": layers}
 
 
 def _check_peers(models: list[PreTrainedModel], args: MutualTrainingArguments, kwargs: dict) -> list[FeatureTap]:

@@ -9,7 +9,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .checkpoints import load_paraphrasers, read_metadata, save_paraphrasers
+from .checkpoints import check_made_by, load_paraphrasers, save_paraphrasers
 from .factors import Paraphraser
 from .modeling import ParaphraserStack
 from .paraphraser_trainer import ParaphraserTrainer
@@ -85,7 +85,7 @@ class ParaphraserStage:
                 finished = Path(resume_from_checkpoint).parent / PARAPHRASER_FOLDER
 
         if resume_from_checkpoint:
-            read_metadata(resume_from_checkpoint, type(self.trainer).__name__)
+            check_made_by(resume_from_checkpoint, type(self.trainer).__name__)
         settings, args = self._settings(), self.trainer.args
         if args.lambda_inh == 0 and args.lambda_exp == 0:
             return resume_from_checkpoint, {}  # no factor is compared: plain logit distillation needs no paraphraser

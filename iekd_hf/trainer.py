@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from .arguments import IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
-from .checkpoints import fingerprint, load_encoders, save_encoders
+from .checkpoints import check_made_by, fingerprint, load_encoders, save_encoders
 from .checks import check_datasets, check_label_maps
 from .factors import ChannelSplit, Paraphraser
 from .features import FeatureTap
@@ -254,7 +254,8 @@ class IEKDTrainer(DistillationTrainer):
         self._load_encoders(self.state.best_model_checkpoint)
 
     def _load_encoders(self, folder: str) -> None:
-        load_encoders(self.student_side, folder, type(self).__name__, **self._encoders_made_for())
+        check_made_by(folder, type(self).__name__, **self._encoders_made_for())
+        load_encoders(self.student_side, folder)
 
     def _encoders_made_for(self) -> dict[str, str]:
         return {"paraphrasers": self._fingerprint, "student_layers": ", ".join(self.student_side.tap.layers)}
