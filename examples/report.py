@@ -72,18 +72,18 @@ def draw(results: list[Result], path: str) -> None:
 
     Args:
         results (`list[Result]`):
-            Those of the table; the last is the distilled student.
+            Those of the table; the losses are the last one's.
         path (`str`):
             The PNG file to write.
     """
     colours = {result.name: f"C{index}" for index, result in enumerate(results)}
     figure, (losses, accuracy, sizes) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     history = results[-1].log_history
-    for name in ("task_loss", "inheritance_loss", "exploration_loss", "kd_loss"):
+    for name in ("task_loss", "inheritance_loss", "exploration_loss", "kd_loss", "kl_loss"):
         points = [(logs["epoch"], abs(logs[name])) for logs in history if name in logs]
         if points:
             losses.plot(*zip(*points, strict=True), label=f"|{name}|" if name == "exploration_loss" else name)
-    losses.set(title="Distilled student: losses before their weights", xlabel="epoch", yscale="log")
+    losses.set(title=f"{results[-1].name}: losses before their weights", xlabel="epoch", yscale="log")
     losses.legend(fontsize="small")
 
     for result in results:

@@ -1,0 +1,121 @@
+"""
+Let image classifiers teach each other while they learn: IE-DML, beside DML and beside each of them alone.
+
+    accelerate launch examples/run_mutual.py \
+        --peers cifar-resnet-32 cifar-resnet-20 --dataset_name uoft-cs/cifar10 --output_dir mutual --push_to_hub
+
+Without a data set it uses scikit-learn's handwritten digits: no network is needed. All arguments can also stand in one
+JSON or YAML file: run_mutual.py recipe.yaml
+"""
+
+import copy
+import logging
+import os
+from dataclasses import dataclass, field
+
+from classification import ImageRun, ScriptArguments, build_model, is_shorthand, parse_arguments
+from image_data import DataArguments
+from report import Result, draw, table
+from transformers import PreTrainedModel
+
+from iekd_hf import MutualTrainer, MutualTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+NAMES = {"ie": "IE-DML", "kl": "DML", "ie+kl": "IE-DML with KL"}
+
+
+@dataclass
+class ModelArguments:
+    """Say which models."""
+
+    peers: list[str] = field(
+        default_factory=lambda: ["cifar-resnet-20", "cifar-resnet-8"],
+        metadata={
+            "help": "Two or more networks: Hub ids, folders or `cifar-resnet-<depth>`, which start from scratch. The "
+            "first one's image processor is used."
+        },
+    )
+    peers_from_scratch: bool = field(
+        default=True, metadata={"help": "Take only the configurations from --peers, not their weights."}
+    )
+    alone: bool = field(default=True, metadata={"help": "Also train each peer alone, to compare with."})
+    dml: bool = field(default=True, metadata={"help": "Also train the peers by DML (logits only), to compare with."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run model code that comes with a Hub model. Only for repositories you trust."},
+    )
+
+
+@dataclass
+class RunArguments(ScriptArguments, MutualTrainingArguments):
+    """Hold a script's arguments and those of mutual learning."""
+
+
+def results_of(
+    run: ImageRun, models: list[PreTrainedModel], how: str, seconds: float, log_history: list[dict]
+) -> list[Result]:
+    """Measure peers that were trained together; the logs of each are those of a model trained alone."""
+    results = []
+    for i, model in enumerate(models, start=1):
+        own = [
+            {name.replace(f"peer_{i}/", "").replace(f"peer_{i}_", ""): value for name, value in sorted(logs.items())}
+            for logs in log_history
+        ]
+        results.append(
+            Result(f"peer {i}, {how}", model.num_parameters(), run.evaluate(model), {"together": seconds}, own)
+        )
+    return results
+
+
+def main() -> None:
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, RunArguments), __doc__)
+    run = ImageRun(data_args, args)
+    from_scratch = model_args.peers_from_scratch or all(is_shorthand(name) for name in model_args.peers)
+    peers = [
+        build_model(name, "--peers", run.names, from_scratch or is_shorthand(name), model_args.trust_remote_code)
+        for name in model_args.peers
+    ]
+    run.prepare_images(model_args.peers[0], from_scratch)
+    results, epochs = [], args.num_train_epochs
+    how = NAMES[args.mutual_loss]
+
+    if model_args.alone:
+        for i, model in enumerate(copy.deepcopy(peers), start=1):
+            seconds, history = run.train_alone(model, f"peer {i} alone", epochs)
+            results.append(
+                Result(f"peer {i} alone", model.num_parameters(), run.evaluate(model), {"training": seconds}, history)
+            )
+    if model_args.dml and args.mutual_loss != "kl":
+
+        def make_trainer(baseline_args):
+            baseline_args.mutual_loss = "kl"
+            return MutualTrainer(baseline, args=baseline_args, **run.common())
+
+        baseline = copy.deepcopy(peers)  # the same start
+        folders = {f"peer_{i}": model for i, model in enumerate(baseline, start=1)}
+        seconds, history = run.train_beside("DML", epochs, folders, make_trainer)
+        results += results_of(run, baseline, "DML", seconds, history)
+    trainer = MutualTrainer(peers, args=args, **run.common())
+    logger.warning("Training the peers together (%s) for %g epochs.", how, epochs)
+    output = trainer.train(resume_from_checkpoint=run.resume)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", output.metrics)
+    trainer.save_metrics("train", output.metrics)
+    results += results_of(run, peers, how, output.metrics["train_runtime"], trainer.state.log_history)
+    trainer.save_metrics("eval", trainer.evaluate())
+
+    if trainer.is_world_process_zero():
+        print("\n" + table(results) + "\n")
+        picture = os.path.join(args.output_dir, "report.png")
+        draw(results, picture)
+        folders = " ".join(os.path.join(args.output_dir, name) for name in trainer.named_peers())
+        print(f"Peers: {folders}   Picture: {picture}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset=data_args.dataset_name, tasks="image-classification")
+
+
+if __name__ == "__main__":
+    main()
