@@ -45,6 +45,7 @@ class ScriptArguments:
     """Change those defaults of a trainer's arguments that suit a script; each can be set on the command line."""
 
     output_dir: str | None = field(default="out", metadata={"help": "Where the results and checkpoints go."})
+    do_train: bool = field(default=True, metadata={"help": "Train; otherwise measure the models as they are."})
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Epochs. Default: 6 for the digits, otherwise 30."}
     )

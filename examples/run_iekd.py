@@ -71,7 +71,6 @@ class ModelArguments:
 class RunArguments(ScriptArguments, IEKDTrainingArguments):
     """Add to a script's arguments those of distillation."""
 
-    do_train: bool = field(default=True, metadata={"help": "Distil."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation images."})
     do_predict: bool = field(
         default=False,

@@ -54,7 +54,7 @@ class RunArguments(ScriptArguments, MutualTrainingArguments):
 
 
 def results_of(
-    run: ImageRun, models: list[PreTrainedModel], how: str, seconds: float, log_history: list[dict]
+    run: ImageRun, models: list[PreTrainedModel], how: str, seconds: float | None, log_history: list[dict]
 ) -> list[Result]:
     """Measure peers that were trained together; the logs of each are those of a model trained alone."""
     results = []
@@ -63,9 +63,8 @@ def results_of(
             {name.replace(f"peer_{i}/", "").replace(f"peer_{i}_", ""): value for name, value in sorted(logs.items())}
             for logs in log_history
         ]
-        results.append(
-            Result(f"peer {i}, {how}", model.num_parameters(), run.evaluate(model), {"together": seconds}, own)
-        )
+        stages = {} if seconds is None else {"together": seconds}
+        results.append(Result(f"peer {i}, {how}", model.num_parameters(), run.evaluate(model), stages, own))
     return results
 
 
@@ -79,15 +78,15 @@ def main() -> None:
     ]
     run.prepare_images(model_args.peers[0], from_scratch)
     results, epochs = [], args.num_train_epochs
-    how = NAMES[args.mutual_loss]
+    how = NAMES[args.mutual_loss] if args.do_train else "as given"
 
-    if model_args.alone:
+    if args.do_train and model_args.alone:
         for i, model in enumerate(copy.deepcopy(peers), start=1):
             seconds, history = run.train_alone(model, f"peer {i} alone", epochs)
             results.append(
                 Result(f"peer {i} alone", model.num_parameters(), run.evaluate(model), {"training": seconds}, history)
             )
-    if model_args.dml and args.mutual_loss != "kl":
+    if args.do_train and model_args.dml and args.mutual_loss != "kl":
 
         def make_trainer(baseline_args):
             baseline_args.mutual_loss = "kl"
@@ -98,21 +97,25 @@ def main() -> None:
         seconds, history = run.train_beside("DML", epochs, folders, make_trainer)
         results += results_of(run, baseline, "DML", seconds, history)
     trainer = MutualTrainer(peers, args=args, **run.common())
-    logger.warning("Training the peers together (%s) for %g epochs.", how, epochs)
-    output = trainer.train(resume_from_checkpoint=run.resume)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", output.metrics)
-    trainer.save_metrics("train", output.metrics)
-    results += results_of(run, peers, how, output.metrics["train_runtime"], trainer.state.log_history)
+    seconds = None
+    if args.do_train:
+        logger.warning("Training the peers together (%s) for %g epochs.", how, epochs)
+        output = trainer.train(resume_from_checkpoint=run.resume)
+        seconds = output.metrics["train_runtime"]
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", output.metrics)
+        trainer.save_metrics("train", output.metrics)
+    results += results_of(run, peers, how, seconds, trainer.state.log_history)
     trainer.save_metrics("eval", trainer.evaluate())
 
     if trainer.is_world_process_zero():
         print("\n" + table(results) + "\n")
-        picture = os.path.join(args.output_dir, "report.png")
-        draw(results, picture)
-        folders = " ".join(os.path.join(args.output_dir, name) for name in trainer.named_peers())
-        print(f"Peers: {folders}   Picture: {picture}")
+        if args.do_train:
+            picture = os.path.join(args.output_dir, "report.png")
+            draw(results, picture)
+            folders = " ".join(os.path.join(args.output_dir, name) for name in trainer.named_peers())
+            print(f"Peers: {folders}   Picture: {picture}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset=data_args.dataset_name, tasks="image-classification")
 

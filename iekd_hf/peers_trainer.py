@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
@@ -100,9 +101,14 @@ class PeersTrainer(DistillationTrainer):
     # ---- Checkpoints and the Hub ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
         for name, model in self.named_peers().items():
             with self._acting_as(model):
-                super()._save(os.path.join(output_dir or self.args.output_dir, name), state_dict)
+                super()._save(os.path.join(output_dir, name), state_dict)
+            # A model that brings its code has it in its folder, but of a folder in a repository transformers reads
+            # weights only, and takes the code from the repository's root.
+            if self.args.should_save and model._auto_class is not None:
+                custom_object_save(model, output_dir)
 
     def load_peers(self, folder: str) -> None:
         """Restore the models from where they were saved together."""
@@ -128,12 +134,12 @@ class PeersTrainer(DistillationTrainer):
             return
         path = os.path.join(self.args.output_dir, "README.md")
         card = ModelCard.load(path)
-        lines = [
-            f'{name} = {type(model).__name__}.from_pretrained("{self.hub_model_id or "."}", subfolder="{name}")'
-            for name, model in self.named_peers().items()
-        ]
-        imports = ", ".join(sorted({type(model).__name__ for model in self.models}))
-        card.text += "\n".join(
-            ["", "## How to load", "", "```python", f"from transformers import {imports}", "", *lines, "```", ""]
-        )
+        imports, loads = {}, []
+        for name, model in self.named_peers().items():
+            imports.setdefault(type(model).__module__.partition(".")[0], set()).add(type(model).__name__)
+            loads.append(
+                f'{name} = {type(model).__name__}.from_pretrained("{self.hub_model_id or "."}", subfolder="{name}")'
+            )
+        lines = [f"from {package} import {', '.join(sorted(names))}" for package, names in sorted(imports.items())]
+        card.text += "\n".join(["", "## How to load", "", "```python", *lines, "", *loads, "```", ""])
         card.save(path)

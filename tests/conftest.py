@@ -1,11 +1,14 @@
 """Tiny models from configurations and data that the tests make: offline and fast."""
 
 import os
+import sys
+from pathlib import Path
 
 
 # Before anything imports them: tests never reach out, and draw no window.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import pytest
 import torch
@@ -110,6 +113,18 @@ def make_mutual(tmp_path):
         return trainer_class(models=models, **keywords)
 
     return make
+
+
+@pytest.fixture
+def run_example(monkeypatch, capsys):
+    """Call an example's `main` with a command line, and return what it prints."""
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    return call
 
 
 def same(first: dict, second: dict) -> bool:

@@ -217,9 +217,7 @@ def test_models_that_are_no_peers(make_mutual, tmp_path):
 
 def test_a_peer_that_gives_no_loss(make_mutual):
     body = make_vit().vit
-    with pytest.raises(
-        ValueError, match=r"models\[1\] to return a loss, got ViTModel, which takes no labels"
-    ):
+    with pytest.raises(ValueError, match=r"models\[1\] to return a loss, got ViTModel, which takes no labels"):
         make_mutual([make_resnet(), body])
     unlabelled = [{"pixel_values": image["pixel_values"]} for image in make_images(4)]
     with pytest.raises(ValueError, match=r"models\[0\] to return a loss, got ResNetFor.* a batch of pixel_values"):

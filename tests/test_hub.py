@@ -5,6 +5,7 @@ The clients are processes of their own: `HF_ENDPOINT` is read when huggingface_h
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -144,6 +145,80 @@ def test_trainer_pushes_the_plain_student(hub: HubServer, client: Client, tmp_pa
     assert loaded["info"] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     assert loaded["size"] == {"height": 32, "width": 32}
     assert loaded["logits"] == pushed["after"] != pushed["before"]
+
+
+TEACH_EACH_OTHER_AND_PUSH = """
+import os, sys
+from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil
+from iekd_hf import CifarResNetConfig, MutualTrainer, MutualTrainingArguments
+
+torch.manual_seed(0)
+folder = sys.argv[1]
+resnet = CifarResNetConfig.from_depth(8, num_labels=2)  # brings its own code
+vit = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32)
+for name, config in (("first", resnet), ("second", vit)):
+    AutoModelForImageClassification.from_config(config).save_pretrained(f"{folder}/{name}")
+images = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 2} for i in range(8)]
+trainer = MutualTrainer(
+    models=[folder + "/first", folder + "/second"],
+    args=MutualTrainingArguments(
+        folder + "/out",
+        max_steps=2,
+        save_steps=1,
+        learning_rate=0.1,
+        report_to="none",
+        push_to_hub=True,
+        hub_model_id="user/peers",
+        hub_token=os.environ["HF_TOKEN"],
+    ),
+    train_dataset=images,
+    eval_dataset=images,
+    processing_class=ViTImageProcessorPil(size={"height": 32, "width": 32}),
+)
+trainer.train()
+pushed_while_training = sorted(os.listdir(folder + "/out"))
+trainer.push_to_hub(tags="classroom")
+print(json.dumps({"logits": [logits(model) for model in trainer.models], "local": pushed_while_training}))
+"""
+
+LOAD_PEERS = """
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+result = {}
+for name in ("peer_1", "peer_2"):
+    model, info = AutoModelForImageClassification.from_pretrained(
+        "user/peers", subfolder=name, trust_remote_code=True, output_loading_info=True
+    )
+    processor = AutoImageProcessor.from_pretrained("user/peers", subfolder=name, backend="pil")
+    missing = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]]))
+    result[name] = [type(model).__name__, missing, dict(processor.size), logits(model)]
+print(json.dumps(result))
+"""
+
+
+def test_peers_are_pushed_into_one_repository(hub: HubServer, client: Client, tmp_path: Path):
+    pushed = client(LOGITS + TEACH_EACH_OTHER_AND_PUSH, hub.endpoint, str(tmp_path))
+    assert {"peer_1", "peer_2", "checkpoint-1", "checkpoint-2"} <= set(pushed["local"])
+    files = hub.repos["user/peers"]["files"]
+    for name in ("peer_1", "peer_2"):
+        assert {f"{name}/{file}" for file in ("config.json", "model.safetensors", "preprocessor_config.json")} <= set(
+            files
+        )
+    assert not [
+        path for path in files if path.startswith("checkpoint-") or path.endswith(("pt", "encoders.safetensors"))
+    ]
+    card = files["README.md"].decode()
+    for tag in ("iekd", "deep-mutual-learning", "classroom"):
+        assert f"- {tag}\n" in card.split("---")[1]
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    for secret in (TOKEN, str(tmp_path)):
+        assert not [path for path, content in files.items() if secret.encode() in content]
+
+    size = {"height": 32, "width": 32}
+    loaded = client(LOGITS + LOAD_PEERS, hub.endpoint, with_library=False)
+    assert loaded["peer_1"] == ["CifarResNetForImageClassification", [], size, pushed["logits"][0]]
+    assert loaded["peer_2"] == ["ViTForImageClassification", [], size, pushed["logits"][1]]
+    by_card = client(f"{LOGITS}{code}\nprint(json.dumps([logits(peer_1), logits(peer_2)]))", hub.endpoint)
+    assert by_card == pushed["logits"]
 
 
 PUSH_CIFAR = """

@@ -1,26 +1,20 @@
 """The example script: the whole run on the digits, other sources of images, resuming, and its errors."""
 
+import functools
 import json
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import datasets
+import image_data
 import numpy as np
 import PIL.Image
 import pytest
+import run_iekd
 import torch
 from conftest import same
+from image_metrics import TopKAccuracy
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import image_data  # noqa: E402
-import run_iekd  # noqa: E402
-from image_metrics import TopKAccuracy  # noqa: E402
 
 
 QUICK = [
@@ -37,13 +31,8 @@ QUICK += ["--teacher", "cifar-resnet-8", "--disable_tqdm", "true", "--per_device
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["run_iekd.py", *map(str, arguments)])
-        run_iekd.main()
-        return capsys.readouterr().out
-
-    return call
+def run(run_example):
+    return functools.partial(run_example, run_iekd)
 
 
 def image_rows(count=40, size=12, labels=("cat", "dog")):
@@ -169,10 +158,9 @@ def test_image_folder_with_images_of_mixed_sizes(run, tmp_path):
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.label2id == {"ant": 0, "bee": 1}
 
 
-def test_help_explains(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run_iekd.py", "--help"])
+def test_help_explains(run, capsys):
     with pytest.raises(SystemExit, match="0"):
-        run_iekd.main()
+        run("--help")
     text = capsys.readouterr().out
     for name in ("--teacher", "--lambda_inh", "--train_file", "--student_from_scratch", "--push_to_hub"):
         assert re.search(rf"{name}\b", text)
