@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test style quality clean
+.PHONY: demo demo-mutual test style quality clean
 
 demo: .venv/examples
 	rm -rf demo
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/run_iekd.py --output_dir demo
+	$(LAUNCH) examples/run_iekd.py --output_dir demo
+
+demo-mutual: .venv/examples
+	rm -rf demo-mutual
+	$(LAUNCH) examples/run_mutual.py --output_dir demo-mutual
 
 test: .venv/test
 	$(BIN)/python -m pytest
@@ -36,4 +40,4 @@ quality: .venv/test
 	touch $@ .venv/examples
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv demo demo-mutual build *.egg-info

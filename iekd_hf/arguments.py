@@ -219,6 +219,8 @@ class MutualTrainingArguments(IETrainingArguments):
         mutual_loss (`str`, *optional*, defaults to `"ie"`):
             What a peer learns from the others: `"ie"` inherits and explores (IE-DML), `"kl"` compares the logits (DML,
             the baseline), `"ie+kl"` does both.
+        lambda_inh (`float`, *optional*, defaults to 100.0), lambda_exp (`float`, *optional*, defaults to 10.0):
+            As above, but lower: peers teach from their first step, when there is little to inherit yet.
         lambda_kl (`float`, *optional*, defaults to 1.0):
             Weight of the logit term of `"kl"` and `"ie+kl"`, which need the same labels.
         temperature (`float`, *optional*, defaults to 1.0):
@@ -243,6 +245,8 @@ class MutualTrainingArguments(IETrainingArguments):
     mutual_loss: str = _choice(
         "ie", MUTUAL_LOSSES, "What a peer learns from the others: factors (IE-DML), logits (DML), or both."
     )
+    lambda_inh: float = field(default=100.0, metadata={"help": "Weight of the inheritance loss; 0 turns it off."})
+    lambda_exp: float = field(default=10.0, metadata={"help": "Weight of the exploration loss; 0 turns it off."})
     lambda_kl: float = field(default=1.0, metadata={"help": "Weight of the logit term of kl and ie+kl."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the logit term."})
     peer_layers: list[str] | None = field(

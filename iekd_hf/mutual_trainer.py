@@ -20,8 +20,8 @@ from .peers_trainer import PeersTrainer
 
 class MutualTrainer(PeersTrainer):
     r"""
-    Train two or more networks that teach each other: IE-DML (Huang et al., CVPR 2021, section 3.3), or DML (Zhang et
-    al., CVPR 2018).
+    Train two or more networks that teach each other: IE-DML (Huang et al., CVPR 2021, arXiv 2107.00181), or DML (Zhang
+    et al., CVPR 2018, arXiv 1706.00384).
 
     IE-DML is two processes of inheritance and exploration in opposite directions. Each peer has a paraphraser, which
     trains along, a channel split, and two factor encoders. One step makes four updates, each by the gradients of its

@@ -48,17 +48,22 @@ def stand_ins(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_python_blocks_in_order(stand_ins):
     script = "\n".join(block for kind, block in BLOCKS if kind == "python")
-    assert script.count("IEKDTrainer(") == 2
+    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (2, 1)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resnet.encoder.stages.1" in done.stdout  # list_layers
     assert (stand_ins / "out" / "model.safetensors").is_file()
+    assert (stand_ins / "peers" / "peer_2" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
-def test_the_accelerate_line(stand_ins):
-    (command,) = [command for command in COMMANDS if command.startswith("accelerate launch")]
+@pytest.mark.parametrize(
+    "script, row, folders",
+    [("run_iekd", "distilled student", [""]), ("run_mutual", "peer 2, IE-DML", ["peer_1/", "peer_2/"])],
+)
+def test_the_accelerate_line(stand_ins, script, row, folders):
+    (command,) = [c for c in COMMANDS if c.startswith(f"accelerate launch examples/{script}.py")]
     (stand_ins / "examples").symlink_to(ROOT / "examples")
     with HubServer() as hub:
         environment = {
@@ -75,26 +80,34 @@ def test_the_accelerate_line(stand_ins):
         assert accelerate == "accelerate"
         done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert re.search(r"^distilled student +[\d,]+ +\d", done.stdout, flags=re.MULTILINE), done.stdout
+        assert re.search(rf"^{row} +[\d,]+ +\d", done.stdout, flags=re.MULTILINE), done.stdout
         (repository,) = hub.repos.values()
-        assert {"model.safetensors", "config.json", "README.md", "preprocessor_config.json"} <= set(
-            repository["files"]
-        )
+        saved = {
+            f"{f}{file}" for f in folders for file in ("model.safetensors", "config.json", "preprocessor_config.json")
+        }
+        assert saved | {"README.md"} <= set(repository["files"])
         assert not [path for path in repository["files"] if path.startswith(("_", "checkpoint-"))]
 
 
 @pytest.mark.slow
-def test_make_demo(tmp_path):
-    """The demo itself, in a copy of the tree that shares the virtual environment in which the tests run."""
+@pytest.mark.parametrize(
+    "target, rows",
+    [
+        ("demo", ["teacher", "plain student", "distilled student"]),
+        ("demo-mutual", [f"peer {i}{how}" for how in (" alone", ", DML", ", IE-DML") for i in (1, 2)]),
+    ],
+)
+def test_make_demo(tmp_path, target, rows):
+    """The demos themselves, in a copy of the tree that shares the virtual environment in which the tests run."""
     if Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("runs in the virtual environment that the Makefile makes")
-    ignore = shutil.ignore_patterns(".venv", ".git", "__pycache__", "demo", "out")
+    ignore = shutil.ignore_patterns(".venv", ".git", "__pycache__", "demo*", "out")
     shutil.copytree(ROOT, tmp_path / "copy", ignore=ignore)
     (tmp_path / "copy" / ".venv").symlink_to(ROOT / ".venv")
-    assert "make demo" in COMMANDS
+    assert f"make {target}" in COMMANDS
     # The stamps are as old as the installation; a copy has newer files, which are not to be installed again.
     done = subprocess.run(
-        ["make", "-o", ".venv/examples", "demo"],
+        ["make", "-o", ".venv/examples", target],
         cwd=tmp_path / "copy",
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -102,16 +115,17 @@ def test_make_demo(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    accuracies = dict(re.findall(r"^(teacher|plain student|distilled student) +[\d,]+ +([\d.]+)%", done.stdout, re.M))
-    assert len(accuracies) == 3 and all(float(value) > 85 for value in accuracies.values()), done.stdout
-    assert (tmp_path / "copy" / "demo" / "report.png").is_file()
+    accuracies = dict(re.findall(r"^(\S.*\S) +[\d,]+ +([\d.]+)% ", done.stdout, re.MULTILINE))
+    assert list(accuracies) == rows and all(float(value) > 85 for value in accuracies.values()), done.stdout
+    assert (tmp_path / "copy" / target / "report.png").is_file()
 
 
 def test_every_command_is_one_of_those_run():
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        assert (program == "make" and arguments[0] in targets) or program in ("accelerate", "pip"), command
+        known = {"make": targets, "python": ["examples/benchmarks/mutual_step.py"]}  # test_run_mutual.py runs it
+        assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip"), command
     # `make test` is what runs this file, and installs by the line that the README shows.
     assert "make test" in COMMANDS and "make test" in (ROOT / ".ci" / "run").read_text()
     (pip,) = [command for command in COMMANDS if command.startswith("pip")]

@@ -3,6 +3,7 @@
 import functools
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import run_mutual
@@ -83,3 +84,20 @@ def test_help_explains(run, capsys):
     text = capsys.readouterr().out
     for name in ("--peers", "--mutual_loss", "--lambda_inh", "--train_file", "--push_to_hub"):
         assert re.search(rf"{name}\b", text)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_step(run_example, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(run_mutual.__file__).parent / "benchmarks"))
+    import mutual_step
+
+    small = ["--depths", "8", "8", "--batch_size", "4", "--image_size", "16", "--rounds", "2"]
+    printed = run_example(mutual_step, *small)
+    rows = {name: float(value) for value, name in re.findall(r"^ +([\d.]+)  (.*?)(?: \(.*)?$", printed, re.MULTILINE)}
+    assert list(rows)[-4:] == [
+        "sum of the passes",
+        "step of the trainer, its four optimizer steps included",
+        "step / passes",
+        "control / passes",
+    ]
+    assert len(rows) == 10 and all(value > 0 for value in rows.values()), printed

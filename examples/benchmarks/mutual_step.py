@@ -16,7 +16,7 @@ import tempfile
 import time
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
 from iekd_hf import CifarResNetConfig, CifarResNetForImageClassification, MutualTrainer, MutualTrainingArguments
 from iekd_hf.losses import reconstruction_loss
@@ -63,7 +63,7 @@ class Passes:
         outputs_1, *factors_1, f_1 = first(**batch)
         lap("peer 1 forward")
         F_1 = factor(code_1, f_1)
-        lap("paraphraser 1 forward, backward, encoder once more")
+        lap("paraphraser 1 forward, backward, encode")
         outputs_2, *factors_2, _ = second(**batch)
         objective(outputs_2, *factors_2, F_1).backward()
         lap("peer 2 forward, backward")
@@ -71,7 +71,7 @@ class Passes:
             _, (f_2,) = second.tap.run({"pixel_values": batch["pixel_values"]}, stop_after_last=True)
         lap("peer 2 forward, without graph, to its map")
         F_2 = factor(code_2, f_2)
-        lap("paraphraser 2 forward, backward, encoder once more")
+        lap("paraphraser 2 forward, backward, encode")
         objective(outputs_1, *factors_1, F_2).backward()
         lap("peer 1 backward")
         self.group.zero_grad()
@@ -81,20 +81,17 @@ class Passes:
 class Watch(TrainerCallback):
     """Time Trainer's steps, and run the passes between them."""
 
-    def __init__(self):
+    def __init__(self, passes: Passes, batch: dict):
+        self.bare, self.batch = passes, batch
         self.steps, self.passes, self.control = [], [], []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bare = Passes(self.trainer.group, self.trainer.args)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = now()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps.append(now() - self.start)
-        batch = self.trainer.batch
-        self.passes.append(self.bare.run(batch))
-        self.control.append(self.bare.run(batch))
+        self.passes.append(self.bare.run(self.batch))
+        self.control.append(self.bare.run(self.batch))
 
 
 class Data(torch.utils.data.Dataset):
@@ -111,12 +108,6 @@ class Data(torch.utils.data.Dataset):
         return {"pixel_values": self.image + index % 7, "labels": index % 10}
 
 
-class KeepBatch(MutualTrainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.batch = self._prepare_inputs(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs=2, default=[20, 20], help="Depths of two CIFAR ResNets.")
@@ -128,7 +119,7 @@ def main() -> None:
         CifarResNetForImageClassification(CifarResNetConfig.from_depth(depth, num_labels=10))
         for depth in options.depths
     ]
-    warm_up, watch = 3, Watch()
+    warm_up = 3
     with tempfile.TemporaryDirectory() as folder:
         args = MutualTrainingArguments(
             folder,
@@ -143,8 +134,12 @@ def main() -> None:
             dataloader_pin_memory=False,
         )
         data = Data(options.batch_size * args.max_steps, options.image_size)
-        watch.trainer = KeepBatch(models, args=args, train_dataset=data, callbacks=[watch])
-        watch.trainer.train()
+        trainer = MutualTrainer(models, args=args, train_dataset=data)
+        examples = [data[i] for i in range(options.batch_size)]
+        batch = {name: value.to(args.device) for name, value in default_data_collator(examples).items()}
+        watch = Watch(Passes(trainer.group, args), batch)
+        trainer.add_callback(watch)
+        trainer.train()
     steps, passes, control = watch.steps[warm_up:], watch.passes[warm_up:], watch.control[warm_up:]
     for name in passes[0]:
         print(f"{statistics.median(times[name] for times in passes):9.1f}  {name}")
