@@ -224,7 +224,7 @@ class IEKDTrainer(DistillationTrainer):
     def _wrap_model(self, model, training=True, dataloader=None):
         # Trainer.model stays the bare student, which is what is evaluated, saved, pushed and shown to callbacks; only
         # Trainer.model_wrapped, which is what trains, is the student together with its encoders.
-        if training and model is self.model:
+        if training:
             self.student_side.tap.attach()
             return self.accelerator.prepare_model(self.student_side)
         return super()._wrap_model(model, training, dataloader)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import make_images, make_resnet, make_vit, same
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
 
@@ -383,6 +385,22 @@ def test_a_part_that_is_not_updated_keeps_its_state():
     assert [group["lr"] for group in restored.param_groups] == [0.1, 0.1]
     assert all(a is b for a, b in zip(restored.param_groups, (o.param_groups[0] for o in restored.optimizers)))  # noqa: B905
     assert torch.equal(restored.optimizers[1].state[second]["momentum_buffer"], torch.full((2,), 1.9))
+
+
+def test_gradient_scaling_skips_the_part_that_overflows():
+    """As accelerate steps it in fp16: unscaled, stepped and rescaled once for each part."""
+    Accelerator(cpu=True)  # sets up the state that an optimizer of accelerate reads
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = AcceleratedOptimizer(
+        PartwiseOptimizer([torch.optim.SGD([first], lr=0.1), torch.optim.SGD([second], lr=0.1)]),
+        scaler=torch.amp.GradScaler("cpu", init_scale=8.0),
+    )
+    for parameter, factor, skipped in ((first, torch.inf, True), (second, 1.0, False)):
+        optimizer.scaler.scale((parameter * factor).sum()).backward()
+        optimizer.step()
+        assert optimizer.step_was_skipped == skipped
+        optimizer.zero_grad()
+    assert torch.equal(first, torch.ones(2)) and torch.equal(second, torch.full((2,), 0.9))
 
 
 @pytest.mark.parametrize("ratio, inherits, explores", [(1.0, True, False), (0.0, False, True)])

@@ -364,6 +364,7 @@ def test_torch_compile(make_trainer):
     trainer = make_trainer(
         torch_compile=True, torch_compile_backend="aot_eager", eval_dataset=make_images(8), **common
     )
+    trainer.evaluate()  # before training, too, which compiles the bare student
     trainer.train()
     reference = make_trainer(eval_dataset=make_images(8), **common)
     reference.train()
