@@ -337,10 +337,14 @@ def test_bf16_runs_every_pass_in_bf16(make_mutual):
 @pytest.mark.slow
 def test_torch_compile(make_mutual):
     common = {"max_steps": 3, "optim": "sgd", "eval_dataset": make_images(8)}
-    compiled = make_mutual(torch_compile=True, torch_compile_backend="aot_eager", **common)
+
+    def peers():
+        return [make_resnet(8, seed=1), make_resnet(12, seed=2)]
+
+    compiled = make_mutual(peers(), torch_compile=True, torch_compile_backend="aot_eager", **common)
     compiled.evaluate()  # before training too
     compiled.train()
-    reference = make_mutual(**common)
+    reference = make_mutual(peers(), **common)
     reference.train()
     for ours, plain in zip(compiled.models, reference.models, strict=True):
         for name, value in plain.state_dict().items():
