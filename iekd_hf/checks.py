@@ -2,7 +2,7 @@
 
 import datasets
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
 
@@ -93,13 +93,15 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
         )
 
 
-def check_models(models: list[PreTrainedModel], kwargs: dict) -> None:
+def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
     """
     Refuse what cannot be trained side by side.
 
     Args:
         models (`list[PreTrainedModel]`):
             The models.
+        args (`MutualTrainingArguments`):
+            The training arguments.
         kwargs (`dict`):
             The trainer's other arguments.
 
@@ -129,3 +131,11 @@ def check_models(models: list[PreTrainedModel], kwargs: dict) -> None:
                 f"Expected no {name}, got one: pass models=[...]; each gets an optimizer of its own, by args.optim or "
                 "optimizer_cls_and_kwargs."
             )
+    if args.peer_layers is not None and len(args.peer_layers) != len(models):
+        raise ValueError(
+            f"Expected a layer for each of the {len(models)} models in peer_layers, got {len(args.peer_layers)}."
+        )
+    if "kl" in args.mutual_loss:
+        term = f"mutual_loss={args.mutual_loss!r}"
+        for i, model in enumerate(models):
+            check_label_maps(models[0], model, f"models[0] and models[{i}]", term, "mutual_loss='ie'")

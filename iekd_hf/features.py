@@ -67,8 +67,8 @@ class FeatureTap:
         self.attach()
         try:
             with torch.no_grad():
-                outputs, feature_maps = self.run(inputs, stop_after_last)
-                return outputs, [feature_map.shape[1] for feature_map in feature_maps]
+                outputs, maps = self.run(inputs, stop_after_last)
+                return outputs, [feature_map.shape[1] for feature_map in maps]
         finally:
             self.model.train(was_training)
             if not was_attached:

@@ -7,7 +7,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .arguments import PARAPHRASER_SGD, MutualTrainingArguments
 from .checkpoints import check_made_by, load_encoders, save_encoders
-from .checks import check_label_maps, check_models
+from .checks import check_models
 from .factors import ChannelSplit, Paraphraser
 from .features import FeatureTap
 from .loading import load_model
@@ -93,7 +93,8 @@ class MutualTrainer(PeersTrainer):
         self.with_factors, self.with_logits = "ie" in args.mutual_loss, "kl" in args.mutual_loss
         self._weight_names = ("lambda_inh", "lambda_exp") * self.with_factors + ("lambda_kl",) * self.with_logits
         models = [load_model(m, f"models[{i}]") if isinstance(m, str) else m for i, m in enumerate(models)]
-        self.taps = _check_peers(models, args, kwargs)
+        check_models(models, args, kwargs)
+        self.taps = _tap(models, args)
         super().__init__(models, args=args, **kwargs)
         self.group: PeerGroup | None = None
         self._wrapped_peers: list[nn.Module] = []
@@ -289,20 +290,10 @@ class MutualTrainer(PeersTrainer):
         return {"peers": peers, "mutual_loss": self.args.mutual_loss, "peer_layers": layers}
 
 
-def _check_peers(models: list[PreTrainedModel], args: MutualTrainingArguments, kwargs: dict) -> list[FeatureTap]:
-    """Refuse what does not fit before anything is created on disk; return where the peers' feature maps are taken."""
-    check_models(models, kwargs)
-    if args.peer_layers is not None and len(args.peer_layers) != len(models):
-        raise ValueError(
-            f"Expected a layer for each of the {len(models)} models in peer_layers, got {len(args.peer_layers)}."
-        )
-    if "kl" in args.mutual_loss:
-        term = f"mutual_loss={args.mutual_loss!r}"
-        for i, model in enumerate(models):
-            check_label_maps(models[0], model, f"models[0] and models[{i}]", term, "mutual_loss='ie'")
+def _tap(models: list[PreTrainedModel], args: MutualTrainingArguments) -> list[FeatureTap]:
+    """Say where the peers' maps are taken: each other peer makes a pair with the one layer, logits make none."""
+    layers = args.peer_layers or [None] * len(models)
     if "ie" not in args.mutual_loss:
         return [FeatureTap(model, []) for model in models]
-    layers = args.peer_layers or [None] * len(models)
     taps = [FeatureTap(model, layer and [layer]) for model, layer in zip(models, layers, strict=True)]
-    # Each other peer makes a pair with the one layer.
     return [FeatureTap(tap.model, tap.layers * (len(models) - 1)) for tap in taps]
