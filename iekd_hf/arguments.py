@@ -1,157 +1,12 @@
-"""The arguments of both trainers: `TrainingArguments` and what the method adds."""
+"""`IEKDTrainingArguments` and `MutualTrainingArguments`: `TrainingArguments` and what each trainer adds."""
 
-import math
-import os
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
-from .factors import DECODERS, SPLIT_MODES
-from .losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES, RECONSTRUCTION_DISTANCES, REDUCTIONS
+from .shared_arguments import IETrainingArguments, choice
 
 
-LAMBDA_SCHEDULES = ("constant", "linear", "cosine")
+TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 MUTUAL_LOSSES = ("ie", "kl", "ie+kl")
-
-# How both papers train the paraphraser.
-PARAPHRASER_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-
-
-def _choice(default: str, known, text: str):
-    return field(default=default, metadata={"help": text, "choices": list(known)})
-
-
-@dataclass
-class IETrainingArguments(TrainingArguments):
-    r"""
-    Hold what the arguments of both trainers share: the losses between factors, the split, the paraphraser.
-
-    Args:
-        lambda_inh (`float`, *optional*, defaults to 1000.0):
-            Weight of the inheritance loss. With `loss_reduction="mean"` the loss is about 1.13 / sqrt(N) for factors
-            of N elements (0.025 for 32 x 8 x 8), so useful weights are in the hundreds. 0 removes the half's encoder.
-        lambda_exp (`float`, *optional*, defaults to 100.0):
-            Weight of the exploration loss. 0 removes the half's encoder.
-        lambda_schedule (`str`, *optional*, defaults to `"constant"`):
-            How the weights of all losses beside the task's move after the warm-up: `"constant"`, or down to 0 at the
-            end of training along a line (`"linear"`) or half a cosine (`"cosine"`).
-        lambda_warmup_ratio (`float`, *optional*, defaults to 0.0):
-            Share of the training steps over which the weights rise linearly from 0, in [0, 1).
-        inheritance_distance (`str`, *optional*, defaults to `"l1"`):
-            Distance of [`inheritance_loss`].
-        exploration_distance (`str`, *optional*, defaults to `"l1"`):
-            Distance of [`exploration_loss`].
-        loss_reduction (`str`, *optional*, defaults to `"mean"`):
-            `"mean"` over a factor's elements, or `"sum"`.
-        inheritance_ratio (`float`, *optional*, defaults to 0.5):
-            Share of the student's channels that inherit, in [0, 1].
-        split_mode (`str`, *optional*, defaults to `"random"`):
-            `"random"` or `"natural"`, see [`ChannelSplit`].
-        split_seed (`int`, *optional*, defaults to 0):
-            Seed of the random split.
-        factor_channels (`int`, *optional*):
-            Channels k of the factors. By default half of the teacher's channels.
-        paraphraser_learning_rate (`float`, *optional*, defaults to 0.1):
-            Peak learning rate of the paraphraser (SGD, Nesterov momentum 0.9, weight decay 5e-4).
-        paraphraser_decoder (`str`, *optional*, defaults to `"conv"`):
-            `"conv"` or `"transposed"`, see [`Paraphraser`].
-        reconstruction_distance (`str`, *optional*, defaults to `"l1"`):
-            Distance of [`reconstruction_loss`].
-        temperature (`float`, *optional*, defaults to 4.0):
-            Temperature of the logit term.
-
-    Raises:
-        `ValueError`: a value outside its range, or an unknown name.
-    """
-
-    lambda_inh: float = field(default=1000.0, metadata={"help": "Weight of the inheritance loss; 0 turns it off."})
-    lambda_exp: float = field(default=100.0, metadata={"help": "Weight of the exploration loss; 0 turns it off."})
-    lambda_schedule: str = _choice("constant", LAMBDA_SCHEDULES, "How the weights move after their warm-up.")
-    lambda_warmup_ratio: float = field(
-        default=0.0, metadata={"help": "Share of the steps over which the weights rise linearly from 0, in [0, 1)."}
-    )
-    inheritance_distance: str = _choice("l1", INHERITANCE_DISTANCES, "Distance of the inheritance loss.")
-    exploration_distance: str = _choice("l1", EXPLORATION_DISTANCES, "Distance of the exploration loss.")
-    loss_reduction: str = _choice("mean", REDUCTIONS, "Mean over a factor's elements, or their sum.")
-    inheritance_ratio: float = field(
-        default=0.5, metadata={"help": "Share of the student's channels that inherit, in [0, 1]."}
-    )
-    split_mode: str = _choice("random", SPLIT_MODES, "How the channels are split.")
-    split_seed: int = field(default=0, metadata={"help": "Seed of the random split."})
-    factor_channels: int | None = field(
-        default=None, metadata={"help": "Channels k of the factors. Default: half of the teacher's."}
-    )
-    paraphraser_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of the paraphraser."})
-    paraphraser_decoder: str = _choice("conv", DECODERS, "Convolutions of the paraphraser's decoder.")
-    reconstruction_distance: str = _choice("l1", RECONSTRUCTION_DISTANCES, "Reconstruction loss of the paraphraser.")
-    temperature: float = field(default=4.0, metadata={"help": "Temperature of the logit term."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_choice("lambda_schedule", LAMBDA_SCHEDULES)
-        self._check_choice("inheritance_distance", INHERITANCE_DISTANCES)
-        self._check_choice("exploration_distance", EXPLORATION_DISTANCES)
-        self._check_choice("loss_reduction", REDUCTIONS)
-        self._check_choice("split_mode", SPLIT_MODES)
-        self._check_choice("paraphraser_decoder", DECODERS)
-        self._check_choice("reconstruction_distance", RECONSTRUCTION_DISTANCES)
-        self._check_weights("lambda_inh", "lambda_exp")
-        if not 0 <= self.inheritance_ratio <= 1:
-            raise ValueError(f"Expected inheritance_ratio within [0, 1], got {self.inheritance_ratio}.")
-        if not 0 <= self.lambda_warmup_ratio < 1:
-            raise ValueError(f"Expected lambda_warmup_ratio within [0, 1), got {self.lambda_warmup_ratio}.")
-        self._check_positive("temperature", "paraphraser_learning_rate")
-        if self.factor_channels is not None and self.factor_channels < 1:
-            raise ValueError(f"Expected factor_channels of at least 1, or None, got {self.factor_channels}.")
-
-    def _check_choice(self, name: str, known) -> None:
-        if getattr(self, name) not in known:
-            raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-
-    def _check_weights(self, *names: str) -> None:
-        for name in names:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(
-                    f"Expected {name} to be a finite weight of at least 0, got {getattr(self, name)}; the exploration "
-                    "loss has its sign already."
-                )
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected {name} above 0, got {getattr(self, name)}.")
-
-    def __getstate__(self) -> dict:
-        # Trainer pickles its arguments into training_args.bin and pushes that: no token and no path of this machine
-        # in it.
-        state = {
-            k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v for k, v in vars(self).items()
-        }
-        return {**state, "hub_token": None}
-
-    def __copy__(self) -> "IETrainingArguments":
-        # A copy, unlike a pickle, stays in this process and keeps both.
-        new = object.__new__(type(self))
-        vars(new).update(vars(self))
-        return new
-
-    def lambda_scale(self, progress: float) -> float:
-        """
-        Return the factor in [0, 1] on the λs.
-
-        Args:
-            progress (`float`):
-                Share of the training steps done, in [0, 1].
-
-        Returns:
-            `float`: linear warm-up, then the schedule.
-        """
-        if progress < self.lambda_warmup_ratio:
-            return progress / self.lambda_warmup_ratio
-        if self.lambda_schedule == "constant":
-            return 1.0
-        remaining = 1 - (progress - self.lambda_warmup_ratio) / (1 - self.lambda_warmup_ratio)
-        return remaining if self.lambda_schedule == "linear" else (1 - math.cos(math.pi * remaining)) / 2
 
 
 @dataclass
@@ -169,6 +24,14 @@ class IEKDTrainingArguments(IETrainingArguments):
             Dotted paths of the student's layers, as many as of the teacher's. By default its last feature map.
         paraphraser_epochs (`float`, *optional*, defaults to 30.0):
             Epochs of stage 1, when no paraphraser is given; its learning rate falls along a cosine.
+        fast_teacher (`bool`, *optional*, defaults to `True`):
+            Whether to run a copy of the teacher with BatchNorm folded into its convolutions and, if it is
+            convolutional, in the channels-last format; its maps are the same to rounding. The given one is not
+            changed, but both are in memory.
+        teacher_dtype (`str`, *optional*):
+            Type to cast that copy to: `"float32"`, `"bfloat16"` or `"float16"`. By default the teacher's own.
+        compile_teacher (`bool`, *optional*, defaults to `False`):
+            Whether to compile that copy.
         lambda_kd (`float`, *optional*, defaults to 0.0):
             Weight of the logit term of Hinton et al. Above 0 both models need the same labels.
 
@@ -195,14 +58,28 @@ class IEKDTrainingArguments(IETrainingArguments):
     paraphraser_epochs: float = field(
         default=30.0, metadata={"help": "Epochs of stage 1, when no paraphraser is given."}
     )
+    fast_teacher: bool = field(
+        default=True, metadata={"help": "Run a faster copy of the teacher, with the same maps to rounding."}
+    )
+    teacher_dtype: str | None = field(
+        default=None, metadata={"help": "Type of that copy. Default: the teacher's own.", "choices": TEACHER_DTYPES}
+    )
+    compile_teacher: bool = field(default=False, metadata={"help": "Compile that copy."})
     lambda_kd: float = field(
         default=0.0, metadata={"help": "Weight of the logit term (Hinton et al.); needs equal labels. 0 turns it off."}
     )
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_weights("lambda_kd")
-        self._check_positive("paraphraser_epochs")
+        self.check_weights("lambda_kd")
+        self.check_positive("paraphraser_epochs")
+        if self.teacher_dtype is not None:
+            self.check_choice("teacher_dtype", TEACHER_DTYPES)
+        if not self.fast_teacher and (self.teacher_dtype is not None or self.compile_teacher):
+            raise ValueError(
+                "Expected fast_teacher=True with teacher_dtype or compile_teacher, got False: they change the copy of "
+                "the teacher that it makes. Load the teacher in another dtype yourself, or leave fast_teacher on."
+            )
         _check_layer_pairs(self.teacher_layers, self.student_layers)
 
 
@@ -242,7 +119,7 @@ class MutualTrainingArguments(IETrainingArguments):
     ```
     """
 
-    mutual_loss: str = _choice(
+    mutual_loss: str = choice(
         "ie", MUTUAL_LOSSES, "What a peer learns from the others: factors (IE-DML), logits (DML), or both."
     )
     lambda_inh: float = field(default=100.0, metadata={"help": "Weight of the inheritance loss; 0 turns it off."})
@@ -255,8 +132,8 @@ class MutualTrainingArguments(IETrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_choice("mutual_loss", MUTUAL_LOSSES)
-        self._check_weights("lambda_kl")
+        self.check_choice("mutual_loss", MUTUAL_LOSSES)
+        self.check_weights("lambda_kl")
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"Expected gradient_accumulation_steps=1, got {self.gradient_accumulation_steps}: a step updates the "

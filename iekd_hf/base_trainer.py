@@ -1,11 +1,12 @@
 """What every trainer here shares, without any algorithm: component logs, the finite-loss guard, strict loads."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 
@@ -73,6 +74,7 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.components = ComponentLog()
+        self._counted: nn.Module | None = None
         name = type(self).__name__
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -103,6 +105,46 @@ class DistillationTrainer(Trainer):
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         return self._prepare_inputs(batch)
+
+    def prepare_to_train(self, module: nn.Module, objective: Callable[[], torch.Tensor] | None) -> nn.Module:
+        """
+        Prepare what trains through Accelerate. DDP searches each step's graph for parameters without a gradient only
+        where there are any, which one backward pass of an example tells.
+
+        Args:
+            module (`nn.Module`):
+                What trains.
+            objective (`Callable`, *optional*):
+                Runs the module on an example and returns what depends on all that a training step differentiates;
+                without it Trainer's own choice stays.
+        """
+        undecided = self.args.ddp_find_unused_parameters is None and not self.args.gradient_checkpointing
+        if self.args.world_size > 1 and undecided and objective is not None:
+            was_training = module.training
+            module.eval()
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            gradients = torch.autograd.grad(objective(), trained, allow_unused=True)
+            module.train(was_training)
+            self.accelerator.ddp_handler.find_unused_parameters = any(gradient is None for gradient in gradients)
+        return self.accelerator.prepare_model(module)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple:
+        """Choose the optimizer as Trainer does; SGD updates all parameters in one kernel."""
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer_cls, {"fused": True, **kwargs} if optimizer_cls is torch.optim.SGD else kwargs
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Estimate a step's operations as Trainer does, but count the parameters once."""
+        if self._counted is not self.model:
+            count = getattr(self.model, "num_parameters", None)
+            self._counted, self._num_parameters = self.model, count(exclude_embeddings=True) if count else 0
+        pixels = inputs.get(getattr(self.model, "main_input_name", None))
+        return 0 if pixels is None else 6 * pixels.numel() * self._num_parameters
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Without clipping nobody has asked for the norm, which Trainer would compute for the logs at every step.
+        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
 
     def take_labels(self, inputs: dict) -> torch.Tensor | None:
         """Take the labels out of a batch where the task's loss is not the model's own."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .factors import ChannelSplit, FactorEncoder, Paraphraser
+from .fast_teacher import copy_fast
 from .features import FeatureTap
 from .pixels import TeacherPixels
 
@@ -133,6 +134,8 @@ class FrozenTeacher(nn.Module):
         self.tap = tap
         self.teacher_pixels = teacher_pixels
         self.paraphrasers = nn.ModuleList()
+        self.encoders = nn.ModuleList()
+        self.fast = False
         self.main_input_name = getattr(teacher, "main_input_name", "pixel_values")
         parameters = inspect.signature(teacher.forward).parameters.values()
         self.dtype = next((p.dtype for p in teacher.parameters()), torch.float32)
@@ -144,9 +147,49 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     def set_paraphrasers(self, paraphrasers: list[Paraphraser]) -> None:
-        """Take the trained paraphrasers, one for each layer."""
-        self.paraphrasers = nn.ModuleList(paraphrasers)
-        self.eval()
+        """Take the trained paraphrasers, one for each layer; a fast teacher runs faster copies of their encoders."""
+        self.paraphrasers = nn.ModuleList(paraphrasers).eval()
+        encoders = [paraphraser.encoder for paraphraser in paraphrasers]
+        if self.fast:
+            generator = torch.Generator().manual_seed(0)
+            maps = [torch.randn(1, p.in_channels, 4, 4, generator=generator) for p in paraphrasers]
+            pairs = [
+                (encoder, f_T.to(next(encoder.parameters()))) for encoder, f_T in zip(encoders, maps, strict=True)
+            ]
+            encoders = [copy_fast(encoder, lambda model, f_T=f_T: [model(f_T)]) for encoder, f_T in pairs]
+        self.encoders = nn.ModuleList(encoders)
+
+    @torch.no_grad()
+    def speed_up(self, sample: dict, dtype: torch.dtype | None = None, compiled: bool = False) -> None:
+        """
+        Go on with a copy of the teacher that gives the same maps in less time; the user's own stays as it was.
+
+        Args:
+            sample (`dict`):
+                A batch, to find what can be folded and to see that the result is the same.
+            dtype (`torch.dtype`, *optional*):
+                What to cast the copy to.
+            compiled (`bool`, *optional*, defaults to `False`):
+                Whether to compile the layers that give the maps.
+        """
+        sample = self.adapt(sample)
+
+        def run(model):
+            tap = FeatureTap(model, self.tap.layers)
+            tap.attach()
+            try:
+                return tap.run(sample)[1]
+            finally:
+                tap.detach()
+
+        self.teacher = copy_fast(self.teacher, run, keep=self.tap.layers)
+        self.dtype = dtype or self.dtype
+        self.teacher.to(self.dtype)
+        self.tap = FeatureTap(self.teacher, self.tap.layers)
+        self.fast = True
+        if compiled:
+            for module in self.tap.modules:  # outside of the hooks, of which the last one leaves the forward pass
+                module.forward = torch.compile(module.forward)
 
     def adapt(self, inputs: dict) -> dict:
         """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
@@ -179,11 +222,9 @@ class FrozenTeacher(nn.Module):
     def forward(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Return the factors F_T of each pair (none without paraphrasers), and the logits or `None`."""
         feature_maps, logits = self.feature_maps(inputs, with_logits)
-        if not self.paraphrasers:
+        if not self.encoders:
             return [], logits
-        return [
-            paraphraser.encode(f_T) for paraphraser, f_T in zip(self.paraphrasers, feature_maps, strict=True)
-        ], logits
+        return [encode(f_T) for encode, f_T in zip(self.encoders, feature_maps, strict=True)], logits
 
 
 class ParaphraserStack(nn.Module):
@@ -211,13 +252,26 @@ class PeerGroup(nn.Module):
     It has no forward of its own: each part is run, and wrapped for DDP, by itself.
 
     Args:
-        peers (`list[Peer]`):
-            The peers.
-        paraphrasers (`list[Paraphraser]`):
-            As many, or none where no factor is compared.
+        taps (`list[FeatureTap]`):
+            Where each peer's map is taken: its one layer, once for each other peer; no layer where only logits are
+            compared, and no paraphraser then.
+        widths (`list[int]`):
+            Channels of the maps.
+        args (`MutualTrainingArguments`):
+            Split, factors and losses.
     """
 
-    def __init__(self, peers: list[Peer], paraphrasers: list[Paraphraser]):
+    def __init__(self, taps: list[FeatureTap], widths: list[int], args):
         super().__init__()
-        self.peers = nn.ModuleList(peers)
-        self.paraphrasers = nn.ModuleList(paraphrasers)
+        factor_channels = [args.factor_channels or max(width // 2, 1) for width in widths]
+        self.peers, self.paraphrasers = nn.ModuleList(), nn.ModuleList()
+        for i, (tap, width) in enumerate(zip(taps, widths, strict=True)):
+            splits = [
+                ChannelSplit(width, args.inheritance_ratio, args.split_mode, args.split_seed) for _ in tap.layers
+            ]
+            others = [k for j, k in enumerate(factor_channels) if j != i and tap.layers]
+            peer = Peer(tap.model, tap, splits, others, inherit=args.lambda_inh > 0, explore=args.lambda_exp > 0)
+            self.peers.append(peer.to(tap.model.dtype))
+            if tap.layers:
+                paraphraser = Paraphraser(width, factor_channels[i], decoder=args.paraphraser_decoder)
+                self.paraphrasers.append(paraphraser.to(tap.model.dtype))

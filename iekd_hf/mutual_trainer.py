@@ -1,21 +1,23 @@
 """IE-DML: networks that teach each other by inheritance and exploration while they learn (CVPR 2021)."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from .arguments import PARAPHRASER_SGD, MutualTrainingArguments
+from .arguments import MutualTrainingArguments
 from .checkpoints import check_made_by, load_encoders, save_encoders
 from .checks import check_models
-from .factors import ChannelSplit, Paraphraser
 from .features import FeatureTap
 from .loading import load_model
 from .losses import kd_loss, reconstruction_loss
-from .modeling import Peer, PeerGroup, frozen_statistics
+from .modeling import PeerGroup, frozen_statistics
 from .objective import factor_losses, weighted_sum
 from .partwise_optimizer import PartwiseOptimizer
 from .peers_trainer import PeersTrainer
+from .shared_arguments import PARAPHRASER_SGD
 
 
 class MutualTrainer(PeersTrainer):
@@ -217,34 +219,21 @@ class MutualTrainer(PeersTrainer):
 
     def _build_group(self) -> None:
         """Find the peers' channels, split them, and make encoders and paraphrasers."""
-        args, sample = self.args, self.sample_batch()
+        args, self._sample = self.args, self.sample_batch()
         has_own_loss = self.compute_loss_func is not None or self.label_smoother is not None
         widths = []
         for i, tap in enumerate(self.taps):
-            outputs, channels = tap.probe(self.inputs_of(i, sample), stop_after_last=False)
+            outputs, channels = tap.probe(self.inputs_of(i, self._sample), stop_after_last=False)
             if not has_own_loss and outputs.get("loss") is None:
                 raise ValueError(
                     f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "
-                    f"{', '.join(outputs)} for a batch of {', '.join(sample)}: pass a model with a head for the task, "
-                    "or compute_loss_func."
+                    f"{', '.join(outputs)} for a batch of {', '.join(self._sample)}: pass a model with a head for the "
+                    "task, or compute_loss_func."
                 )
             widths.append(channels[0] if channels else 0)
-        factor_channels = [args.factor_channels or max(width // 2, 1) for width in widths]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)  # the same encoders whatever was built before them
-            peers, paraphrasers = [], []
-            for i, tap in enumerate(self.taps):
-                splits = [
-                    ChannelSplit(widths[i], args.inheritance_ratio, args.split_mode, args.split_seed)
-                    for _ in tap.layers
-                ]
-                towards = [k for j, k in enumerate(factor_channels) if j != i and tap.layers]
-                peer = Peer(tap.model, tap, splits, towards, inherit=args.lambda_inh > 0, explore=args.lambda_exp > 0)
-                peers.append(peer.to(args.device, tap.model.dtype))
-                if tap.layers:
-                    paraphraser = Paraphraser(widths[i], factor_channels[i], decoder=args.paraphraser_decoder)
-                    paraphrasers.append(paraphraser.to(args.device, tap.model.dtype))
-        self.group = PeerGroup(peers, paraphrasers)
+            self.group = PeerGroup(self.taps, widths, args).to(args.device, memory_format=args.memory_format)
 
     def _wrap_model(self, model, training=True, dataloader=None):
         # Trainer.model is the first peer, or the one that is being evaluated or saved; Trainer.model_wrapped, which
@@ -253,9 +242,16 @@ class MutualTrainer(PeersTrainer):
             return super()._wrap_model(model, training, dataloader)
         for peer in self.group.peers:
             peer.tap.attach()
-        self._wrapped_peers = [self.accelerator.prepare_model(peer) for peer in self.group.peers]
+        self._wrapped_peers = [
+            self.prepare_to_train(peer, None if self.compute_loss_func else partial(self._example_objective, i))
+            for i, peer in enumerate(self.group.peers)
+        ]
         self._wrapped_paraphrasers = [self.accelerator.prepare_model(p) for p in self.group.paraphrasers]
         return self.group
+
+    def _example_objective(self, i: int) -> torch.Tensor:
+        outputs, F_inh, F_exp, _ = self.group.peers[i](**self.inputs_of(i, self._sample))
+        return outputs["loss"] + sum(factor.sum() for factor in (*F_inh, *F_exp))
 
     def create_optimizer(self, model=None):
         """Make an optimizer for each peer with its encoders, and one for each paraphraser, under one roof."""

@@ -2,9 +2,9 @@
 
 import torch
 
-from .arguments import IETrainingArguments
 from .features import match_sizes
 from .losses import exploration_loss, inheritance_loss
+from .shared_arguments import IETrainingArguments
 
 
 # Which argument weighs which component; the task's own loss has the weight 1.

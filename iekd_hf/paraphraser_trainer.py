@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .arguments import PARAPHRASER_SGD, IEKDTrainingArguments
+from .arguments import IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
 from .losses import reconstruction_loss
 from .modeling import FrozenTeacher, ParaphraserStack
+from .shared_arguments import PARAPHRASER_SGD
 
 
 logger = logging.get_logger(__name__)

@@ -38,7 +38,6 @@ class PeersTrainer(DistillationTrainer):
         for model in models[1:]:
             if self.place_model_on_device:
                 self._move_model_to_device(model, self.args.device)
-        self._num_parameters = sum(model.num_parameters(exclude_embeddings=True) for model in models)
 
     def named_peers(self) -> dict[str, PreTrainedModel]:
         """Return the models by name: `peer_1`, `peer_2`, ..."""
@@ -64,8 +63,11 @@ class PeersTrainer(DistillationTrainer):
             ]
 
     def floating_point_ops(self, inputs: dict) -> int:
-        """Estimate the operations of a step as Trainer does, over all models."""
-        return 6 * inputs[self.model.main_input_name].numel() * self._num_parameters
+        """Estimate a step's operations as Trainer does, over all models."""
+        if self._counted is None:
+            counts = [model.num_parameters(exclude_embeddings=True) for model in self.models]
+            self._counted, self._num_parameters = self.model, sum(counts)
+        return super().floating_point_ops(inputs)
 
     # ---- Evaluation ----
 

@@ -107,7 +107,11 @@ class IEKDTrainer(DistillationTrainer):
         self.student_side: StudentWithEncoders | None = None
         if self.train_dataset is not None:
             self._sample = self.sample_batch()
-            self.stage_1 = ParaphraserStage(self, self._probe_teacher(), paraphraser)
+            teacher_channels = self._probe_teacher()
+            if args.fast_teacher:
+                dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
+                self.teacher.speed_up(self._sample, dtype, args.compile_teacher)
+            self.stage_1 = ParaphraserStage(self, teacher_channels, paraphraser)
             self._build_student_side()
 
     _weight_names = ("lambda_inh", "lambda_exp", "lambda_kd")
@@ -219,15 +223,21 @@ class IEKDTrainer(DistillationTrainer):
             torch.manual_seed(args.seed)  # the same encoders whatever was built before them
             self.student_side = StudentWithEncoders(
                 self.model, tap, splits, factor_channels, inherit=args.lambda_inh > 0, explore=args.lambda_exp > 0
-            ).to(args.device, self.model.dtype)
+            ).to(args.device, self.model.dtype, memory_format=args.memory_format)
 
     def _wrap_model(self, model, training=True, dataloader=None):
         # Trainer.model stays the bare student, which is what is evaluated, saved, pushed and shown to callbacks; only
         # Trainer.model_wrapped, which is what trains, is the student together with its encoders.
         if training:
             self.student_side.tap.attach()
-            return self.accelerator.prepare_model(self.student_side)
+            return self.prepare_to_train(
+                self.student_side, None if self.compute_loss_func else self._example_objective
+            )
         return super()._wrap_model(model, training, dataloader)
+
+    def _example_objective(self) -> torch.Tensor:
+        outputs, F_inh, F_exp = self.student_side(**self._sample)
+        return outputs["loss"] + sum(factor.sum() for factor in (*F_inh, *F_exp))
 
     def create_optimizer(self, model=None):
         """Make the optimizer over the student and its encoders."""

@@ -12,7 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
 
@@ -45,6 +52,15 @@ def make_vit(hidden_size: int = 16, num_labels: int = 3, seed: int = 0, image_si
             **kwargs,
         )
     )
+
+
+def make_dinov2(seed: int = 0) -> Dinov2ForImageClassification:
+    """Make a model with a parameter that no gradient reaches: the token that stands for masked patches."""
+    torch.manual_seed(seed)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32, num_labels=3
+    )
+    return Dinov2ForImageClassification(config)
 
 
 def make_images(count: int = 16, num_labels: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> list[dict]:

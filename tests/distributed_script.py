@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_images, make_resnet, make_vit
+from conftest import make_dinov2, make_images, make_resnet, make_vit
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
 
@@ -31,14 +31,16 @@ DATA = {"train_dataset": make_images(32), "eval_dataset": make_images(16, seed=1
 
 
 def distil(output_dir: str, student: str) -> tuple[IEKDTrainer, dict]:
+    model = {"resnet": make_resnet, "vit": make_vit, "dinov2": make_dinov2}[student](seed=torch.initial_seed() % 7)
     trainer = IEKDTrainer(
-        model=make_vit(seed=torch.initial_seed() % 7) if student == "vit" else make_resnet(8),
+        model=model,
         teacher_model=make_resnet(16, seed=2),
         args=IEKDTrainingArguments(paraphraser_epochs=1, **common(output_dir)),
         **DATA,
     )
     output = trainer.train()
     return trainer, {
+        "find_unused_parameters": trainer.accelerator.ddp_handler.find_unused_parameters,
         "student_side": trainer.student_side.state_dict(),
         "paraphrasers": trainer.teacher.paraphrasers.state_dict(),
         "eval_loss": trainer.evaluate()["eval_loss"],
@@ -56,7 +58,13 @@ def teach_each_other(output_dir: str, mutual_loss: str) -> tuple[MutualTrainer, 
     trainer.train()
     metrics = {name: value for name, value in trainer.evaluate().items() if name.endswith("loss")}
     logs = [logs for logs in trainer.state.log_history if "peer_1/task_loss" in logs]
-    return trainer, {"group": trainer.group.state_dict(), "metrics": metrics, "logs": logs}
+    unused = trainer.accelerator.ddp_handler.find_unused_parameters
+    return trainer, {
+        "find_unused_parameters": unused,
+        "group": trainer.group.state_dict(),
+        "metrics": metrics,
+        "logs": logs,
+    }
 
 
 def main(output_dir: str, what: str) -> None:

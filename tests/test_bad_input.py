@@ -31,6 +31,8 @@ from iekd_hf import ChannelSplit, IEKDTrainingArguments, MutualTrainer, MutualTr
         ({"teacher_layers": ["a", "b"], "student_layers": ["a"]}, "got 2 and 1"),
         ({"teacher_layers": ["a", "b"]}, "got 2 and 1"),
         ({"teacher_layers": []}, "got 0 and 1"),
+        ({"teacher_dtype": "int8"}, "one of float32, bfloat16, float16; got 'int8'"),
+        ({"fast_teacher": False, "compile_teacher": True}, "fast_teacher=True with teacher_dtype or compile_teacher"),
     ],
 )
 def test_arguments(tmp_path, arguments, message):

@@ -27,12 +27,14 @@ def torchrun(*arguments: str, timeout: int = 300) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["resnet", "vit"])
+@pytest.mark.parametrize("student", ["resnet", "vit", "dinov2"])
 def test_two_ranks_are_equal(tmp_path, student):
     torchrun(str(HERE / "distributed_script.py"), str(tmp_path), student)
     first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["world_size"] == second["world_size"] == 2
     assert first["distributed_type"] == "MULTI_CPU"
+    # DDP walks each step's graph for the one of them that has a parameter without gradient, and for no other.
+    assert first["find_unused_parameters"] == second["find_unused_parameters"] == (student == "dinov2")
     assert same(first["student_side"], second["student_side"])  # weights, encoders, split, BatchNorm statistics
     assert same(first["paraphrasers"], second["paraphrasers"])
     for value in ("eval_loss", "reconstruction_loss", "logs"):
@@ -50,6 +52,7 @@ def test_two_ranks_hold_the_same_peers(tmp_path, mutual_loss):
     first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["world_size"] == second["world_size"] == 2
     assert first["distributed_type"] == "MULTI_CPU"
+    assert first["find_unused_parameters"] is False
     assert same(first["group"], second["group"])  # a ResNet and a ViT, their encoders, splits and paraphrasers
     assert first["metrics"] == second["metrics"] and first["logs"] == second["logs"]
     before = ResNetForImageClassification.from_pretrained(tmp_path / "before").state_dict()

@@ -379,6 +379,7 @@ def test_optimizers_cover_student_and_encoders(make_trainer, optim):
     trainer.train()
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for p in trainer.student_side.parameters()}
+    assert optim != "sgd" or all(group["fused"] for group in trainer.optimizer.param_groups)
 
 
 def test_early_stopping_and_foreign_callbacks_see_the_student(make_trainer):
@@ -452,14 +453,12 @@ def test_teacher_sees_its_own_pixels(make_trainer):
         {"pixel_values": student_processor(raw, input_data_format="channels_first")["pixel_values"][0], "labels": 0}
     ]
     seen = {}
-    teacher = make_resnet(16, seed=2)
     trainer = make_trainer(
-        teacher_model=teacher,
         train_dataset=images * 8,
         processing_class=student_processor,
         teacher_processor=teacher_processor,
     )
-    teacher.resnet.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    trainer.teacher.teacher.resnet.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
     trainer.train()
     assert seen["x"].shape[-2:] == (48, 48)
     expected = (102 / 255 - 0.1) / 0.2
