@@ -176,11 +176,9 @@ def list_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> di
     ```
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    config = getattr(model, "config", None)
+    num_channels = getattr(getattr(model, "config", None), "num_channels", 3)
     parameter = next(model.parameters())
-    pixels = torch.zeros(
-        1, getattr(config, "num_channels", 3), height, width, dtype=parameter.dtype, device=parameter.device
-    )
+    pixels = torch.zeros(1, num_channels, height, width, dtype=parameter.dtype, device=parameter.device)
     prefix_tokens, found, handles = _count_prefix_tokens(model), {}, []
 
     def keep(name):
