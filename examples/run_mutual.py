@@ -53,18 +53,20 @@ class RunArguments(ScriptArguments, MutualTrainingArguments):
     """Hold a script's arguments and those of mutual learning."""
 
 
+def of_peer(i: int, logs: dict) -> dict:
+    """Return logs or metrics as those of a model alone: a peer's own come after the means and take their names."""
+    return {name.replace(f"peer_{i}/", "").replace(f"peer_{i}_", ""): value for name, value in sorted(logs.items())}
+
+
 def results_of(
-    run: ImageRun, models: list[PreTrainedModel], how: str, seconds: float | None, log_history: list[dict]
+    models: list[PreTrainedModel], metrics: list[dict], how: str, seconds: float | None, log_history: list[dict]
 ) -> list[Result]:
-    """Measure peers that were trained together; the logs of each are those of a model trained alone."""
+    """Make the rows of peers that were trained together."""
     results = []
     for i, model in enumerate(models, start=1):
-        own = [
-            {name.replace(f"peer_{i}/", "").replace(f"peer_{i}_", ""): value for name, value in sorted(logs.items())}
-            for logs in log_history
-        ]
+        history = [of_peer(i, logs) for logs in log_history]
         stages = {} if seconds is None else {"together": seconds}
-        results.append(Result(f"peer {i}, {how}", model.num_parameters(), run.evaluate(model), stages, own))
+        results.append(Result(f"peer {i}, {how}", model.num_parameters(), metrics[i - 1], stages, history))
     return results
 
 
@@ -95,7 +97,7 @@ def main() -> None:
         baseline = copy.deepcopy(peers)  # the same start
         folders = {f"peer_{i}": model for i, model in enumerate(baseline, start=1)}
         seconds, history = run.train_beside("DML", epochs, folders, make_trainer)
-        results += results_of(run, baseline, "DML", seconds, history)
+        results += results_of(baseline, [run.evaluate(model) for model in baseline], "DML", seconds, history)
     trainer = MutualTrainer(peers, args=args, **run.common())
     seconds = None
     if args.do_train:
@@ -106,8 +108,12 @@ def main() -> None:
         trainer.save_state()
         trainer.log_metrics("train", output.metrics)
         trainer.save_metrics("train", output.metrics)
-    results += results_of(run, peers, how, seconds, trainer.state.log_history)
-    trainer.save_metrics("eval", trainer.evaluate())
+    history = list(trainer.state.log_history)
+    evaluated = trainer.evaluate()
+    trainer.save_metrics("eval", evaluated)
+    evaluated = {name.removeprefix("eval_"): value for name, value in evaluated.items()}
+    metrics = [of_peer(i, evaluated) for i in range(1, len(peers) + 1)]
+    results += results_of(peers, metrics, how, seconds, history)
 
     if trainer.is_world_process_zero():
         print("\n" + table(results) + "\n")

@@ -1,6 +1,5 @@
 """What every trainer here shares, without any algorithm: component logs, the finite-loss guard, strict loads."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -106,24 +105,27 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         return self._prepare_inputs(batch)
 
-    def prepare_to_train(self, module: nn.Module, objective: Callable[[], torch.Tensor] | None) -> nn.Module:
+    def prepare_to_train(self, module: nn.Module, example: dict) -> nn.Module:
         """
-        Prepare what trains through Accelerate. DDP searches each step's graph for parameters without a gradient only
-        where there are any, which one backward pass of an example tells.
+        Prepare a student with its encoders through Accelerate.
+
+        DDP searches each step's graph for parameters without a gradient only where there are any, which one backward
+        pass of an example tells; with a `compute_loss_func`, whose graph is not known, Trainer's own choice stays.
 
         Args:
             module (`nn.Module`):
-                What trains.
-            objective (`Callable`, *optional*):
-                Runs the module on an example and returns what depends on all that a training step differentiates;
-                without it Trainer's own choice stays.
+                What trains; its forward returns the output, F_inh and F_exp first.
+            example (`dict`):
+                A batch for it.
         """
         undecided = self.args.ddp_find_unused_parameters is None and not self.args.gradient_checkpointing
-        if self.args.world_size > 1 and undecided and objective is not None:
+        if self.args.world_size > 1 and undecided and self.compute_loss_func is None:
             was_training = module.training
             module.eval()
+            outputs, F_inh, F_exp, *_ = module(**example)
+            objective = outputs["loss"] + sum(factor.sum() for factor in (*F_inh, *F_exp))
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            gradients = torch.autograd.grad(objective(), trained, allow_unused=True)
+            gradients = torch.autograd.grad(objective, trained, allow_unused=True)
             module.train(was_training)
             self.accelerator.ddp_handler.find_unused_parameters = any(gradient is None for gradient in gradients)
         return self.accelerator.prepare_model(module)
@@ -146,10 +148,14 @@ class DistillationTrainer(Trainer):
         # Without clipping nobody has asked for the norm, which Trainer would compute for the logs at every step.
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
 
+    @property
+    def has_own_loss(self) -> bool:
+        """Tell whether the task's loss is another one than the model's own."""
+        return self.compute_loss_func is not None or self.label_smoother is not None
+
     def take_labels(self, inputs: dict) -> torch.Tensor | None:
         """Take the labels out of a batch where the task's loss is not the model's own."""
-        own_loss = self.compute_loss_func is not None or self.label_smoother is not None
-        return inputs.pop("labels") if own_loss and "labels" in inputs else None
+        return inputs.pop("labels") if self.has_own_loss and "labels" in inputs else None
 
     def task_loss(self, model: nn.Module, outputs: dict, labels: torch.Tensor | None) -> torch.Tensor:
         """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""

@@ -1,7 +1,5 @@
 """IE-DML: networks that teach each other by inheritance and exploration while they learn (CVPR 2021)."""
 
-from functools import partial
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -92,8 +90,9 @@ class MutualTrainer(PeersTrainer):
     def __init__(self, models: list[PreTrainedModel | str], args: MutualTrainingArguments | None = None, **kwargs):
         if not isinstance(args, MutualTrainingArguments):
             raise ValueError(f"Expected args to be MutualTrainingArguments, got {type(args).__name__}: pass args=...")
-        self.with_factors, self.with_logits = "ie" in args.mutual_loss, "kl" in args.mutual_loss
-        self._weight_names = ("lambda_inh", "lambda_exp") * self.with_factors + ("lambda_kl",) * self.with_logits
+        self.with_logits = "kl" in args.mutual_loss
+        names = {"ie": ("lambda_inh", "lambda_exp"), "kl": ("lambda_kl",)}
+        self._weight_names = tuple(name for term in args.mutual_loss.split("+") for name in names[term])
         models = [load_model(m, f"models[{i}]") if isinstance(m, str) else m for i, m in enumerate(models)]
         check_models(models, args, kwargs)
         self.taps = _tap(models, args)
@@ -220,11 +219,10 @@ class MutualTrainer(PeersTrainer):
     def _build_group(self) -> None:
         """Find the peers' channels, split them, and make encoders and paraphrasers."""
         args, self._sample = self.args, self.sample_batch()
-        has_own_loss = self.compute_loss_func is not None or self.label_smoother is not None
         widths = []
         for i, tap in enumerate(self.taps):
             outputs, channels = tap.probe(self.inputs_of(i, self._sample), stop_after_last=False)
-            if not has_own_loss and outputs.get("loss") is None:
+            if not self.has_own_loss and outputs.get("loss") is None:
                 raise ValueError(
                     f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "
                     f"{', '.join(outputs)} for a batch of {', '.join(self._sample)}: pass a model with a head for the "
@@ -243,15 +241,10 @@ class MutualTrainer(PeersTrainer):
         for peer in self.group.peers:
             peer.tap.attach()
         self._wrapped_peers = [
-            self.prepare_to_train(peer, None if self.compute_loss_func else partial(self._example_objective, i))
-            for i, peer in enumerate(self.group.peers)
+            self.prepare_to_train(peer, self.inputs_of(i, self._sample)) for i, peer in enumerate(self.group.peers)
         ]
         self._wrapped_paraphrasers = [self.accelerator.prepare_model(p) for p in self.group.paraphrasers]
         return self.group
-
-    def _example_objective(self, i: int) -> torch.Tensor:
-        outputs, F_inh, F_exp, _ = self.group.peers[i](**self.inputs_of(i, self._sample))
-        return outputs["loss"] + sum(factor.sum() for factor in (*F_inh, *F_exp))
 
     def create_optimizer(self, model=None):
         """Make an optimizer for each peer with its encoders, and one for each paraphraser, under one roof."""

@@ -97,8 +97,8 @@ class PeersTrainer(DistillationTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Predict with one model, from what it takes of the batch."""
-        index = next(i for i, peer in enumerate(self.models) if peer is self.model)
-        return super().prediction_step(model, self.inputs_of(index, inputs), prediction_loss_only, ignore_keys)
+        inputs = self.inputs_of(self.models.index(self.model), inputs)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # ---- Checkpoints and the Hub ----
 

@@ -230,14 +230,8 @@ class IEKDTrainer(DistillationTrainer):
         # Trainer.model_wrapped, which is what trains, is the student together with its encoders.
         if training:
             self.student_side.tap.attach()
-            return self.prepare_to_train(
-                self.student_side, None if self.compute_loss_func else self._example_objective
-            )
+            return self.prepare_to_train(self.student_side, self._sample)
         return super()._wrap_model(model, training, dataloader)
-
-    def _example_objective(self) -> torch.Tensor:
-        outputs, F_inh, F_exp = self.student_side(**self._sample)
-        return outputs["loss"] + sum(factor.sum() for factor in (*F_inh, *F_exp))
 
     def create_optimizer(self, model=None):
         """Make the optimizer over the student and its encoders."""
