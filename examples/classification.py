@@ -29,7 +29,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from iekd_hf import CifarResNetConfig
-from iekd_hf.base_trainer import DistillationTrainer, load_weights
+from iekd_hf.base_trainer import DistillationTrainer
+from iekd_hf.checkpoints import load_weights
 from iekd_hf.loading import explain_unreachable, find_processor
 
 

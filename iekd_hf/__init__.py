@@ -3,6 +3,8 @@
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from .arguments import IEKDTrainingArguments, MutualTrainingArguments
+from .augmentation import BatchAugmentation
+from .decoded_images import DecodedImages
 from .factors import ChannelSplit, FactorEncoder, Paraphraser
 from .features import list_layers
 from .losses import exploration_loss, inheritance_loss, reconstruction_loss
@@ -17,9 +19,11 @@ AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageC
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchAugmentation",
     "ChannelSplit",
     "CifarResNetConfig",
     "CifarResNetForImageClassification",
+    "DecodedImages",
     "FactorEncoder",
     "IEKDTrainer",
     "IEKDTrainingArguments",

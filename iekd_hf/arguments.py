@@ -32,6 +32,15 @@ class IEKDTrainingArguments(IETrainingArguments):
             Type to cast that copy to: `"float32"`, `"bfloat16"` or `"float16"`. By default the teacher's own.
         compile_teacher (`bool`, *optional*, defaults to `False`):
             Whether to compile that copy.
+        cache_teacher (`bool`, *optional*, defaults to `False`):
+            Whether to run the teacher once over some views of each image, before stage 2, and to keep its factors (and
+            logits, if `lambda_kd` is on) on disk, in float16. Training then sees these views only, a new one each
+            epoch and all over again after the last. It needs [`DecodedImages`], whose views can be made again.
+        cache_views (`int`, *optional*, defaults to 8):
+            How many views. It pays when there are more epochs than views; the fewer, the less augmentation.
+        teacher_cache_dir (`str`, *optional*):
+            Where caches are, for several runs to share; one is made anew where teacher, paraphraser, layers, images,
+            augmentation or processor differ. By default `_teacher_cache` in `output_dir`.
         lambda_kd (`float`, *optional*, defaults to 0.0):
             Weight of the logit term of Hinton et al. Above 0 both models need the same labels.
 
@@ -65,6 +74,15 @@ class IEKDTrainingArguments(IETrainingArguments):
         default=None, metadata={"help": "Type of that copy. Default: the teacher's own.", "choices": TEACHER_DTYPES}
     )
     compile_teacher: bool = field(default=False, metadata={"help": "Compile that copy."})
+    cache_teacher: bool = field(
+        default=False, metadata={"help": "Run the teacher once over some views of each image, and keep its factors."}
+    )
+    cache_views: int = field(
+        default=8, metadata={"help": "How many views of each image to cache; epochs take turns with them."}
+    )
+    teacher_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where caches are. Default: _teacher_cache in output_dir."}
+    )
     lambda_kd: float = field(
         default=0.0, metadata={"help": "Weight of the logit term (Hinton et al.); needs equal labels. 0 turns it off."}
     )
@@ -72,7 +90,7 @@ class IEKDTrainingArguments(IETrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.check_weights("lambda_kd")
-        self.check_positive("paraphraser_epochs")
+        self.check_positive("paraphraser_epochs", "cache_views")
         if self.teacher_dtype is not None:
             self.check_choice("teacher_dtype", TEACHER_DTYPES)
         if not self.fast_teacher and (self.teacher_dtype is not None or self.compile_teacher):

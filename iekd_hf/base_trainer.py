@@ -8,6 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from .checkpoints import load_weights
+
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +60,15 @@ class DistillationTrainer(Trainer):
     - `self.components.record({...}, step)` in `compute_loss` puts each component, raw, beside `loss` in the logs;
     - a component that is NaN or infinite stops training at the next log or save, before anything is overwritten;
     - a student is reloaded by `from_pretrained`, which must find every weight;
-    - engines that would wrap or shard the student alone are refused.
+    - engines that would wrap or shard the student alone are refused;
+    - batches of [`DecodedImages`] are augmented on the device.
+
+    Args:
+        augmentation (`BatchAugmentation` or another `nn.Module`, *optional*):
+            Makes the model's input of raw pixels: in training of `(pixel_values, image_ids, view)`, where the view is
+            the epoch, in evaluation of `pixel_values` alone. Needed for [`DecodedImages`].
+        *args, **kwargs:
+            As in [`~transformers.Trainer`].
     """
 
     _tag_names = ("iekd", "knowledge-distillation")
@@ -69,8 +79,9 @@ class DistillationTrainer(Trainer):
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, augmentation: nn.Module | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.augmentation = augmentation and augmentation.to(self.args.device)
         self.model_accepts_loss_kwargs = False
         self.components = ComponentLog()
         self._counted: nn.Module | None = None
@@ -104,6 +115,28 @@ class DistillationTrainer(Trainer):
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         return self._prepare_inputs(batch)
+
+    @property
+    def view(self) -> int:
+        """Return which view of the images this epoch sees: each epoch another one."""
+        return int(self.state.epoch or 0)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        inputs = super()._prepare_inputs(inputs)
+        image_ids = inputs.pop("image_ids", None)
+        pixels = inputs.get("pixel_values")
+        if pixels is None or pixels.dtype != torch.uint8:
+            return inputs
+        if self.augmentation is None:
+            raise ValueError(
+                "Expected an augmentation to make the model's input of raw uint8 pixels, got None: pass augmentation="
+                "BatchAugmentation.from_processor(image_processor)."
+            )
+        drawn = (torch.as_tensor(image_ids), self.view) if self.model.training and image_ids is not None else ()
+        return {**inputs, "pixel_values": self.augmentation(pixels, *drawn)}
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return _PassBatches(super()._get_collator_with_removed_columns(data_collator, description))
 
     def prepare_to_train(self, module: nn.Module, example: dict) -> nn.Module:
         """
@@ -240,45 +273,11 @@ class DistillationTrainer(Trainer):
         super().create_model_card(*args, tags=tags + [tag for tag in self._tag_names if tag not in tags], **kwargs)
 
 
-def load_weights(model: PreTrainedModel, folder: str) -> None:
-    """
-    Load a checkpoint's weights into a model, all of them or none.
+class _PassBatches:
+    """Collate a list of examples; a batch that a data set gave as a whole goes through as it is."""
 
-    Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on
-    disk, which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
+    def __init__(self, collate):
+        self.collate = collate
 
-    Args:
-        model (`PreTrainedModel`):
-            The model; changed in place.
-        folder (`str`):
-            A folder that `save_pretrained` has written.
-
-    Raises:
-        `ValueError`: weights that are missing, left over, or of another shape.
-    """
-    what_to_do = "give the model that was trained there, or another output_dir."
-    try:
-        loaded, info = type(model).from_pretrained(folder, output_loading_info=True, use_safetensors=True)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one that cannot be loaded "
-            f"({str(error).strip().splitlines()[0]}): {what_to_do}"
-        ) from error
-    expected, got = model.state_dict(), loaded.state_dict()
-    shapes = {name: (expected[name].shape, got[name].shape) for name in expected.keys() & got.keys()}
-    different = sorted(name for name, (ours, theirs) in shapes.items() if ours != theirs)
-    missing = sorted(set(info["missing_keys"]) | (expected.keys() - got.keys()))
-    unexpected = sorted(set(info["unexpected_keys"]) | (got.keys() - expected.keys()))
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one of other shapes ({name} is "
-            f"{tuple(shapes[name][1])} there and {tuple(shapes[name][0])} here; {len(different)} such weights): "
-            f"{what_to_do}"
-        )
-    if missing or unexpected:
-        raise ValueError(
-            f"Expected every weight of {type(model).__name__} in {folder} and no other, got {len(missing)} missing "
-            f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}: {what_to_do}"
-        )
-    model.load_state_dict(got)
+    def __call__(self, examples):
+        return examples if isinstance(examples, dict) else self.collate(examples)

@@ -1,14 +1,16 @@
-"""What a run keeps beside the plain student: factor encoders with their split, and the paraphrasers."""
+"""What a run keeps on disk and reads back, all of it or none: students, encoders with their split, paraphrasers."""
 
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from .factors import Paraphraser
 from .loading import explain_unreachable
@@ -17,11 +19,11 @@ from .loading import explain_unreachable
 ENCODERS_FILE = "iekd_encoders.safetensors"
 
 
-def fingerprint(paraphrasers: nn.ModuleList) -> str:
-    """Return a digest of what makes the factors F_T: the weights and statistics of the paraphrasers' encoders."""
+def fingerprint(modules: Iterable[nn.Module]) -> str:
+    """Return a digest of modules' weights and statistics; of the paraphrasers' encoders, what makes F_T."""
     digest = hashlib.sha256()
-    for paraphraser in paraphrasers:
-        for tensor in paraphraser.encoder.state_dict().values():
+    for module in modules:
+        for tensor in module.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -169,3 +171,47 @@ def load_paraphrasers(source: Paraphraser | list[Paraphraser] | str, num_layers:
             f"Expected {num_layers} paraphrasers, one for each layer of the teacher, got {len(paraphrasers)}."
         )
     return paraphrasers
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """
+    Load a checkpoint's weights into a model, all of them or none.
+
+    Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on
+    disk, which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
+
+    Args:
+        model (`PreTrainedModel`):
+            The model; changed in place.
+        folder (`str`):
+            A folder that `save_pretrained` has written.
+
+    Raises:
+        `ValueError`: weights that are missing, left over, or of another shape.
+    """
+    what_to_do = "give the model that was trained there, or another output_dir."
+    try:
+        loaded, info = type(model).from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one that cannot be loaded "
+            f"({str(error).strip().splitlines()[0]}): {what_to_do}"
+        ) from error
+    expected, got = model.state_dict(), loaded.state_dict()
+    shapes = {name: (expected[name].shape, got[name].shape) for name in expected.keys() & got.keys()}
+    different = sorted(name for name, (ours, theirs) in shapes.items() if ours != theirs)
+    missing = sorted(set(info["missing_keys"]) | (expected.keys() - got.keys()))
+    unexpected = sorted(set(info["unexpected_keys"]) | (got.keys() - expected.keys()))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one of other shapes ({name} is "
+            f"{tuple(shapes[name][1])} there and {tuple(shapes[name][0])} here; {len(different)} such weights): "
+            f"{what_to_do}"
+        )
+    if missing or unexpected:
+        raise ValueError(
+            f"Expected every weight of {type(model).__name__} in {folder} and no other, got {len(missing)} missing "
+            f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}: {what_to_do}"
+        )
+    model.load_state_dict(got)

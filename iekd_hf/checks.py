@@ -5,6 +5,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
+from .decoded_images import DecodedImages
+
 
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
     """
@@ -29,7 +31,8 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
     """
     Refuse an empty dataset, and class labels that the model has no output for.
 
-    Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`.
+    Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
+    [`DecodedImages`].
 
     Args:
         dataset (`Dataset`):
@@ -46,6 +49,8 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
         )
+    if isinstance(dataset, DecodedImages):
+        dataset = dataset.table
     if not isinstance(dataset, datasets.Dataset):
         return
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)

@@ -125,6 +125,7 @@ class ParaphraserStage:
             train_dataset=train_dataset,
             held_out=held_out,
             data_collator=self.trainer.data_collator,
+            augmentation=self.trainer.augmentation,
         )
         logger.info(f"Stage 1: training the paraphraser, {args.paraphraser_epochs:g} epochs.")
         output = stage_1.train(resume_from_checkpoint=checkpoint)

@@ -6,6 +6,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
@@ -39,8 +40,8 @@ class ParaphraserTrainer(DistillationTrainer):
             Where this stage's checkpoints go.
         train_dataset (`Dataset`), held_out (`Dataset`, *optional*):
             Images to train on, and images to report on.
-        data_collator (`Callable`):
-            As in Trainer.
+        data_collator (`Callable`), augmentation (`nn.Module`, *optional*):
+            As in [`DistillationTrainer`].
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ParaphraserTrainer(DistillationTrainer):
         train_dataset: Dataset,
         held_out: Dataset | None,
         data_collator,
+        augmentation: nn.Module | None,
     ):
         super().__init__(
             model=paraphrasers,
@@ -59,6 +61,7 @@ class ParaphraserTrainer(DistillationTrainer):
             train_dataset=train_dataset,
             eval_dataset=held_out,
             data_collator=data_collator,
+            augmentation=augmentation,
             optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": args.paraphraser_learning_rate, **PARAPHRASER_SGD}),
         )
         self.teacher = teacher

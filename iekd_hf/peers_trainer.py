@@ -12,7 +12,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
-from .base_trainer import DistillationTrainer, load_weights
+from .base_trainer import DistillationTrainer
+from .checkpoints import load_weights
 
 
 class PeersTrainer(DistillationTrainer):

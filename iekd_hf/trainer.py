@@ -18,6 +18,7 @@ from .modeling import FrozenTeacher, StudentWithEncoders
 from .objective import factor_losses, weighted_sum
 from .paraphraser_stage import ParaphraserStage
 from .pixels import TeacherPixels
+from .teacher_cache import TeacherCache, check_cacheable
 
 
 logger = logging.get_logger(__name__)
@@ -45,6 +46,8 @@ class IEKDTrainer(DistillationTrainer):
             As in [`~transformers.Trainer`]; `compute_metrics` sees the student's logits.
         paraphraser (`Paraphraser`, `list[Paraphraser]` or `str`, *optional*):
             A trained paraphraser (one for each pair of layers), or a Hub id or folder: stage 1 is left out.
+        augmentation (`BatchAugmentation`, *optional*):
+            Makes the student's input of the raw pixels of [`DecodedImages`], on the device.
         teacher_processor (`BaseImageProcessor`, *optional*):
             The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
             resized for the teacher on the device. Read from the Hub id or folder if the teacher is given as one.
@@ -105,7 +108,10 @@ class IEKDTrainer(DistillationTrainer):
         teacher_pixels = TeacherPixels.between(self.processing_class, teacher_processor)
         self.teacher = FrozenTeacher(teacher_model, teacher_tap, teacher_pixels).to(args.device)
         self.student_side: StudentWithEncoders | None = None
+        self.cache: TeacherCache | None = None
         if self.train_dataset is not None:
+            if args.cache_teacher:
+                check_cacheable(self.train_dataset, self.augmentation)
             self._sample = self.sample_batch()
             teacher_channels = self._probe_teacher()
             if args.fast_teacher:
@@ -143,8 +149,7 @@ class IEKDTrainer(DistillationTrainer):
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        with self.accelerator.autocast():
-            F_T, teacher_logits = self.teacher(inputs, with_logits=self.args.lambda_kd > 0)
+        F_T, teacher_logits = inputs.pop("teacher_targets", None) or self._run_teacher(inputs)
         labels = self.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
@@ -181,7 +186,12 @@ class IEKDTrainer(DistillationTrainer):
         self.teacher.tap.attach()
         try:
             resume_from_checkpoint, metrics = self.stage_1.run(resume_from_checkpoint)
-            self._fingerprint = fingerprint(self.teacher.paraphrasers)  # once: they are frozen from here on
+            # Once: they are frozen from here on.
+            self._fingerprint = fingerprint(paraphraser.encoder for paraphraser in self.teacher.paraphrasers)
+            if self.args.cache_teacher:
+                self.cache = TeacherCache(
+                    self.teacher, self.train_dataset, self.augmentation, self.args, self.accelerator
+                )
             # Stage 2 draws the same numbers whether stage 1 has run, was resumed, or was left out.
             set_seed(self.args.seed)
             self.components.reset()
@@ -189,6 +199,7 @@ class IEKDTrainer(DistillationTrainer):
             self.check_finite()
             self._sync_buffers(self.student_side)
         finally:
+            self.cache = None
             self.teacher.tap.detach()
             self.student_side.tap.detach()
             # Give the student's side its own forward back, without accelerate's autocast around it.
@@ -197,7 +208,23 @@ class IEKDTrainer(DistillationTrainer):
         output.metrics.update({f"paraphraser_{name}": value for name, value in metrics.items()})
         return output
 
-    # ---- What trains, and where it is in Trainer ----
+    # ---- The teacher's side ----
+
+    def _run_teacher(self, inputs: dict) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        with self.accelerator.autocast():
+            return self.teacher(inputs, with_logits=self.args.lambda_kd > 0)
+
+    @property
+    def view(self) -> int:
+        """Return which view of the images this epoch sees; of cached ones they take turns."""
+        return super().view % self.args.cache_views if self.args.cache_teacher else super().view
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        image_ids = inputs.get("image_ids")
+        inputs = super()._prepare_inputs(inputs)
+        if self.cache is not None and self.model.training:
+            inputs["teacher_targets"] = self.cache.read(self.view, torch.as_tensor(image_ids))
+        return inputs
 
     def _probe_teacher(self) -> list[int]:
         try:
@@ -208,6 +235,8 @@ class IEKDTrainer(DistillationTrainer):
                 f"Expected {type(self.teacher.teacher).__name__} to take the student's batch {shapes}, got: {error} "
                 "If it needs another size, pass teacher_processor."
             ) from error
+
+    # ---- What trains, and where it is in Trainer ----
 
     def _build_student_side(self) -> None:
         """Find the student's channels, split them, and make the encoders."""

@@ -82,6 +82,7 @@ OF_TRAINER = (
     "optimizer_cls_and_kwargs",
     "processing_class",
     "teacher_processor",
+    "augmentation",
 )
 
 

@@ -9,7 +9,7 @@ from conftest import make_images, make_resnet, make_vit, same
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from iekd_hf import Paraphraser
-from iekd_hf.base_trainer import load_weights
+from iekd_hf.checkpoints import load_weights
 from iekd_hf.paraphraser_trainer import ParaphraserTrainer
 
 

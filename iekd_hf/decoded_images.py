@@ -1,0 +1,162 @@
+"""Images of one size that are decoded once and then read, memory-mapped, a whole batch at a time."""
+
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+# Rows are written to disk together up to this size; a batch is read with one copy from each such piece it touches.
+_PIECE_BYTES = 64 * 2**20
+
+
+class DecodedImages(Dataset):
+    """
+    Hold decoded images as raw bytes in an Arrow table, and give whole batches of them to a DataLoader.
+
+    A batch is `{"pixel_values": uint8 (batch_size, channels, height, width), "labels": int64 (batch_size,),
+    "image_ids": int64 (batch_size,)}`. Our trainers turn it into the model's input on the training device, by their
+    `augmentation`.
+
+    Args:
+        table (`datasets.Dataset`):
+            What [`decode`] has made: a column `pixels` of bytes, `shape`, and perhaps `labels`.
+
+    Example:
+
+    ```python
+    >>> import datasets, PIL.Image
+    >>> from iekd_hf import DecodedImages
+    >>> rows = {"image": [PIL.Image.new("RGB", (6, 4), "red")] * 3, "label": [0, 1, 0]}
+    >>> images = DecodedImages.decode(datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()))
+    >>> len(images), images.shape
+    (3, (3, 4, 6))
+    >>> batch = images.__getitems__([2, 1])
+    >>> batch["pixel_values"].shape, batch["labels"], batch["image_ids"]
+    (torch.Size([2, 3, 4, 6]), tensor([0, 1]), array([2, 1]))
+
+    ```
+    """
+
+    def __init__(self, table: datasets.Dataset):
+        self.table = table
+        self.shape = tuple(table[0]["shape"])
+        length = int(np.prod(self.shape))
+        self._pieces = []
+        for chunk in table.data.column("pixels").chunks:
+            if len(chunk):
+                _, offsets, values = chunk.buffers()
+                offsets = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+                values = np.frombuffer(values, np.uint8)[offsets[0] : offsets[-1]]  # no copy
+                self._pieces.append(values.reshape(len(chunk), length))
+        self._ends = np.cumsum([len(piece) for piece in self._pieces])
+        self._labels = None
+        if "labels" in table.column_names:
+            self._labels = torch.from_numpy(table.select_columns("labels").with_format("numpy")[:]["labels"]).long()
+
+    def __reduce__(self):
+        return type(self), (self.table,)  # a worker maps the file itself
+
+    @classmethod
+    def decode(
+        cls,
+        dataset: datasets.Dataset,
+        prepare: Callable[[list], np.ndarray] | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+    ) -> "DecodedImages":
+        """
+        Decode the images of a data set; `datasets` keeps the result in its cache.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                With a column of images.
+            prepare (`Callable`, *optional*):
+                Turns a list of PIL images into a uint8 array `(batch_size, channels, height, width)`. By default they
+                are taken as RGB, and must all be of one size.
+            image_column (`str`, *optional*, defaults to `"image"`):
+                The column of images.
+            label_column (`str`, *optional*, defaults to `"label"`):
+                The column of labels; there may be none.
+
+        Returns:
+            `DecodedImages`
+
+        Raises:
+            `ValueError`: images of different sizes, or no images.
+        """
+        if len(dataset) == 0:
+            raise ValueError("Expected images to decode, got an empty dataset: check its file or split.")
+        if image_column not in dataset.column_names:
+            raise ValueError(
+                f"Expected a column {image_column!r} of images, got {', '.join(dataset.column_names)}: name it in "
+                "image_column."
+            )
+        dataset = dataset.with_format(None)
+        decoder = _Decoder(prepare, image_column, label_column if label_column in dataset.column_names else None)
+        shape = decoder.pixels(dataset[:1][image_column])[0].shape
+        features = {"pixels": datasets.Value("binary"), "shape": datasets.List(datasets.Value("int32"))}
+        if decoder.label_column:
+            features["labels"] = dataset.features[label_column]
+        table = dataset.map(
+            decoder,
+            batched=True,
+            batch_size=256,
+            with_indices=True,
+            fn_kwargs={"shape": shape},
+            remove_columns=dataset.column_names,
+            features=datasets.Features(features),
+            writer_batch_size=max(_PIECE_BYTES // int(np.prod(shape)), 1),
+            desc="Decoding images",
+        )
+        return cls(table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict:
+        """Return a batch, which torch's DataLoader asks for as a whole."""
+        ids = np.asarray(indices, dtype=np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise IndexError(f"Expected indices within 0 and {len(self) - 1}, got {ids.min()} to {ids.max()}.")
+        pixels = np.empty((len(ids), int(np.prod(self.shape))), np.uint8)
+        piece_of = np.searchsorted(self._ends, ids, side="right")
+        for number in np.unique(piece_of):
+            piece, rows = self._pieces[number], np.flatnonzero(piece_of == number)
+            pixels[rows] = piece[ids[rows] - (self._ends[number] - len(piece))]
+        batch = {"pixel_values": torch.from_numpy(pixels).view(-1, *self.shape)}
+        if self._labels is not None:
+            batch["labels"] = self._labels[torch.from_numpy(ids)]
+        # On the host, as numpy: what is looked up by them there need not wait for the device.
+        return {**batch, "image_ids": ids}
+
+
+class _Decoder:
+    """A function of `Dataset.map` whose hash, and so the cache's name, depends on what it does."""
+
+    def __init__(self, prepare, image_column: str, label_column: str | None):
+        self.prepare, self.image_column, self.label_column = prepare, image_column, label_column
+
+    def pixels(self, images: list) -> list[np.ndarray]:
+        if self.prepare is not None:
+            return list(self.prepare(images))
+        return [np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in images]
+
+    def __call__(self, rows: dict, indices: list[int], shape: tuple[int, ...]) -> dict:
+        pixels = self.pixels(rows[self.image_column])
+        for index, image in zip(indices, pixels, strict=True):
+            if image.shape != tuple(shape) or image.dtype != np.uint8:
+                raise ValueError(
+                    f"Expected uint8 images of one size, {tuple(shape)} as the first one, got {image.dtype} "
+                    f"{image.shape} in row {index}: pass prepare=, which brings them to one size, or use the data set "
+                    "with an image processor, image by image."
+                )
+        columns = {"pixels": [image.tobytes() for image in pixels], "shape": [list(shape)] * len(pixels)}
+        if self.label_column:
+            columns["labels"] = rows[self.label_column]
+        return columns
