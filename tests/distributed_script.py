@@ -6,8 +6,17 @@ from pathlib import Path
 
 import torch
 from conftest import make_dinov2, make_images, make_resnet, make_vit
+from test_whole_batches import make_augmentation, make_decoded
 
-from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
+from iekd_hf import (
+    IEKDTrainer,
+    IEKDTrainingArguments,
+    MutualTrainer,
+    MutualTrainingArguments,
+    Paraphraser,
+    teacher_cache,
+)
+from iekd_hf.modeling import FrozenTeacher
 
 
 def common(output_dir: str) -> dict:
@@ -28,6 +37,34 @@ def common(output_dir: str) -> dict:
 
 
 DATA = {"train_dataset": make_images(32), "eval_dataset": make_images(16, seed=1)}
+
+
+def distil_cached(output_dir: str) -> tuple[IEKDTrainer, dict]:
+    courses, seen, run = [], [], FrozenTeacher.forward
+
+    def counted(self, inputs, with_logits=False):
+        seen.append(len(inputs["pixel_values"]))
+        return run(self, inputs, with_logits)
+
+    FrozenTeacher.forward = counted
+    teacher_cache._BLOCK = 5
+    torch.manual_seed(0)
+    paraphraser = Paraphraser(16, 8)
+    for cached in (False, True):
+        seen.clear()
+        trainer = IEKDTrainer(
+            model=make_resnet(seed=1),
+            teacher_model=make_resnet(16, seed=2),
+            paraphraser=paraphraser,
+            augmentation=make_augmentation(),
+            args=IEKDTrainingArguments(
+                **{**common(output_dir), "eval_strategy": "no"}, optim="sgd", cache_teacher=cached, cache_views=2
+            ),
+            train_dataset=make_decoded(16),
+        )
+        trainer.train()
+        courses.append([logs["inheritance_loss"] for logs in trainer.state.log_history if "inheritance_loss" in logs])
+    return trainer, {"courses": courses, "seen": sum(seen), "student_side": trainer.student_side.state_dict()}
 
 
 def distil(output_dir: str, student: str) -> tuple[IEKDTrainer, dict]:
@@ -69,7 +106,10 @@ def teach_each_other(output_dir: str, mutual_loss: str) -> tuple[MutualTrainer, 
 
 def main(output_dir: str, what: str) -> None:
     mutual_loss = what.partition("mutual ")[2]
-    trainer, state = teach_each_other(output_dir, mutual_loss) if mutual_loss else distil(output_dir, what)
+    if mutual_loss:
+        trainer, state = teach_each_other(output_dir, mutual_loss)
+    else:
+        trainer, state = distil_cached(output_dir) if what == "cached" else distil(output_dir, what)
     trainer.save_model(f"{output_dir}/saved")
     state["world_size"] = trainer.accelerator.num_processes
     state["distributed_type"] = trainer.accelerator.distributed_type.value

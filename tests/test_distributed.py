@@ -62,6 +62,16 @@ def test_two_ranks_hold_the_same_peers(tmp_path, mutual_loss):
 
 
 @pytest.mark.slow
+def test_two_ranks_share_the_making_of_the_teachers_cache(tmp_path):
+    torchrun(str(HERE / "distributed_script.py"), str(tmp_path), "cached")
+    first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
+    # Four blocks (5, 5, 5 and 1 images) of two views, by turns, and rank 0's look at the shapes.
+    assert (first["seen"], second["seen"]) == (1 + 2 * (5 + 5), 2 * (5 + 1))
+    assert same(first["student_side"], second["student_side"])
+    assert first["courses"][1] == pytest.approx(first["courses"][0], rel=2e-4)
+
+
+@pytest.mark.slow
 def test_the_script_on_two_ranks(tmp_path):
     small = ["--max_train_samples", "64", "--max_eval_samples", "32", "--num_train_epochs", "1"]
     small += ["--paraphraser_epochs", "1", "--teacher", "cifar-resnet-8", "--per_device_train_batch_size", "16"]

@@ -1,0 +1,227 @@
+"""The teacher's cache: the same training as with a live teacher, made once, whole or not at all, refused in time."""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_images, make_resnet
+from test_whole_batches import make_augmentation, make_decoded
+from transformers import TrainerCallback, ViTImageProcessorPil
+
+from iekd_hf import Paraphraser
+from iekd_hf.modeling import FrozenTeacher
+from iekd_hf.teacher_cache import _digest
+
+
+def make_paraphraser(seed: int = 0) -> Paraphraser:
+    torch.manual_seed(seed)
+    return Paraphraser(16, 8)
+
+
+@pytest.fixture
+def make(make_trainer):
+    """Build a trainer on raw images with a cache of two views, and count the teacher's images."""
+
+    def call(**kwargs):
+        defaults = {
+            "train_dataset": make_decoded(16),
+            "augmentation": make_augmentation(),
+            "paraphraser": make_paraphraser(),
+            "cache_teacher": True,
+            "cache_views": 2,
+            "max_steps": -1,
+            "num_train_epochs": 2,
+        }
+        return make_trainer(**(defaults | kwargs))
+
+    return call
+
+
+@pytest.fixture
+def images_seen(monkeypatch):
+    """Count the images that the teacher is run on."""
+    counts, forward = collections.Counter(), FrozenTeacher.forward
+
+    def counted(self, inputs, with_logits=False):
+        counts["images"] += len(inputs["pixel_values"])
+        return forward(self, inputs, with_logits)
+
+    monkeypatch.setattr(FrozenTeacher, "forward", counted)
+    return counts
+
+
+def course(trainer) -> list[float]:
+    trainer.train()
+    steps = [logs for logs in trainer.state.log_history if "task_loss" in logs]
+    return [logs[name] for logs in steps for name in sorted(logs) if name.endswith("_loss")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lambda_kd", [0.0, 1.0])
+def test_a_cached_run_has_the_losses_of_a_live_one(make, images_seen, precision, lambda_kd):
+    courses = []
+    for cached in (False, True):
+        trainer = make(cache_teacher=cached, lambda_kd=lambda_kd, bf16=precision == "bf16", optim="sgd")
+        images_seen.clear()
+        courses.append(course(trainer))
+        # Every image once an epoch, or once a view; one more, before, tells the shapes.
+        assert images_seen["images"] == 2 * 16 + cached
+    assert len(courses[0]) == 8 * (4 if lambda_kd else 3)
+    # float16 keeps 11 bits; the student's own rounding in bf16 makes more of the difference.
+    np.testing.assert_allclose(courses[1], courses[0], rtol=2e-4 if precision == "fp32" else 1e-2)
+    assert courses[0] != courses[1]
+
+
+def test_the_teachers_pixels_are_made_before_it_is_cached(make):
+    small, large = (
+        ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[mean] * 3)
+        for size, mean in ((32, 0.5), (48, 0.1))
+    )
+    courses = [
+        course(make(cache_teacher=cached, processing_class=small, teacher_processor=large, optim="sgd"))
+        for cached in (False, True)
+    ]
+    np.testing.assert_allclose(courses[1], courses[0], rtol=2e-4)
+
+
+def test_views_take_turns(make, images_seen):
+    trainer, views = make(num_train_epochs=5), []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            views.append(trainer.view)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert views == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [0] * 4
+    assert images_seen["images"] == 1 + 2 * 16
+
+
+def test_it_is_made_once_and_anew_when_anything_changes(make, images_seen, tmp_path):
+    shared = {"teacher_cache_dir": str(tmp_path / "shared"), "num_train_epochs": 1}
+    other_images = make_decoded(16, seed=1)
+    make(**shared).train()
+    for changed in (
+        {},
+        {"lambda_inh": 5.0, "learning_rate": 0.001},  # nothing that the teacher says depends on
+        {"teacher_model": make_resnet(16, seed=5)},
+        {"teacher_layers": ["resnet.encoder.stages.1"]},
+        {"paraphraser": make_paraphraser(seed=1)},
+        {"train_dataset": other_images},
+        {"augmentation": make_augmentation(seed=1)},
+        {"augmentation": make_augmentation(padding=3)},
+        {"augmentation": make_augmentation(mean=[0.1, 0.2, 0.3])},
+        {"teacher_processor": ViTImageProcessorPil(image_mean=[0.1] * 3, size={"height": 32, "width": 32})},
+        {"cache_views": 3},
+        {"lambda_kd": 1.0},
+        {"bf16": True},
+        {"teacher_dtype": "bfloat16"},
+    ):
+        images_seen.clear()
+        processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+        make(**({**shared, "processing_class": processor} | changed)).train()
+        same = changed.keys() <= {"lambda_inh", "learning_rate"}
+        assert images_seen["images"] == (0 if same else 1 + 16 * changed.get("cache_views", 2)), changed
+    folders = list((tmp_path / "shared").iterdir())
+    assert len(folders) == 13
+    for folder in folders:
+        names = {path.name for path in folder.iterdir()}
+        assert names - {"logits.npy"} == {"complete.json", "factors_0.npy"}
+        spec = (folder / "complete.json").read_text()
+        assert str(tmp_path) not in spec and json.loads(spec)["views"] in (2, 3)
+
+
+def test_another_process_finds_it():
+    # A digest that depended on addresses or hash seeds would differ.
+    code = (
+        "from test_whole_batches import make_augmentation, make_decoded; "
+        "from iekd_hf.teacher_cache import _digest; "
+        "print(_digest(make_augmentation(size=(3, 4))), make_decoded(4).table._fingerprint)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    here = (_digest(make_augmentation(size=(3, 4))), make_decoded(4).table._fingerprint)
+    assert there.stdout.split() == list(here)
+
+
+def test_an_interrupted_one_is_continued_and_never_read(make, images_seen, monkeypatch, tmp_path):
+    monkeypatch.setattr("iekd_hf.teacher_cache._BLOCK", 8)
+    run, calls = FrozenTeacher.forward, []
+
+    def broken(self, inputs, with_logits=False):
+        calls.append(len(inputs["pixel_values"]))
+        if sum(calls) > 1 + 3 * 8 + 4:  # one image for the shapes, three blocks of four, and a half
+            raise KeyboardInterrupt
+        return run(self, inputs, with_logits)
+
+    whole = course(make(output_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenTeacher, "forward", broken)
+        with pytest.raises(KeyboardInterrupt):
+            make(per_device_eval_batch_size=4).train()
+    (folder,) = (tmp_path / "out" / "_teacher_cache").iterdir()
+    assert not (folder / "complete.json").exists() and np.load(folder / "done.npy").tolist() == [True] * 3 + [False]
+    images_seen.clear()
+    continued = course(make(per_device_eval_batch_size=4))
+    assert images_seen["images"] == 8  # the last block only
+    assert continued == whole
+
+
+def test_files_without_a_note_of_what_is_done_count_for_nothing(make, images_seen, tmp_path):
+    first = make()
+    first.train()
+    (folder,) = (tmp_path / "out" / "_teacher_cache").iterdir()
+    (folder / "complete.json").unlink()
+    (folder / "factors_0.npy").write_bytes(b"half of an array")
+    images_seen.clear()
+    make().train()
+    assert images_seen["images"] == 1 + 2 * 16
+    assert np.isfinite(np.load(folder / "factors_0.npy")).all()
+
+
+def test_a_disk_that_is_too_small_is_refused_with_the_numbers(make, monkeypatch):
+    trainer = make()
+    usage = collections.namedtuple("usage", "total used free")(2**40, 2**40 - 2**13, 2**13)
+    monkeypatch.setattr("iekd_hf.teacher_cache.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(ValueError, match=r"0.00 GiB for 2 views of 16 images, got 0.00 GiB free.*lower cache_views"):
+        trainer.train()
+
+
+def test_values_beyond_float16_are_refused(make):
+    paraphraser = make_paraphraser()
+    with torch.no_grad():
+        paraphraser.encoder[-2].weight.mul_(1e6)
+    with pytest.raises(FloatingPointError, match=r"that float16 can hold.*cache_teacher=False"):
+        make(paraphraser=paraphraser).train()
+
+
+def test_images_whose_views_cannot_be_made_again_are_refused(make):
+    with pytest.raises(ValueError, match=r"Expected DecodedImages and an augmentation.*got list and BatchAugm"):
+        make(train_dataset=make_images(4))
+    with pytest.raises(ValueError, match="got DecodedImages and NoneType"):
+        make(augmentation=None)
+    with pytest.raises(ValueError, match="Expected cache_views above 0, got 0"):
+        make(cache_views=0)
+
+
+def test_without_factors_only_logits_are_cached(make, tmp_path):
+    trainer = make(lambda_inh=0.0, lambda_exp=0.0, lambda_kd=1.0, paraphraser=None)
+    trainer.train()
+    (folder,) = (tmp_path / "out" / "_teacher_cache").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"complete.json", "logits.npy"}
+
+
+def test_resuming_reads_the_same_cache(make, images_seen):
+    common = {"num_train_epochs": 3, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 6}
+    whole = make(**common)
+    whole.train()
+    images_seen.clear()
+    parts = make(**common)
+    parts.train(resume_from_checkpoint=str(parts.args.output_dir) + "/checkpoint-6")
+    assert images_seen["images"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
