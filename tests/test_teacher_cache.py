@@ -72,9 +72,12 @@ def test_a_cached_run_has_the_losses_of_a_live_one(make, images_seen, precision,
         # Every image once an epoch, or once a view; one more, before, tells the shapes.
         assert images_seen["images"] == 2 * 16 + cached
     assert len(courses[0]) == 8 * (4 if lambda_kd else 3)
-    # float16 keeps 11 bits; the student's own rounding in bf16 makes more of the difference.
-    np.testing.assert_allclose(courses[1], courses[0], rtol=2e-4 if precision == "fp32" else 1e-2)
-    assert courses[0] != courses[1]
+    # float16 keeps 11 bits: all of what bfloat16 has, but not of float32, which small differences of logits show.
+    if precision == "bf16":
+        assert courses[1] == courses[0]
+    else:
+        np.testing.assert_allclose(courses[1], courses[0], rtol=2e-3 if lambda_kd else 2e-4)
+        assert courses[1] != courses[0]
 
 
 def test_the_teachers_pixels_are_made_before_it_is_cached(make):
