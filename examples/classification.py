@@ -13,8 +13,9 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from image_data import DataArguments, add_transforms, load_images
+from image_data import DataArguments, load_images
 from image_metrics import TopKAccuracy
+from image_transforms import prepare
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -205,7 +206,10 @@ class ImageRun:
         if self.args.learning_rate is None:
             self.args.learning_rate = 0.1 if from_scratch else 0.01
         self.processor = build_processor(network, self.data_args.image_size, self.splits["train"][0]["image"])
-        add_transforms(self.splits, self.processor, self.data_args)
+        with self.args.main_process_first(desc="decoding images"):
+            self.images, self.augmentation = prepare(self.splits, self.processor, self.data_args, self.args.seed)
+        how = "whole batches of images decoded once" if self.data_args.decode_once else "each image as it is read"
+        logger.warning("Augmenting %s.", how)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return top-1 and top-5 accuracy."""
@@ -214,8 +218,9 @@ class ImageRun:
     def common(self) -> dict:
         """Return the arguments that every trainer of this script takes."""
         return {
-            "train_dataset": self.splits["train"],
-            "eval_dataset": self.splits["validation"],
+            "train_dataset": self.images["train"],
+            "eval_dataset": self.images["validation"],
+            "augmentation": self.augmentation,
             "processing_class": self.processor,
             "compute_metrics": self.compute_metrics,
         }
@@ -268,10 +273,10 @@ class ImageRun:
         """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
         args = copy.copy(self.args)
         args.push_to_hub = False
-        validation = self.splits["validation"]
+        common = self.common()
         if processor is not None:
-            own = datasets.DatasetDict({"validation": validation.with_format(None)})
-            add_transforms(own, processor, self.data_args)
-            validation = own["validation"]
-        metrics = DistillationTrainer(model=model, args=args, **self.common()).evaluate(validation)
+            splits = datasets.DatasetDict({"validation": self.splits["validation"]})
+            images, common["augmentation"] = prepare(splits, processor, self.data_args, args.seed)
+            common["eval_dataset"] = images["validation"]
+        metrics = DistillationTrainer(model=model, args=args, **common).evaluate()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}

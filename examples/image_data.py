@@ -1,4 +1,4 @@
-"""Images and labels for the classification examples: where they come from, what is checked, how they are augmented."""
+"""Images and labels for the classification examples: where they come from, and what is checked."""
 
 import io
 import logging
@@ -6,12 +6,9 @@ import os
 from dataclasses import dataclass, field
 
 import datasets
-import kornia.augmentation as K
 import numpy as np
 import PIL.Image
-import torch
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +51,13 @@ class DataArguments:
     horizontal_flip: bool | None = field(
         default=None, metadata={"help": "Flip training images at random. Default: yes, but not for the digits."}
     )
+    decode_once: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Decode all images before training and augment whole batches on the training device; images of "
+            "several sizes are brought to one. Default: where all images have one size."
+        },
+    )
 
     def __post_init__(self):
         sources = [name for name in ("dataset_name", "train_dir", "train_file") if getattr(self, name) is not None]
@@ -62,6 +66,7 @@ class DataArguments:
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"Expected train_val_split within (0, 1), got {self.train_val_split}.")
         self.uses_digits = not sources
+        self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
         if self.horizontal_flip is None:
             self.horizontal_flip = not self.uses_digits
 
@@ -99,8 +104,9 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
     for name, most in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
         if most is not None and most < len(splits[name]):
             splits[name] = splits[name].shuffle(seed=seed).select(range(most))
-    for name, split in splits.items():
-        check_images(split, name)
+    args.sizes = set().union(*(check_images(split, name) for name, split in splits.items()))
+    if args.decode_once is None:
+        args.decode_once = len(args.sizes) == 1
     return splits
 
 
@@ -203,7 +209,7 @@ def _unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     return splits
 
 
-def check_images(split: datasets.Dataset, name: str) -> None:
+def check_images(split: datasets.Dataset, name: str) -> set[tuple[int, int]]:
     """
     Read the header of every image, so that a file that is none is named now and not in the middle of an epoch.
 
@@ -213,73 +219,23 @@ def check_images(split: datasets.Dataset, name: str) -> None:
         name (`str`):
             What the split is called.
 
+    Returns:
+        `set[tuple[int, int]]`: all (height, width) that there are.
+
     Raises:
         `ValueError`: the first row that holds no image.
     """
+    sizes = set()
     raw = split.select_columns("image").cast_column("image", datasets.Image(decode=False))
     for row, example in enumerate(tqdm(raw, desc=f"Checking {name} images", leave=False)):
         image = example["image"]
         try:
-            with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]):
-                pass
+            with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+                sizes.add((opened.height, opened.width))
         except (OSError, TypeError, AttributeError, ValueError) as error:
             where = f" ({os.path.basename(image['path'])})" if image and image.get("path") else ""
             raise ValueError(
                 f"Expected an image in row {row} of the {name} split{where}, got something that cannot be read as one "
                 f"({type(error).__name__}): replace or remove it."
             ) from error
-
-
-def add_transforms(splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments) -> None:
-    """
-    Turn images into `pixel_values` when they are read, the training images augmented.
-
-    Args:
-        splits (`datasets.DatasetDict`):
-            What [`load_images`] gave; changed in place.
-        processor (`BaseImageProcessor`):
-            The student's image processor.
-        args (`DataArguments`):
-            Which augmentation.
-    """
-    size = output_size(processor)
-    kind = args.augmentation
-    if kind == "auto":
-        kind = "crop" if max(size) <= 64 else "resized_crop"
-    flip = [K.RandomHorizontalFlip()] if args.horizontal_flip else []
-    # The reflection by an eighth is the literature's pad-4 crop at CIFAR's 32 pixels.
-    crop = [K.RandomCrop(size, padding=max(size[0] // 8, 1), padding_mode="reflect")] if kind == "crop" else []
-    on_batches = K.AugmentationSequential(*crop, *flip, data_keys=["input"]) if crop or flip else None
-    resized_crop = K.RandomResizedCrop(size) if kind == "resized_crop" else None
-
-    def rgb(examples):
-        return [image.convert("RGB") for image in examples["image"]]
-
-    def for_training(examples):
-        if resized_crop is None:
-            pixel_values = processor(rgb(examples), return_tensors="pt")["pixel_values"]
-        else:  # image by image, because their sizes differ
-            tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in rgb(examples)]
-            cropped = [resized_crop(tensor)[0] for tensor in tensors]
-            # The crop has resized, and the division rescaled: what is left is to normalise.
-            pixel_values = processor(
-                cropped, do_resize=False, do_center_crop=False, do_rescale=False, return_tensors="pt"
-            )
-            pixel_values = pixel_values["pixel_values"]
-        if on_batches is not None:
-            pixel_values = on_batches(pixel_values)
-        return {"pixel_values": list(pixel_values), "labels": examples["label"]}
-
-    def for_evaluation(examples):
-        pixel_values = processor(rgb(examples), return_tensors="pt")["pixel_values"]
-        return {"pixel_values": list(pixel_values), "labels": examples["label"]}
-
-    for name, split in splits.items():
-        split.set_transform(for_training if name == "train" else for_evaluation)
-
-
-def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    """Return the (height, width) of the images that a processor makes."""
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    side = size.get("shortest_edge")
-    return (size["height"], size["width"]) if side is None else (side, side)
+    return sizes

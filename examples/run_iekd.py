@@ -116,6 +116,11 @@ def get_teacher(
 def main() -> None:
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, RunArguments), __doc__)
     run = ImageRun(data_args, args)
+    if args.cache_teacher and not data_args.decode_once:
+        raise ValueError(
+            "Expected images of one size with --cache_teacher, got several: add --decode_once true, which brings them "
+            "to one, or leave --cache_teacher out."
+        )
     from_scratch = model_args.student_from_scratch or is_shorthand(model_args.student)
     student = build_model(model_args.student, "--student", run.names, from_scratch, model_args.trust_remote_code)
     run.prepare_images(model_args.student, from_scratch)
@@ -151,7 +156,7 @@ def main() -> None:
         trainer = DistillationTrainer(model=student, args=args, **run.common())
 
     if args.do_eval:
-        prediction = trainer.predict(run.splits["validation"], metric_key_prefix="eval")
+        prediction = trainer.predict(run.images["validation"], metric_key_prefix="eval")
         per_class = run.metric.compute(
             predictions=prediction.predictions, references=prediction.label_ids, class_names=run.names
         )
@@ -162,7 +167,7 @@ def main() -> None:
         else:
             results.append(Result("student", student.num_parameters(), per_class))
     if args.do_predict:
-        split = run.splits.get("test", run.splits["validation"])
+        split = run.images.get("test", run.images["validation"])
         classes = trainer.predict(split, metric_key_prefix="predict").predictions.argmax(axis=1)
         if trainer.is_world_process_zero():
             lines = [f"{row},{run.names[index]}" for row, index in enumerate(classes)]

@@ -227,25 +227,6 @@ def test_data_sets_and_models_that_cannot_be_reached(run, tmp_path):
         run("--output_dir", tmp_path, *QUICK, "--teacher", "cifar-resnet-21")
 
 
-def test_augmentation_keeps_shape_and_range():
-    arguments = image_data.DataArguments(image_size=16, max_train_samples=16, max_eval_samples=8)
-    splits = image_data.load_images(arguments, 0)
-    from transformers import ViTImageProcessorPil
-
-    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
-    plain = torch.stack(
-        [processor(im.convert("RGB"), return_tensors="pt")["pixel_values"][0] for im in splits["train"]["image"]]
-    )
-    image_data.add_transforms(splits, processor, arguments)
-    batch = torch.stack(splits["train"][:]["pixel_values"])
-    assert batch.shape == plain.shape == (16, 3, 16, 16)
-    assert batch.min() >= -1 and batch.max() <= 1
-    assert not torch.equal(batch, plain)
-    assert not torch.equal(batch, torch.stack(splits["train"][:]["pixel_values"]))  # drawn anew each time
-    validation = splits["validation"][:]["pixel_values"]
-    assert all(torch.equal(a, b) for a, b in zip(validation, splits["validation"][:]["pixel_values"], strict=True))
-
-
 def test_metric_counts():
     logits = np.eye(8)[[0, 1, 2, 3]] * 2 - np.arange(8) / 100
     result = TopKAccuracy(keep_in_memory=True).compute(

@@ -1,0 +1,104 @@
+"""The examples' two ways from images to a model's input: they agree, and the right one is taken."""
+
+import image_data
+import image_transforms
+import numpy as np
+import PIL.Image
+import pytest
+import run_iekd
+import torch
+from test_run_iekd import QUICK, image_rows
+from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
+
+from iekd_hf import DecodedImages
+
+
+PROCESSORS = {
+    "fixed size": ViTImageProcessorPil(size={"height": 16, "width": 16}),
+    "cropped": ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=0.8, image_mean=[0.2, 0.3, 0.4]),
+}
+
+
+def load(tmp_path, sizes=((12, 12),), **kwargs):
+    """Write a folder of pictures of these sizes and load it."""
+    generator = np.random.default_rng(0)
+    for i in range(24):
+        folder = tmp_path / "pictures" / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
+    arguments = image_data.DataArguments(train_dir=str(tmp_path / "pictures"), **kwargs)
+    return image_data.load_images(arguments, 0), arguments
+
+
+@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
+def test_both_ways_evaluate_on_the_same_pixels(tmp_path, processor):
+    splits, arguments = load(tmp_path)
+    assert arguments.decode_once is True
+    images, augmentation = image_transforms.prepare(splits, processor, arguments, 0)
+    arguments.decode_once = False
+    one_by_one, nothing = image_transforms.prepare(splits, processor, arguments, 0)
+    assert nothing is None
+    raw = images["validation"].__getitems__(range(len(images["validation"])))
+    expected = one_by_one["validation"][:]
+    torch.testing.assert_close(augmentation(raw["pixel_values"]), torch.stack(expected["pixel_values"]))
+    assert raw["labels"].tolist() == expected["labels"]
+
+
+def test_images_as_they_are_read_are_augmented_anew_each_time(tmp_path):
+    splits, arguments = load(tmp_path, decode_once=False)
+    processor = PROCESSORS["fixed size"]
+    plain = torch.stack(
+        [processor(im.convert("RGB"), return_tensors="pt")["pixel_values"][0] for im in splits["train"]["image"]]
+    )
+    images, _ = image_transforms.prepare(splits, processor, arguments, 0)
+    batch = torch.stack(images["train"][:]["pixel_values"])
+    assert batch.shape == plain.shape
+    assert batch.min() >= -1 and batch.max() <= 1
+    assert not torch.equal(batch, plain)
+    assert not torch.equal(batch, torch.stack(images["train"][:]["pixel_values"]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "stored", "made"),
+    [
+        ([(12, 12)], "auto", (16, 16), (16, 16)),  # a crop of the processed image
+        ([(12, 18)], "resized_crop", (12, 18), (16, 16)),  # a crop of the image as it is
+        ([(40, 60)], "resized_crop", (18, 27), (16, 16)),  # as large as the crop needs
+        ([(40, 60), (20, 20)], "resized_crop", (18, 18), (16, 16)),
+        ([(12, 12)], "none", (16, 16), (16, 16)),
+    ],
+)
+def test_what_is_stored_and_what_comes_out(tmp_path, sizes, kind, stored, made):
+    splits, arguments = load(tmp_path, sizes, augmentation=kind, decode_once=True)
+    images, augmentation = image_transforms.prepare(splits, PROCESSORS["fixed size"], arguments, 0)
+    assert images["train"].shape[1:] == stored and images["validation"].shape[1:] == made
+    batch = images["train"].__getitems__([0, 1])
+    view = augmentation(batch["pixel_values"], torch.from_numpy(batch["image_ids"]))
+    assert view.shape == (2, 3, *made) and view.isfinite().all()
+
+
+def test_the_right_way_is_taken_and_said(tmp_path, run_example, caplog):
+    load(tmp_path, [(12, 12), (14, 12)])
+    arguments = ["--train_dir", tmp_path / "pictures", "--image_size", 16, "--save_strategy", "no"]
+    arguments += [*QUICK, "--per_device_train_batch_size", 8, "--plain_student", "false", "--teacher_epochs", 1]
+    with pytest.raises(ValueError, match=r"images of one size with --cache_teacher, got several: add --decode_once"):
+        run_example(run_iekd, "--output_dir", tmp_path / "refused", *arguments, "--cache_teacher")
+    caplog.clear()
+    run_example(run_iekd, "--output_dir", tmp_path / "mixed", *arguments)
+    assert "Augmenting each image as it is read" in caplog.text
+    caplog.clear()
+    cached = ["--decode_once", "true", "--cache_teacher", "--cache_views", 2, "--num_train_epochs", 3]
+    run_example(run_iekd, "--output_dir", tmp_path / "cached", *arguments, *cached)
+    assert "Augmenting whole batches of images decoded once" in caplog.text
+    (folder,) = (tmp_path / "cached" / "_teacher_cache").iterdir()
+    assert np.load(folder / "factors_0.npy", mmap_mode="r").shape[:2] == (2, 20)
+
+
+def test_a_split_of_parquet_rows_is_decoded(tmp_path):
+    image_rows(20, size=12).to_parquet(tmp_path / "train.parquet")
+    splits = image_data.load_images(image_data.DataArguments(train_file=str(tmp_path / "train.parquet")), 0)
+    images = DecodedImages.decode(splits["train"])
+    assert images.shape == (3, 12, 12) and images.table.cache_files
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in splits["train"]["image"]])
+    assert np.array_equal(images.__getitems__(range(17))["pixel_values"].numpy(), pixels.transpose(0, 3, 1, 2))
