@@ -108,25 +108,25 @@ class BatchAugmentation(nn.Module):
         Returns:
             `torch.Tensor`: float32, of shape `(batch_size, channels, *size)`.
         """
-        pixels = torch.addcmul(self.add, pixel_values.float(), self.multiply)
+        pixels = pixel_values.float().mul_(self.multiply).add_(self.add)
         if image_ids is None:
             if self.size in (None, tuple(pixels.shape[-2:])):
                 return pixels
             return F.interpolate(pixels, self.size, mode="bilinear", align_corners=False, antialias=True)
         image_ids = image_ids.to(pixels.device, torch.int64, non_blocking=True)
-        flipped = self._draw(image_ids, view, 0) < 0.5 if self.horizontal_flip else torch.zeros_like(image_ids) > 0
+        flip, top, left, *shape = self._draw(image_ids, view, 5 if self.crop == "resized" else 3)
+        flipped = (flip < 0.5) & self.horizontal_flip
         if self.crop == "resized":
-            return self._resized_crop(pixels, image_ids, view, flipped)
-        return self._padded_crop(pixels, image_ids, view, flipped)
+            return self._resized_crop(pixels, flipped, top, left, *shape)
+        return self._padded_crop(pixels, flipped, top, left)
 
-    def _draw(self, image_ids: torch.Tensor, view: int, which: int) -> torch.Tensor:
-        """Return a number in [0, 1) for each image: a hash of (seed, view, which, id), no generator's state."""
-        key = 0
-        for number in (self.seed, view, which):
-            key = _mix((key + number + 0x9E3779B9) & _MASK)
-        return _mix(_mix(image_ids & _MASK) ^ key).double() / (_MASK + 1)
+    def _draw(self, image_ids: torch.Tensor, view: int, count: int) -> torch.Tensor:
+        """Return numbers in [0, 1), `(count, batch_size)`: hashes of (seed, view, which, id), no generator's state."""
+        key = _mix((_mix(self.seed & _MASK) + view) & _MASK)
+        keys = _mix((key + torch.arange(count, device=image_ids.device)) & _MASK)
+        return _mix(_mix(image_ids & _MASK) ^ keys[:, None]).double() / (_MASK + 1)
 
-    def _padded_crop(self, pixels, image_ids, view, flipped) -> torch.Tensor:
+    def _padded_crop(self, pixels, flipped, top, left) -> torch.Tensor:
         # Each image is read once, by an index of its pixels that holds reflection, crop and flip. On one core that
         # makes 3 to 5 times as many 32x32 images a second as kornia 0.9's RandomCrop and RandomHorizontalFlip, which
         # pad a copy, cut image by image and flip what is drawn in a third pass.
@@ -138,31 +138,33 @@ class BatchAugmentation(nn.Module):
                 "more."
             )
 
-        def index(length: int, which: int) -> torch.Tensor:
-            offset = (self._draw(image_ids, view, which) * (2 * padding + 1)).long() - padding
-            place = (torch.arange(length, device=pixels.device) + offset[:, None]).abs()
+        steps = 2 * padding + 1
+
+        def places(length: int) -> torch.Tensor:  # of a row or column under each offset, reflected at both ends
+            offsets = torch.arange(-padding, padding + 1, device=pixels.device)[:, None]
+            place = (torch.arange(length, device=pixels.device) + offsets).abs()
             return torch.where(place < length, place, 2 * (length - 1) - place)
 
-        rows, columns = index(height, 1), index(width, 2)
-        columns = torch.where(flipped[:, None], columns.flip(1), columns)
-        source = (rows[:, :, None] * width + columns[:, None, :]).view(batch_size, 1, -1)
+        rows = (places(height) * width).index_select(0, (top * steps).long())
+        columns = torch.cat([places(width), places(width).flip(1)])
+        columns = columns.index_select(0, (left * steps).long() + steps * flipped)
+        source = (rows[:, :, None] + columns[:, None, :]).view(batch_size, 1, -1)
         return pixels.flatten(2).gather(2, source.expand(-1, channels, -1)).view_as(pixels)
 
-    def _resized_crop(self, pixels, image_ids, view, flipped) -> torch.Tensor:
+    def _resized_crop(self, pixels, flipped, top, left, area, ratio) -> torch.Tensor:
         # One grid_sample for the batch, as fast as kornia 0.9's crop_and_resize to 20 %: there is no antialiasing,
         # which only images much larger than what comes out would need; those are made smaller when they are decoded.
         height, width = pixels.shape[-2:]
         size = self.size or (height, width)
         low, high = self.scale
-        area = height * width * (low + (high - low) * self._draw(image_ids, view, 3))
+        area = height * width * (low + (high - low) * area)
         low, high = torch.tensor(self.ratio, dtype=torch.float64).log().tolist()
-        ratio = (low + (high - low) * self._draw(image_ids, view, 4)).exp()
+        ratio = (low + (high - low) * ratio).exp()
         crop_height, crop_width = (area / ratio).sqrt().clamp(max=height), (area * ratio).sqrt().clamp(max=width)
         theta = torch.zeros(len(pixels), 2, 3, dtype=torch.float64, device=pixels.device)
-        for axis, crop, length in ((0, crop_width, width), (1, crop_height, height)):
-            start = (length - crop) * self._draw(image_ids, view, 1 + axis)
+        for axis, crop, length, place in ((0, crop_width, width, left), (1, crop_height, height, top)):
             theta[:, axis, axis] = crop / length
-            theta[:, axis, 2] = (2 * start + crop) / length - 1
+            theta[:, axis, 2] = (2 * (length - crop) * place + crop) / length - 1
         theta[:, 0, 0] = torch.where(flipped, -theta[:, 0, 0], theta[:, 0, 0])
         grid = F.affine_grid(theta.float(), (*pixels.shape[:2], *size), align_corners=False)
         return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)

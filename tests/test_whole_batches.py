@@ -120,8 +120,8 @@ def test_padded_crops_equal_a_slicing_reference_to_the_bit(size):
 
 def test_draws_are_uniform_and_independent():
     augment, ids = make_augmentation(), torch.arange(20_000)
-    draws = [augment._draw(ids, view, which) for view in (0, 1, 2) for which in range(5)]
-    draws += [make_augmentation(seed=1)._draw(ids, 0, which) for which in range(5)]
+    draws = [draw for view in (0, 1, 2) for draw in augment._draw(ids, view, 5)]
+    draws += [*make_augmentation(seed=1)._draw(ids, 0, 5)]
     for draw in draws:
         counts = torch.histc(draw.float(), bins=100, min=0, max=1)
         assert ((counts - 200) ** 2 / 200).sum() < 150  # chi-square, 99 degrees of freedom: p < 0.001
