@@ -134,7 +134,6 @@ class FrozenTeacher(nn.Module):
         self.tap = tap
         self.teacher_pixels = teacher_pixels
         self.paraphrasers = nn.ModuleList()
-        self.encoders = nn.ModuleList()
         self.fast = False
         self.main_input_name = getattr(teacher, "main_input_name", "pixel_values")
         parameters = inspect.signature(teacher.forward).parameters.values()
@@ -147,17 +146,8 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     def set_paraphrasers(self, paraphrasers: list[Paraphraser]) -> None:
-        """Take the trained paraphrasers, one for each layer; a fast teacher runs faster copies of their encoders."""
+        """Take the trained paraphrasers, one for each layer."""
         self.paraphrasers = nn.ModuleList(paraphrasers).eval()
-        encoders = [paraphraser.encoder for paraphraser in paraphrasers]
-        if self.fast:
-            generator = torch.Generator().manual_seed(0)
-            maps = [torch.randn(1, p.in_channels, 4, 4, generator=generator) for p in paraphrasers]
-            pairs = [
-                (encoder, f_T.to(next(encoder.parameters()))) for encoder, f_T in zip(encoders, maps, strict=True)
-            ]
-            encoders = [copy_fast(encoder, lambda model, f_T=f_T: [model(f_T)]) for encoder, f_T in pairs]
-        self.encoders = nn.ModuleList(encoders)
 
     @torch.no_grad()
     def speed_up(self, sample: dict, dtype: torch.dtype | None = None, compiled: bool = False) -> None:
@@ -222,9 +212,9 @@ class FrozenTeacher(nn.Module):
     def forward(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Return the factors F_T of each pair (none without paraphrasers), and the logits or `None`."""
         feature_maps, logits = self.feature_maps(inputs, with_logits)
-        if not self.encoders:
+        if not self.paraphrasers:
             return [], logits
-        return [encode(f_T) for encode, f_T in zip(self.encoders, feature_maps, strict=True)], logits
+        return [p.encode(f_T) for p, f_T in zip(self.paraphrasers, feature_maps, strict=True)], logits
 
 
 class ParaphraserStack(nn.Module):

@@ -109,7 +109,7 @@ class TeacherCache:
             "teacher_dtype": str(self.teacher.dtype),
             "teacher_layers": self.teacher.tap.layers,
             "teacher_pixels": _digest(self.teacher.teacher_pixels),
-            "paraphrasers": fingerprint(self.teacher.encoders),
+            "paraphrasers": fingerprint(paraphraser.encoder for paraphraser in self.teacher.paraphrasers),
             "images": self.images.table._fingerprint,
             "augmentation": _digest(self.augmentation),
             "views": self.args.cache_views,
@@ -186,7 +186,10 @@ class TeacherCache:
         return tensors
 
     def _names(self) -> list[str]:
-        return [*(f"factors_{i}.npy" for i in range(len(self.teacher.encoders))), *["logits.npy"] * self.with_logits]
+        return [
+            *(f"factors_{i}.npy" for i in range(len(self.teacher.paraphrasers))),
+            *["logits.npy"] * self.with_logits,
+        ]
 
     def _open(self, mode: str) -> list[np.ndarray]:
         return [np.load(self.folder / name, mmap_mode=mode) for name in self._names()]

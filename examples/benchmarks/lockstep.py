@@ -65,7 +65,7 @@ class StepsOf(TrainerCallback):
         self.thread.join()
 
 
-def compare(contenders: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, dict]:
+def compare(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict]:
     """
     Run all in turn, in another order each round, and relate each to the first one in the same round.
 
@@ -73,14 +73,12 @@ def compare(contenders: dict[str, Callable[[], object]], rounds: int, warm_up: i
         contenders (`dict[str, Callable]`):
             What to time, by name; the first one is the measure.
         rounds (`int`):
-            How often each is timed.
-        warm_up (`int`, *optional*, defaults to 3):
-            Rounds before that.
+            How often each is timed, after some rounds to warm up.
 
     Returns:
         `dict[str, dict]`: by name, `milliseconds` (median), and `ratio`, `lowest` and `highest` of the rounds' ratios.
     """
-    names, times = list(contenders), {name: [] for name in contenders}
+    names, times, warm_up = list(contenders), {name: [] for name in contenders}, 1 + rounds // 10
     for i in range(warm_up + rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             start = now()

@@ -11,6 +11,7 @@ time on a GPU. The table goes to the screen and to speed.md, everything to speed
 
 import argparse
 import copy
+import functools
 import json
 import os
 import platform
@@ -46,6 +47,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
 BARE, CONTROL = "bare IE-KD loop, fp32", "the same once more (control)"
 # glibc gives freed activations back to the kernel and faults them in again, which moves times by 3 to 25 %, and has
@@ -55,26 +57,40 @@ MALLOC = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "100
 
 class Setting:
     """
-    Hold images and models of one size.
+    Hold images and models of one size; a model is made when it is asked for.
 
     Args:
         image_size (`int`), batch_size (`int`), num_images (`int`):
             Of the images, which are noise.
-        teacher (`PreTrainedModel`), student (`PreTrainedModel`):
-            The models, as they start.
+        make_teacher (`Callable`), make_student (`Callable`):
+            Make the models, as they start.
+        factor_channels (`int`, *optional*):
+            Channels of the factors. By default half of the teacher's.
     """
 
-    def __init__(self, image_size: int, batch_size: int, num_images: int, teacher, student):
-        self.batch_size, self.teacher, self.student = batch_size, teacher, student
+    def __init__(self, image_size, batch_size, num_images, make_teacher, make_student, factor_channels=None):
+        self.batch_size, self.make_teacher, self.make_student = batch_size, make_teacher, make_student
+        self.factor_channels = factor_channels
         noise = np.random.default_rng(0).integers(0, 256, (num_images, image_size, image_size, 3), dtype=np.uint8)
         rows = {"image": [PIL.Image.fromarray(image) for image in noise], "label": [i % 10 for i in range(num_images)]}
         self.rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         datasets.disable_progress_bars()
         self.images = DecodedImages.decode(self.rows)
         self.augmentation = BatchAugmentation([0.5] * 3, [0.5] * 3, crop="padded", horizontal_flip=True)
-        channels = teacher.config.hidden_sizes[-1]
-        self.paraphraser = Paraphraser(channels, channels // 2)
         self.folder = tempfile.TemporaryDirectory()
+
+    @functools.cached_property
+    def teacher(self) -> PreTrainedModel:
+        return self.make_teacher().eval()
+
+    @functools.cached_property
+    def student(self) -> PreTrainedModel:
+        return self.make_student()
+
+    @functools.cached_property
+    def paraphraser(self) -> Paraphraser:
+        channels = self.teacher.config.hidden_sizes[-1]
+        return Paraphraser(channels, self.factor_channels or channels // 2).eval()
 
     def arguments(self, **kwargs) -> IEKDTrainingArguments:
         return IEKDTrainingArguments(
@@ -94,6 +110,7 @@ class Setting:
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
             cache_views=1,
+            use_cpu=not torch.cuda.is_available(),
             **kwargs,
         )
 
@@ -109,8 +126,7 @@ class Setting:
 
     def iekd(self, **kwargs) -> IEKDTrainer:
         """Make our trainer."""
-        paraphraser = copy.deepcopy(self.paraphraser)
-        return IEKDTrainer(teacher_model=self.teacher, paraphraser=paraphraser, **self.common(**kwargs))
+        return IEKDTrainer(teacher_model=self.teacher, paraphraser=self.paraphraser, **self.common(**kwargs))
 
     def alone(self, **kwargs) -> Trainer:
         """Make a trainer of the student alone: Trainer itself, but for the images."""
@@ -121,23 +137,23 @@ class BareLoop:
     """The mathematics of IE-KD as one would write it down, without a framework; or the student alone."""
 
     def __init__(self, setting: Setting, distil: bool = True):
-        device = setting.arguments().device
-        self.setting, self.distil, self.device = setting, distil, device
-        self.student = copy.deepcopy(setting.student).to(device).train()
-        self.teacher = copy.deepcopy(setting.teacher).to(device).eval()
-        self.paraphraser = copy.deepcopy(setting.paraphraser).to(device).eval()
-        self.augmentation = copy.deepcopy(setting.augmentation).to(device)
-        channels, k = self.student.config.hidden_sizes[-1], self.paraphraser.factor_channels
-        self.inheriting, self.exploring = torch.randperm(channels, device=device).chunk(2)
-        self.encoders = torch.nn.ModuleList(FactorEncoder(channels // 2, k) for _ in range(2)).to(device)
-        trained = [*self.student.parameters(), *(self.encoders.parameters() if distil else [])]
+        self.setting, self.distil = setting, distil
+        self.student = copy.deepcopy(setting.student).to(DEVICE).train()
+        self.augmentation = copy.deepcopy(setting.augmentation).to(DEVICE)
+        trained = [*self.student.parameters()]
+        if distil:
+            self.teacher, self.paraphraser = setting.teacher.to(DEVICE), setting.paraphraser.to(DEVICE)
+            channels, k = self.student.config.hidden_sizes[-1], self.paraphraser.factor_channels
+            self.inheriting, self.exploring = torch.randperm(channels, device=DEVICE).chunk(2)
+            self.encoders = torch.nn.ModuleList(FactorEncoder(channels // 2, k) for _ in range(2)).to(DEVICE)
+            trained += self.encoders.parameters()
         self.optimizer = torch.optim.SGD(trained, **SGD)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.randperm(len(self.setting.images))[: self.setting.batch_size]
         batch = self.setting.images.__getitems__(ids.tolist())
-        pixels = batch["pixel_values"].to(self.device, non_blocking=True)
-        return self.augmentation(pixels, ids), batch["labels"].to(self.device, non_blocking=True)
+        pixels = batch["pixel_values"].to(DEVICE, non_blocking=True)
+        return self.augmentation(pixels, ids), batch["labels"].to(DEVICE, non_blocking=True)
 
     @torch.no_grad()
     def target(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -164,17 +180,20 @@ def cifar(depth: int, **kwargs) -> PreTrainedModel:
 
 
 def cifar_setting() -> Setting:
-    return Setting(32, 128, 2048, cifar(56), cifar(20))
+    return Setting(32, 128, 2048, lambda: cifar(56), lambda: cifar(20))
 
 
 def tiny_setting() -> Setting:
-    return Setting(28, 16, 2048, cifar(8), cifar(8, hidden_sizes=[8, 16, 32], embedding_size=8))
+    return Setting(28, 16, 2048, lambda: cifar(8), lambda: cifar(8, hidden_sizes=[8, 16, 32], embedding_size=8))
 
 
-def imagenet_setting() -> Setting:
+def imagenet_setting(factor_channels: int | None = None) -> Setting:
     basic = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
-    models = [ResNetForImageClassification(ResNetConfig(num_labels=10, **kwargs)) for kwargs in ({}, basic)]
-    return Setting(224, 8, 64, *models)
+
+    def resnet(**kwargs):
+        return ResNetForImageClassification(ResNetConfig(num_labels=10, **kwargs))
+
+    return Setting(224, 8, 64, resnet, lambda: resnet(**basic), factor_channels)
 
 
 def teachers(bare: BareLoop, trainer: IEKDTrainer) -> dict:
@@ -202,6 +221,18 @@ def steps(setting: Setting, rounds: int) -> dict:
         "student alone, bare loop": alone,
         "student alone, Trainer": StepsOf(setting.alone),
         **teachers(bare, setting.iekd()),
+    }
+    return compare(contenders, rounds)
+
+
+def cached_steps(setting: Setting, rounds: int) -> dict:
+    """Time a live and a cached teacher."""
+    contenders = {
+        BARE: BareLoop(setting),
+        CONTROL: BareLoop(setting),
+        "IEKDTrainer": StepsOf(setting.iekd),
+        "IEKDTrainer, cached teacher": StepsOf(lambda: setting.iekd(cache_teacher=True)),
+        "student alone, Trainer": StepsOf(setting.alone),
     }
     return compare(contenders, rounds)
 
@@ -250,7 +281,7 @@ def evaluations(setting: Setting, rounds: int) -> dict:
         CONTROL: again.evaluate,
         "evaluate() of IEKDTrainer": iekd.evaluate,
     }
-    return compare(contenders, rounds, warm_up=1)
+    return compare(contenders, rounds)
 
 
 def data_paths(setting: Setting, rounds: int) -> dict:
@@ -261,20 +292,19 @@ def data_paths(setting: Setting, rounds: int) -> dict:
     from torch.utils.data import DataLoader
     from transformers import default_data_collator
 
-    device = setting.arguments().device
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     splits = datasets.DatasetDict({"train": setting.rows, "validation": setting.rows})
     one_by_one = add_transforms(splits, processor, DataArguments(horizontal_flip=True))
-    augmentation, plain = setting.augmentation.to(device), BatchAugmentation([0.5] * 3, [0.5] * 3).to(device)
+    augmentation, plain = setting.augmentation.to(DEVICE), BatchAugmentation([0.5] * 3, [0.5] * 3).to(DEVICE)
 
     def whole_batches(augment, drawn):
         for batch in DataLoader(setting.images, batch_size=128, shuffle=True, collate_fn=lambda batch: batch):
             ids = (torch.from_numpy(batch["image_ids"]),) if drawn else ()
-            augment(batch["pixel_values"].to(device), *ids)
+            augment(batch["pixel_values"].to(DEVICE), *ids)
 
     def examples(split):
         for batch in DataLoader(one_by_one[split], batch_size=128, shuffle=True, collate_fn=default_data_collator):
-            batch["pixel_values"].to(device)
+            batch["pixel_values"].to(DEVICE)
 
     contenders = {
         "whole batches, crop and flip": lambda: whole_batches(augmentation, True),
@@ -283,7 +313,7 @@ def data_paths(setting: Setting, rounds: int) -> dict:
         "image by image (datasets, processor, kornia), crop and flip": lambda: examples("train"),
         "image by image, normalised only": lambda: examples("validation"),
     }
-    results = compare(contenders, rounds, warm_up=1)
+    results = compare(contenders, rounds)
     for result in results.values():
         result["images_per_second"] = 1000 * len(setting.images) / result["milliseconds"]
     return results
@@ -315,19 +345,21 @@ def _cached(setting: Setting):
 
 
 # Name: title, what it is measured on, how, and how many rounds.
+CIFAR, IMAGENET = "ResNet-56 -> ResNet-20, 32x32, batch 128", "ResNet-50 -> ResNet-18, 224x224, batch 8"
 SECTIONS = {
-    "steps": ("ResNet-56 -> ResNet-20, 32x32, batch 128", cifar_setting, steps, 6),
-    "bf16": ("the same in bf16", cifar_setting, bf16_steps, 6),
-    "compile": ("the same, compiled", cifar_setting, compiled_steps, 6),
+    "steps": (CIFAR, cifar_setting, steps, 12),
+    "bf16": (f"{CIFAR}, bf16", cifar_setting, bf16_steps, 12),
+    "compile": (f"{CIFAR}, bf16, compiled", cifar_setting, compiled_steps, 12),
     "tiny": ("ResNet-8 -> narrow ResNet-8, 28x28, batch 16", tiny_setting, steps, 60),
-    "imagenet": ("ResNet-50 -> ResNet-18, 224x224, batch 8", imagenet_setting, steps, 6),
-    "imagenet bf16": ("the same in bf16", imagenet_setting, bf16_steps, 6),
+    "imagenet": (IMAGENET, imagenet_setting, steps, 6),
+    "imagenet k=256": (f"{IMAGENET}, factor_channels=256", lambda: imagenet_setting(256), cached_steps, 6),
+    "imagenet bf16": (f"{IMAGENET}, bf16", imagenet_setting, bf16_steps, 6),
     "evaluation": ("ResNet-20, 2,048 images of 32x32", cifar_setting, evaluations, 8),
     "data": ("images of 32x32, batch 128", cifar_setting, data_paths, 12),
 }
 MEMORY = {"student alone, Trainer": "alone", "bare IE-KD loop": "bare", "IEKDTrainer": "live"}
 MEMORY |= {"IEKDTrainer, cached teacher": "cached"}
-PLACES = {"cifar": "ResNet-56 -> ResNet-20, 32x32, batch 128", "imagenet": "ResNet-50 -> ResNet-18, 224x224, batch 8"}
+PLACES = {"cifar": CIFAR, "imagenet": IMAGENET}
 
 
 def in_a_process(argument: str, pin: bool) -> dict:
