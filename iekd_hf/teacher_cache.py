@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets.fingerprint import Hasher
+from huggingface_hub.utils import WeakFileLock
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -69,9 +71,13 @@ class TeacherCache:
         spec = self._spec()
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(args.teacher_cache_dir or Path(args.output_dir) / "_teacher_cache") / digest
-        # What the main process finds holds for all: they build together, or not at all.
-        if not broadcast_object_list([(self.folder / _COMPLETE).is_file()])[0]:
-            self._build(spec)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of several runs that want the same, one makes it while the others wait. What the main process finds holds
+        # for all ranks: they build together, or not at all.
+        lock = WeakFileLock(self.folder.with_suffix(".lock")) if accelerator.is_main_process else nullcontext()
+        with lock:
+            if not broadcast_object_list([(self.folder / _COMPLETE).is_file()])[0]:
+                self._build(spec)
         self._check_shared(_COMPLETE)
         self._arrays = self._open("r")
         size = sum(array.nbytes for array in self._arrays) / 2**20
@@ -110,7 +116,7 @@ class TeacherCache:
             "teacher_layers": self.teacher.tap.layers,
             "teacher_pixels": _digest(self.teacher.teacher_pixels),
             "paraphrasers": fingerprint(paraphraser.encoder for paraphraser in self.teacher.paraphrasers),
-            "images": self.images.table._fingerprint,
+            "images": self.images.table._fingerprint,  # what datasets names its own cache by
             "augmentation": _digest(self.augmentation),
             "views": self.args.cache_views,
             "mixed_precision": self.accelerator.mixed_precision,

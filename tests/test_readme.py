@@ -48,12 +48,13 @@ def stand_ins(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_python_blocks_in_order(stand_ins):
     script = "\n".join(block for kind, block in BLOCKS if kind == "python")
-    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (2, 1)
+    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (3, 1)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resnet.encoder.stages.1" in done.stdout  # list_layers
     assert (stand_ins / "out" / "model.safetensors").is_file()
+    assert len(list((stand_ins / "cached" / "_teacher_cache").glob("*/factors_0.npy"))) == 1
     assert (stand_ins / "peers" / "peer_2" / "model.safetensors").is_file()
 
 
@@ -124,7 +125,8 @@ def test_every_command_is_one_of_those_run():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        known = {"make": targets, "python": ["examples/benchmarks/mutual_step.py"]}  # test_run_mutual.py runs it
+        benchmarks = ["examples/benchmarks/mutual_step.py", "examples/benchmarks/speed.py"]  # tests of their own
+        known = {"make": targets, "python": benchmarks}
         assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip"), command
     # `make test` is what runs this file, and installs by the line that the README shows.
     assert "make test" in COMMANDS and "make test" in (ROOT / ".ci" / "run").read_text()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_it_is_made_once_and_anew_when_anything_changes(make, images_seen, tmp_p
         make(**({**shared, "processing_class": processor} | changed)).train()
         same = changed.keys() <= {"lambda_inh", "learning_rate"}
         assert images_seen["images"] == (0 if same else 1 + 16 * changed.get("cache_views", 2)), changed
-    folders = list((tmp_path / "shared").iterdir())
+    folders = [path for path in (tmp_path / "shared").iterdir() if path.is_dir()]
     assert len(folders) == 13
     for folder in folders:
         names = {path.name for path in folder.iterdir()}
@@ -167,7 +168,7 @@ def test_an_interrupted_one_is_continued_and_never_read(make, images_seen, monke
         patch.setattr(FrozenTeacher, "forward", broken)
         with pytest.raises(KeyboardInterrupt):
             make(per_device_eval_batch_size=4).train()
-    (folder,) = (tmp_path / "out" / "_teacher_cache").iterdir()
+    (folder,) = (path for path in (tmp_path / "out" / "_teacher_cache").iterdir() if path.is_dir())
     assert not (folder / "complete.json").exists() and np.load(folder / "done.npy").tolist() == [True] * 3 + [False]
     images_seen.clear()
     continued = course(make(per_device_eval_batch_size=4))
@@ -178,13 +179,24 @@ def test_an_interrupted_one_is_continued_and_never_read(make, images_seen, monke
 def test_files_without_a_note_of_what_is_done_count_for_nothing(make, images_seen, tmp_path):
     first = make()
     first.train()
-    (folder,) = (tmp_path / "out" / "_teacher_cache").iterdir()
+    (folder,) = (path for path in (tmp_path / "out" / "_teacher_cache").iterdir() if path.is_dir())
     (folder / "complete.json").unlink()
     (folder / "factors_0.npy").write_bytes(b"half of an array")
     images_seen.clear()
     make().train()
     assert images_seen["images"] == 1 + 2 * 16
     assert np.isfinite(np.load(folder / "factors_0.npy")).all()
+
+
+def test_runs_that_want_the_same_wait_for_the_one_that_makes_it(make, images_seen):
+    trainers = [make(num_train_epochs=1) for _ in range(2)]
+    threads = [threading.Thread(target=trainer.train) for trainer in trainers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert images_seen["images"] == 1 + 2 * 16
+    assert [trainer.state.global_step for trainer in trainers] == [4, 4]
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_numbers(make, monkeypatch):
@@ -215,7 +227,7 @@ def test_images_whose_views_cannot_be_made_again_are_refused(make):
 def test_without_factors_only_logits_are_cached(make, tmp_path):
     trainer = make(lambda_inh=0.0, lambda_exp=0.0, lambda_kd=1.0, paraphraser=None)
     trainer.train()
-    (folder,) = (tmp_path / "out" / "_teacher_cache").iterdir()
+    (folder,) = (path for path in (tmp_path / "out" / "_teacher_cache").iterdir() if path.is_dir())
     assert {path.name for path in folder.iterdir()} == {"complete.json", "logits.npy"}
 
 

@@ -6,12 +6,14 @@ Time what a step, an epoch, an evaluation and a batch of images cost, and how mu
 Each section runs in a process of its own, on one thread unless OMP_NUM_THREADS says otherwise; within it all cases
 take turns, step by step, and each ratio is the median over the rounds of the ratio to the section's first case, which
 is run twice: how far the second time is from 1 says how far to trust the rest. Times are the process's own, or wall
-time on a GPU. The table goes to the screen and to speed.md, everything to speed.json, the ratios to speed.png.
+time on a GPU. The table goes to the screen and to speed.md, everything to speed.json, the ratios to speed.png;
+sections that were measured earlier stay there.
 """
 
 import argparse
 import copy
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -159,8 +161,7 @@ class BareLoop:
     def target(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.paraphraser.encode(self.teacher.base_model(pixels).last_hidden_state)
 
-    def __call__(self) -> None:
-        pixels, labels = self.batch()
+    def loss(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # First, as it is faster: its activations take the memory that the student's will have.
         F_T = F.normalize(self.target(pixels).flatten(1)) if self.distil else None
         features = self.student.base_model(pixels)
@@ -170,8 +171,11 @@ class BareLoop:
             F_inh = F.normalize(self.encoders[0](f_S.index_select(1, self.inheriting)).flatten(1))
             F_exp = F.normalize(self.encoders[1](f_S.index_select(1, self.exploring)).flatten(1))
             loss = loss + 1000 * (F_inh - F_T).abs().mean() - 100 * (F_exp - F_T).abs().mean()
+        return loss
+
+    def __call__(self) -> None:
         self.optimizer.zero_grad()
-        loss.backward()
+        self.loss(*self.batch()).backward()
         self.optimizer.step()
 
 
@@ -273,6 +277,25 @@ def compiled_steps(setting: Setting, rounds: int) -> dict:
     return compare(contenders, rounds)
 
 
+def torchdistill_steps(setting: Setting, rounds: int) -> dict:
+    """Time torchdistill's factor transfer beside ours, which is the whole map inheriting; needs torchdistill."""
+    from torchdistill_ft import factor_transfer
+
+    bare = BareLoop(setting)
+    no_checkpoint = str(Path(setting.folder.name, "none"))
+    step = factor_transfer(setting.teacher, copy.deepcopy(setting.student), SGD, DEVICE, no_checkpoint)
+    contenders = {
+        BARE: bare,
+        CONTROL: BareLoop(setting),
+        "IEKDTrainer as factor transfer, fast_teacher=False": StepsOf(
+            lambda: setting.iekd(inheritance_ratio=1.0, lambda_exp=0.0, fast_teacher=False)
+        ),
+        "IEKDTrainer as factor transfer": StepsOf(lambda: setting.iekd(inheritance_ratio=1.0, lambda_exp=0.0)),
+        "torchdistill's factor transfer": lambda: step(*bare.batch()),
+    }
+    return compare(contenders, rounds)
+
+
 def evaluations(setting: Setting, rounds: int) -> dict:
     """Time evaluate()."""
     alone, again, iekd = setting.alone(), setting.alone(), setting.iekd()
@@ -328,20 +351,17 @@ def peak(which: str) -> dict:
 
     before = status("VmRSS")
     place, case = which.split(":")
-    setting = {"cifar": cifar_setting, "imagenet": imagenet_setting}[place]()
+    setting = SETTINGS[place]()
     if case == "bare":
         step = BareLoop(setting)
     else:
-        step = StepsOf({"alone": setting.alone, "live": setting.iekd, "cached": _cached(setting)}[case])
+        cached = functools.partial(setting.iekd, cache_teacher=True)
+        step = StepsOf({"alone": setting.alone, "live": setting.iekd, "cached": cached}[case])
     for _ in range(8):
         step()
     if torch.cuda.is_available():
         return {"mebibytes": torch.cuda.max_memory_allocated() / 2**20}
     return {"mebibytes": status("VmHWM") - before}
-
-
-def _cached(setting: Setting):
-    return lambda: setting.iekd(cache_teacher=True)
 
 
 # Name: title, what it is measured on, how, and how many rounds.
@@ -354,12 +374,14 @@ SECTIONS = {
     "imagenet": (IMAGENET, imagenet_setting, steps, 6),
     "imagenet k=256": (f"{IMAGENET}, factor_channels=256", lambda: imagenet_setting(256), cached_steps, 6),
     "imagenet bf16": (f"{IMAGENET}, bf16", imagenet_setting, bf16_steps, 6),
+    "torchdistill": (f"{CIFAR}, factor transfer", cifar_setting, torchdistill_steps, 12),
     "evaluation": ("ResNet-20, 2,048 images of 32x32", cifar_setting, evaluations, 8),
     "data": ("images of 32x32, batch 128", cifar_setting, data_paths, 12),
 }
 MEMORY = {"student alone, Trainer": "alone", "bare IE-KD loop": "bare", "IEKDTrainer": "live"}
 MEMORY |= {"IEKDTrainer, cached teacher": "cached"}
 PLACES = {"cifar": CIFAR, "imagenet": IMAGENET}
+SETTINGS = {"cifar": cifar_setting, "imagenet": imagenet_setting}
 
 
 def in_a_process(argument: str, pin: bool) -> dict:
@@ -368,6 +390,22 @@ def in_a_process(argument: str, pin: bool) -> dict:
     command = [sys.executable, __file__, "--only", argument]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_times(name: str) -> dict:
+    """Return the section of that name."""
+    cases = [{"name": case, **numbers} for case, numbers in in_a_process(name, pin=True).items()]
+    return {name: {"title": SECTIONS[name][0], "cases": cases}}
+
+
+def measure_memory() -> dict:
+    """Return the sections of peak memory."""
+    sections = {}
+    for place, title in PLACES.items():
+        cases = [{"name": case, **in_a_process(f"{place}:{key}", pin=False)} for case, key in MEMORY.items()]
+        cases = [{**case, "ratio": case["mebibytes"] / cases[0]["mebibytes"]} for case in cases]
+        sections[f"memory {place}"] = {"title": f"peak memory over imports, {title}", "cases": cases}
+    return sections
 
 
 def machine() -> str:
@@ -383,10 +421,10 @@ def machine() -> str:
     return f"{name} ({' '.join(wanted)}), {threads} thread, {versions}"
 
 
-def table(results: dict) -> str:
+def table(sections: dict) -> str:
     """Lay the results out in Markdown."""
-    lines = [results["machine"]]
-    for section in results["sections"]:
+    lines = [machine()]
+    for section in sections.values():
         unit = next(name for name in ("mebibytes", "images_per_second", "milliseconds") if name in section["cases"][0])
         heading = {"mebibytes": "MiB", "images_per_second": "images/s", "milliseconds": "ms"}[unit]
         lines += ["", f"| {section['title']} | {heading} | ratio | range |", "|---|---:|---:|---|"]
@@ -397,9 +435,9 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict, path: Path) -> None:
+def draw(sections: dict, path: Path) -> None:
     """Draw the ratios as bars, a picture for each section."""
-    sections = results["sections"]
+    sections = list(sections.values())
     heights = [len(section["cases"]) + 1 for section in sections]
     figure, axes = plt.subplots(
         len(sections),
@@ -422,6 +460,8 @@ def draw(results: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*SECTIONS, "memory"]
+    if importlib.util.find_spec("torchdistill") is None:
+        names.remove("torchdistill")
     parser.add_argument(
         "--sections", nargs="+", choices=names, default=names, metavar="SECTION", help=", ".join(names)
     )
@@ -436,23 +476,18 @@ def main() -> None:
             _, make_setting, measure, rounds = SECTIONS[options.only]
             print(json.dumps(measure(make_setting(), rounds)))
         return
-    results = {"machine": machine(), "sections": []}
     options.output_dir.mkdir(parents=True, exist_ok=True)
+    written = options.output_dir / "speed.json"
+    sections = json.loads(written.read_text())["sections"] if written.is_file() else {}
     for name in options.sections:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        if name == "memory":
-            for place, title in PLACES.items():
-                cases = {case: in_a_process(f"{place}:{key}", pin=False) for case, key in MEMORY.items()}
-                first = next(iter(cases.values()))["mebibytes"]
-                cases = [{"name": case, **x, "ratio": x["mebibytes"] / first} for case, x in cases.items()]
-                results["sections"].append({"title": f"peak memory over imports, {title}", "cases": cases})
-        else:
-            cases = [{"name": case, **numbers} for case, numbers in in_a_process(name, pin=True).items()]
-            results["sections"].append({"title": SECTIONS[name][0], "cases": cases})
-        (options.output_dir / "speed.json").write_text(json.dumps(results, indent=2))
-    (options.output_dir / "speed.md").write_text(table(results) + "\n")
-    draw(results, options.output_dir / "speed.png")
-    print(table(results))
+        sections.update(measure_memory() if name == "memory" else measure_times(name))
+        order = [*SECTIONS, *(f"memory {place}" for place in PLACES)]
+        sections = {key: sections[key] for key in order if key in sections}
+        written.write_text(json.dumps({"machine": machine(), "sections": sections}, indent=2) + "\n")
+        (options.output_dir / "speed.md").write_text(table(sections) + "\n")
+        draw(sections, options.output_dir / "speed.png")
+    print(table(sections))
 
 
 if __name__ == "__main__":
