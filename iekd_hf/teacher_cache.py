@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 # Images between two notes of what is done: what an interruption loses at most.
 _BLOCK = 1024
 _COMPLETE = "complete.json"
+# What a configuration says of how a model was made, loaded or trained, but not of its features.
+_NOT_THE_TEACHER = ("_name_or_path", "transformers_version", "architectures", "dtype", "problem_type")
 
 
 class TeacherCache:
@@ -107,11 +109,13 @@ class TeacherCache:
     def _spec(self) -> dict:
         """Return everything that the numbers depend on."""
         teacher = self.teacher.teacher
-        config = getattr(teacher, "config", None)
+        config = teacher.config.to_dict() if hasattr(teacher, "config") else {}
+        for name in _NOT_THE_TEACHER:
+            config.pop(name, None)
         return {
             "teacher": fingerprint([teacher]),
             "teacher_type": type(teacher).__name__,
-            "teacher_config": config.to_json_string() if config is not None else "",
+            "teacher_config": json.dumps(config, sort_keys=True, default=str),
             "teacher_dtype": str(self.teacher.dtype),
             "teacher_layers": self.teacher.tap.layers,
             "teacher_pixels": _digest(self.teacher.teacher_pixels),
@@ -192,10 +196,8 @@ class TeacherCache:
         return tensors
 
     def _names(self) -> list[str]:
-        return [
-            *(f"factors_{i}.npy" for i in range(len(self.teacher.paraphrasers))),
-            *["logits.npy"] * self.with_logits,
-        ]
+        names = [f"factors_{i}.npy" for i in range(len(self.teacher.paraphrasers))]
+        return [*names, "logits.npy"] if self.with_logits else names
 
     def _open(self, mode: str) -> list[np.ndarray]:
         return [np.load(self.folder / name, mmap_mode=mode) for name in self._names()]
@@ -206,10 +208,8 @@ class TeacherCache:
             logger.info("Continuing an unfinished cache of the teacher.")
             return
         shutil.rmtree(self.folder, ignore_errors=True)
-        shapes = [
-            (self.args.cache_views, len(self.images), *x.shape[1:])
-            for x in self._run(self.images.__getitems__([0]), view=0)
-        ]
+        first = self._run(self.images.__getitems__([0]), view=0)
+        shapes = [(self.args.cache_views, len(self.images), *tensor.shape[1:]) for tensor in first]
         size = sum(2 * int(np.prod(shape)) for shape in shapes)
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free

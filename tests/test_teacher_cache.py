@@ -109,10 +109,12 @@ def test_views_take_turns(make, images_seen):
 def test_it_is_made_once_and_anew_when_anything_changes(make, images_seen, tmp_path):
     shared = {"teacher_cache_dir": str(tmp_path / "shared"), "num_train_epochs": 1}
     other_images = make_decoded(16, seed=1)
+    make_resnet(16, seed=2).save_pretrained(tmp_path / "teacher")
     make(**shared).train()
     for changed in (
         {},
         {"lambda_inh": 5.0, "learning_rate": 0.001},  # nothing that the teacher says depends on
+        {"teacher_model": str(tmp_path / "teacher")},  # the same one
         {"teacher_model": make_resnet(16, seed=5)},
         {"teacher_layers": ["resnet.encoder.stages.1"]},
         {"paraphraser": make_paraphraser(seed=1)},
@@ -129,7 +131,7 @@ def test_it_is_made_once_and_anew_when_anything_changes(make, images_seen, tmp_p
         images_seen.clear()
         processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
         make(**({**shared, "processing_class": processor} | changed)).train()
-        same = changed.keys() <= {"lambda_inh", "learning_rate"}
+        same = changed.keys() <= {"lambda_inh", "learning_rate"} or isinstance(changed.get("teacher_model"), str)
         assert images_seen["images"] == (0 if same else 1 + 16 * changed.get("cache_views", 2)), changed
     folders = [path for path in (tmp_path / "shared").iterdir() if path.is_dir()]
     assert len(folders) == 13

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torchdistill.core.distillation import get_distillation_box
 from transformers import PreTrainedModel
 
 
@@ -41,6 +40,8 @@ def factor_transfer(
     Returns:
         `Callable`: does one step on pixel values and labels.
     """
+    from torchdistill.core.distillation import get_distillation_box
+
     width = teacher.config.hidden_sizes[-1]
     paraphraser = {"k": 0.5, "num_input_channels": width}
     translator = {"num_input_channels": student.config.hidden_sizes[-1], "num_output_channels": width // 2}
