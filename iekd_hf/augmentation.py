@@ -1,5 +1,7 @@
 """Augment whole batches of decoded images on the training device, by draws that can be made again."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -158,7 +160,7 @@ class BatchAugmentation(nn.Module):
         size = self.size or (height, width)
         low, high = self.scale
         area = height * width * (low + (high - low) * area)
-        low, high = torch.tensor(self.ratio, dtype=torch.float64).log().tolist()
+        low, high = map(math.log, self.ratio)
         ratio = (low + (high - low) * ratio).exp()
         crop_height, crop_width = (area / ratio).sqrt().clamp(max=height), (area * ratio).sqrt().clamp(max=width)
         theta = torch.zeros(len(pixels), 2, 3, dtype=torch.float64, device=pixels.device)

@@ -1,5 +1,6 @@
 """What every trainer here shares, without any algorithm: component logs, the finite-loss guard, strict loads."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -280,4 +281,4 @@ class _PassBatches:
         self.collate = collate
 
     def __call__(self, examples):
-        return examples if isinstance(examples, dict) else self.collate(examples)
+        return examples if isinstance(examples, Mapping) else self.collate(examples)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit, same
+from test_whole_batches import make_augmentation, make_decoded
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     ConvNextConfig,
@@ -175,7 +176,7 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("trainer", ["iekd", "mutual"])
+@pytest.mark.parametrize("trainer", ["iekd", "cached", "mutual"])
 def test_no_step_waits_for_the_device(make_trainer, make_mutual, trainer):
     counts = []
 
@@ -188,9 +189,12 @@ def test_no_step_waits_for_the_device(make_trainer, make_mutual, trainer):
         "optim": "sgd",
         "logging_strategy": "no",
         "callbacks": [Watch()],
-        "train_dataset": make_images(24),
+        "train_dataset": make_images(24) if trainer == "iekd" else make_decoded(24),
+        "augmentation": make_augmentation(),
     }
-    if trainer == "iekd":
+    if trainer == "cached":
+        trainer = make_trainer(paraphraser=Paraphraser(16, 8), lambda_kd=1.0, cache_teacher=True, **common)
+    elif trainer == "iekd":
         trainer = make_trainer(paraphraser=Paraphraser(16, 8), lambda_kd=1.0, **common)
     else:
         trainer = make_mutual(mutual_loss="ie+kl", **common)

@@ -200,6 +200,10 @@ def imagenet_setting(factor_channels: int | None = None) -> Setting:
     return Setting(224, 8, 64, resnet, lambda: resnet(**basic), factor_channels)
 
 
+def photographs() -> Setting:
+    return Setting(256, 128, 128, make_teacher=None, make_student=None)
+
+
 def teachers(bare: BareLoop, trainer: IEKDTrainer) -> dict:
     """Return the forward passes of the teacher's side alone."""
     pixels, _ = bare.batch()
@@ -308,31 +312,36 @@ def evaluations(setting: Setting, rounds: int) -> dict:
 
 
 def data_paths(setting: Setting, rounds: int) -> dict:
-    """Time the ways from images to a batch of pixel values, in images a second."""
+    """Time the examples' ways from images to a batch of pixel values, in images a second."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from image_data import DataArguments
-    from image_transforms import add_transforms
+    from image_transforms import prepare
     from torch.utils.data import DataLoader
     from transformers import default_data_collator
 
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    side = min(setting.images.shape[-1], 224)
+    processor = ViTImageProcessorPil(size={"height": side, "width": side})
     splits = datasets.DatasetDict({"train": setting.rows, "validation": setting.rows})
-    one_by_one = add_transforms(splits, processor, DataArguments(horizontal_flip=True))
-    augmentation, plain = setting.augmentation.to(DEVICE), BatchAugmentation([0.5] * 3, [0.5] * 3).to(DEVICE)
+    args = DataArguments(horizontal_flip=True)  # crops with padding up to 64 pixels, resized ones above
+    args.sizes, args.decode_once = {setting.images.shape[1:]}, True
+    whole, augmentation = prepare(splits, processor, args, seed=0)
+    augmentation.to(DEVICE)
+    args.decode_once = False
+    one_by_one, _ = prepare(splits, processor, args, seed=0)
 
-    def whole_batches(augment, drawn):
-        for batch in DataLoader(setting.images, batch_size=128, shuffle=True, collate_fn=lambda batch: batch):
+    def whole_batches(split, drawn):
+        for batch in DataLoader(whole[split], batch_size=128, shuffle=True, collate_fn=lambda batch: batch):
             ids = (torch.from_numpy(batch["image_ids"]),) if drawn else ()
-            augment(batch["pixel_values"].to(DEVICE), *ids)
+            augmentation(batch["pixel_values"].to(DEVICE), *ids)
 
     def examples(split):
         for batch in DataLoader(one_by_one[split], batch_size=128, shuffle=True, collate_fn=default_data_collator):
             batch["pixel_values"].to(DEVICE)
 
     contenders = {
-        "whole batches, crop and flip": lambda: whole_batches(augmentation, True),
-        CONTROL: lambda: whole_batches(augmentation, True),
-        "whole batches, normalised only": lambda: whole_batches(plain, False),
+        "whole batches, crop and flip": lambda: whole_batches("train", True),
+        CONTROL: lambda: whole_batches("train", True),
+        "whole batches, normalised only": lambda: whole_batches("validation", False),
         "image by image (datasets, processor, kornia), crop and flip": lambda: examples("train"),
         "image by image, normalised only": lambda: examples("validation"),
     }
@@ -376,7 +385,9 @@ SECTIONS = {
     "imagenet bf16": (f"{IMAGENET}, bf16", imagenet_setting, bf16_steps, 6),
     "torchdistill": (f"{CIFAR}, factor transfer", cifar_setting, torchdistill_steps, 12),
     "evaluation": ("ResNet-20, 2,048 images of 32x32", cifar_setting, evaluations, 8),
-    "data": ("images of 32x32, batch 128", cifar_setting, data_paths, 12),
+    "imagenet evaluation": ("ResNet-18, 64 images of 224x224", imagenet_setting, evaluations, 6),
+    "data": ("images of 32x32, batch 128", cifar_setting, data_paths, 30),
+    "imagenet data": ("images of 256x256 to 224x224, batch 128", photographs, data_paths, 6),
 }
 MEMORY = {"student alone, Trainer": "alone", "bare IE-KD loop": "bare", "IEKDTrainer": "live"}
 MEMORY |= {"IEKDTrainer, cached teacher": "cached"}
