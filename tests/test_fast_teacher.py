@@ -139,7 +139,7 @@ def test_training_takes_the_same_course(make_trainer, compiled):
         assert trainer.teacher.fast == fast
         courses.append(losses(trainer))
     for slow, fast in zip(*courses, strict=True):
-        assert fast == pytest.approx(slow, rel=1e-4)
+        assert fast == pytest.approx(slow, rel=1e-4, abs=1e-5)  # kd_loss is a small difference of large logits
 
 
 def test_a_bf16_teacher_is_near(make_trainer):
