@@ -11,19 +11,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 import lockstep
 import speed
+import speed_cases
 from conftest import same
 from lockstep import StepsOf, compare
 from transformers import Trainer
 
 
-def make_setting(num_images: int = 16) -> speed.Setting:
+def make_setting(num_images: int = 16) -> speed_cases.Setting:
     torch.manual_seed(0)
-    return speed.Setting(16, 4, num_images, lambda: speed.cifar(14), lambda: speed.cifar(8))
+    return speed_cases.Setting(16, 4, num_images, lambda: speed_cases.cifar(14), lambda: speed_cases.cifar(8))
 
 
 def test_the_bare_loop_has_the_trainers_mathematics():
     setting = make_setting()
-    trainer, bare = setting.iekd(fast_teacher=False), speed.BareLoop(setting)
+    trainer, bare = setting.iekd(fast_teacher=False), speed_cases.BareLoop(setting)
     side = trainer.student_side
     split = side.splits[0]
     bare.inheriting, bare.exploring = split.inheritance_indices, split.exploration_indices
@@ -103,12 +104,12 @@ def test_every_section_runs_and_is_laid_out(tmp_path, monkeypatch, capsys):
 def test_peak_memory_counts_what_is_held(monkeypatch):
     def hungry():
         setting = make_setting()
-        setting.alone = lambda: held.append(torch.ones(50 * 2**18)) or speed.Setting.alone(setting)
+        setting.alone = lambda: held.append(torch.ones(50 * 2**18)) or speed_cases.Setting.alone(setting)
         return setting
 
     held = []
-    monkeypatch.setitem(speed.SETTINGS, "cifar", hungry)
-    assert speed.peak("cifar:alone")["mebibytes"] > 45
+    monkeypatch.setitem(speed_cases.SETTINGS, "cifar", hungry)
+    assert speed_cases.peak("cifar:alone")["mebibytes"] > 45
 
 
 def test_the_student_alone_is_trained_by_trainer_itself():

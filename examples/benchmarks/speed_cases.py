@@ -1,0 +1,351 @@
+"""What the speed benchmark compares: images and models of one size, a bare loop, and each section's contenders."""
+
+import copy
+import functools
+import sys
+import tempfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from lockstep import StepsOf, compare
+from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, Trainer, ViTImageProcessorPil
+
+from iekd_hf import (
+    BatchAugmentation,
+    CifarResNetConfig,
+    CifarResNetForImageClassification,
+    DecodedImages,
+    FactorEncoder,
+    IEKDTrainer,
+    IEKDTrainingArguments,
+    Paraphraser,
+)
+from iekd_hf.base_trainer import DistillationTrainer
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
+BARE, CONTROL = "bare IE-KD loop, fp32", "the same once more (control)"
+
+
+class Setting:
+    """
+    Hold images and models of one size; a model is made when it is asked for.
+
+    Args:
+        image_size (`int`), batch_size (`int`), num_images (`int`):
+            Of the images, which are noise.
+        make_teacher (`Callable`), make_student (`Callable`):
+            Make the models, as they start.
+        factor_channels (`int`, *optional*):
+            Channels of the factors. By default half of the teacher's.
+    """
+
+    def __init__(self, image_size, batch_size, num_images, make_teacher, make_student, factor_channels=None):
+        self.batch_size, self.make_teacher, self.make_student = batch_size, make_teacher, make_student
+        self.factor_channels = factor_channels
+        noise = np.random.default_rng(0).integers(0, 256, (num_images, image_size, image_size, 3), dtype=np.uint8)
+        rows = {"image": [PIL.Image.fromarray(image) for image in noise], "label": [i % 10 for i in range(num_images)]}
+        self.rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        datasets.disable_progress_bars()
+        self.images = DecodedImages.decode(self.rows)
+        self.augmentation = BatchAugmentation([0.5] * 3, [0.5] * 3, crop="padded", horizontal_flip=True)
+        self.folder = tempfile.TemporaryDirectory()
+
+    @functools.cached_property
+    def teacher(self) -> PreTrainedModel:
+        return self.make_teacher().eval()
+
+    @functools.cached_property
+    def student(self) -> PreTrainedModel:
+        return self.make_student()
+
+    @functools.cached_property
+    def paraphraser(self) -> Paraphraser:
+        channels = self.teacher.config.hidden_sizes[-1]
+        return Paraphraser(channels, self.factor_channels or channels // 2).eval()
+
+    def arguments(self, **kwargs) -> IEKDTrainingArguments:
+        return IEKDTrainingArguments(
+            output_dir=self.folder.name,
+            max_steps=10**6,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=256,
+            learning_rate=SGD["lr"],
+            lr_scheduler_type="constant",
+            optim="sgd",
+            optim_args="momentum=0.9,nesterov=true",
+            weight_decay=SGD["weight_decay"],
+            max_grad_norm=0.0,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            cache_views=1,
+            use_cpu=not torch.cuda.is_available(),
+            **kwargs,
+        )
+
+    def common(self, **kwargs) -> dict:
+        model, args = copy.deepcopy(self.student), self.arguments(**kwargs)
+        return {
+            "model": model,
+            "args": args,
+            "train_dataset": self.images,
+            "eval_dataset": self.images,
+            "augmentation": self.augmentation,
+        }
+
+    def iekd(self, **kwargs) -> IEKDTrainer:
+        """Make our trainer."""
+        return IEKDTrainer(teacher_model=self.teacher, paraphraser=self.paraphraser, **self.common(**kwargs))
+
+    def alone(self, **kwargs) -> Trainer:
+        """Make a trainer of the student alone: Trainer itself, but for the images."""
+        return DistillationTrainer(**self.common(**kwargs))
+
+
+class BareLoop:
+    """The mathematics of IE-KD as one would write it down, without a framework; or the student alone."""
+
+    def __init__(self, setting: Setting, distil: bool = True):
+        self.setting, self.distil = setting, distil
+        self.student = copy.deepcopy(setting.student).to(DEVICE).train()
+        self.augmentation = copy.deepcopy(setting.augmentation).to(DEVICE)
+        trained = [*self.student.parameters()]
+        if distil:
+            self.teacher, self.paraphraser = setting.teacher.to(DEVICE), setting.paraphraser.to(DEVICE)
+            channels, k = self.student.config.hidden_sizes[-1], self.paraphraser.factor_channels
+            self.inheriting, self.exploring = torch.randperm(channels, device=DEVICE).chunk(2)
+            self.encoders = torch.nn.ModuleList(FactorEncoder(channels // 2, k) for _ in range(2)).to(DEVICE)
+            trained += self.encoders.parameters()
+        self.optimizer = torch.optim.SGD(trained, **SGD)
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.randperm(len(self.setting.images))[: self.setting.batch_size]
+        batch = self.setting.images.__getitems__(ids.tolist())
+        pixels = batch["pixel_values"].to(DEVICE, non_blocking=True)
+        return self.augmentation(pixels, ids), batch["labels"].to(DEVICE, non_blocking=True)
+
+    @torch.no_grad()
+    def target(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.paraphraser.encode(self.teacher.base_model(pixels).last_hidden_state)
+
+    def loss(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # First, as it is faster: its activations take the memory that the student's will have.
+        F_T = F.normalize(self.target(pixels).flatten(1)) if self.distil else None
+        features = self.student.base_model(pixels)
+        f_S = features.last_hidden_state
+        loss = F.cross_entropy(self.student.classifier(features.pooler_output), labels)
+        if self.distil:
+            F_inh = F.normalize(self.encoders[0](f_S.index_select(1, self.inheriting)).flatten(1))
+            F_exp = F.normalize(self.encoders[1](f_S.index_select(1, self.exploring)).flatten(1))
+            loss = loss + 1000 * (F_inh - F_T).abs().mean() - 100 * (F_exp - F_T).abs().mean()
+        return loss
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss(*self.batch()).backward()
+        self.optimizer.step()
+
+
+def cifar(depth: int, **kwargs) -> PreTrainedModel:
+    return CifarResNetForImageClassification(CifarResNetConfig.from_depth(depth, num_labels=10, **kwargs))
+
+
+def cifar_setting() -> Setting:
+    return Setting(32, 128, 2048, lambda: cifar(56), lambda: cifar(20))
+
+
+def tiny_setting() -> Setting:
+    return Setting(28, 16, 2048, lambda: cifar(8), lambda: cifar(8, hidden_sizes=[8, 16, 32], embedding_size=8))
+
+
+def imagenet_setting(factor_channels: int | None = None) -> Setting:
+    basic = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+
+    def resnet(**kwargs):
+        return ResNetForImageClassification(ResNetConfig(num_labels=10, **kwargs))
+
+    return Setting(224, 8, 64, resnet, lambda: resnet(**basic), factor_channels)
+
+
+def photographs() -> Setting:
+    return Setting(256, 128, 128, make_teacher=None, make_student=None)
+
+
+def teachers(bare: BareLoop, trainer: IEKDTrainer) -> dict:
+    """Return the forward passes of the teacher's side alone."""
+    pixels, _ = bare.batch()
+    trainer.teacher.tap.attach()
+
+    def fast():
+        with trainer.accelerator.autocast():
+            trainer.teacher({"pixel_values": pixels})
+
+    return {"teacher and its encoder, forward": lambda: bare.target(pixels), "the same, fast copy": fast}
+
+
+def steps(setting: Setting, rounds: int) -> dict:
+    """Time fp32 steps."""
+    bare, control, alone = BareLoop(setting), BareLoop(setting), BareLoop(setting, distil=False)
+    contenders = {
+        BARE: bare,
+        CONTROL: control,
+        "IEKDTrainer, fast_teacher=False": StepsOf(lambda: setting.iekd(fast_teacher=False)),
+        "IEKDTrainer": StepsOf(setting.iekd),
+        "IEKDTrainer, channels_last": StepsOf(lambda: setting.iekd(channels_last=True)),
+        "IEKDTrainer, cached teacher": StepsOf(lambda: setting.iekd(cache_teacher=True)),
+        "student alone, bare loop": alone,
+        "student alone, Trainer": StepsOf(setting.alone),
+        **teachers(bare, setting.iekd()),
+    }
+    return compare(contenders, rounds)
+
+
+def cached_steps(setting: Setting, rounds: int) -> dict:
+    """Time a live and a cached teacher."""
+    contenders = {
+        BARE: BareLoop(setting),
+        CONTROL: BareLoop(setting),
+        "IEKDTrainer": StepsOf(setting.iekd),
+        "IEKDTrainer, cached teacher": StepsOf(lambda: setting.iekd(cache_teacher=True)),
+        "student alone, Trainer": StepsOf(setting.alone),
+    }
+    return compare(contenders, rounds)
+
+
+def bf16_steps(setting: Setting, rounds: int) -> dict:
+    """Time bf16 steps against the fp32 loop."""
+    bf16 = {"bf16": True}
+    trainer = setting.iekd(**bf16, teacher_dtype="bfloat16")
+    contenders = {
+        BARE: BareLoop(setting),
+        CONTROL: BareLoop(setting),
+        "IEKDTrainer, bf16": StepsOf(lambda: setting.iekd(**bf16)),
+        "IEKDTrainer, bf16, channels_last": StepsOf(lambda: setting.iekd(**bf16, channels_last=True)),
+        "IEKDTrainer, bf16, channels_last, teacher_dtype=bfloat16": StepsOf(
+            lambda: setting.iekd(**bf16, channels_last=True, teacher_dtype="bfloat16")
+        ),
+        "IEKDTrainer, bf16, channels_last, cached teacher": StepsOf(
+            lambda: setting.iekd(**bf16, channels_last=True, cache_teacher=True)
+        ),
+        "student alone, Trainer, bf16, channels_last": StepsOf(lambda: setting.alone(**bf16, channels_last=True)),
+    }
+    contenders["teacher and its encoder, forward, bf16 fast copy"] = teachers(BareLoop(setting), trainer)[
+        "the same, fast copy"
+    ]
+    return compare(contenders, rounds)
+
+
+def compiled_steps(setting: Setting, rounds: int) -> dict:
+    """Time compiled steps against the fp32 loop."""
+    bf16 = {"bf16": True, "channels_last": True, "teacher_dtype": "bfloat16"}
+    contenders = {
+        BARE: BareLoop(setting),
+        CONTROL: BareLoop(setting),
+        "IEKDTrainer, bf16, channels_last, torch_compile, compile_teacher": StepsOf(
+            lambda: setting.iekd(**bf16, torch_compile=True, compile_teacher=True)
+        ),
+    }
+    return compare(contenders, rounds)
+
+
+def torchdistill_steps(setting: Setting, rounds: int) -> dict:
+    """Time torchdistill's factor transfer beside ours, which is the whole map inheriting; needs torchdistill."""
+    from torchdistill_ft import factor_transfer
+
+    bare = BareLoop(setting)
+    no_checkpoint = str(Path(setting.folder.name, "none"))
+    step = factor_transfer(setting.teacher, copy.deepcopy(setting.student), SGD, DEVICE, no_checkpoint)
+    contenders = {
+        BARE: bare,
+        CONTROL: BareLoop(setting),
+        "IEKDTrainer as factor transfer, fast_teacher=False": StepsOf(
+            lambda: setting.iekd(inheritance_ratio=1.0, lambda_exp=0.0, fast_teacher=False)
+        ),
+        "IEKDTrainer as factor transfer": StepsOf(lambda: setting.iekd(inheritance_ratio=1.0, lambda_exp=0.0)),
+        "torchdistill's factor transfer": lambda: step(*bare.batch()),
+    }
+    return compare(contenders, rounds)
+
+
+def evaluations(setting: Setting, rounds: int) -> dict:
+    """Time evaluate()."""
+    alone, again, iekd = setting.alone(), setting.alone(), setting.iekd()
+    contenders = {
+        "evaluate() of a Trainer": alone.evaluate,
+        CONTROL: again.evaluate,
+        "evaluate() of IEKDTrainer": iekd.evaluate,
+    }
+    return compare(contenders, rounds)
+
+
+def data_paths(setting: Setting, rounds: int) -> dict:
+    """Time the examples' ways from images to a batch of pixel values, in images a second."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from image_data import DataArguments
+    from image_transforms import prepare
+    from torch.utils.data import DataLoader
+    from transformers import default_data_collator
+
+    side = min(setting.images.shape[-1], 224)
+    processor = ViTImageProcessorPil(size={"height": side, "width": side})
+    splits = datasets.DatasetDict({"train": setting.rows, "validation": setting.rows})
+    args = DataArguments(horizontal_flip=True)  # crops with padding up to 64 pixels, resized ones above
+    args.sizes, args.decode_once = {setting.images.shape[1:]}, True
+    whole, augmentation = prepare(splits, processor, args, seed=0)
+    augmentation.to(DEVICE)
+    args.decode_once = False
+    one_by_one, _ = prepare(splits, processor, args, seed=0)
+
+    def whole_batches(split, drawn):
+        for batch in DataLoader(whole[split], batch_size=128, shuffle=True, collate_fn=lambda batch: batch):
+            ids = (torch.from_numpy(batch["image_ids"]),) if drawn else ()
+            augmentation(batch["pixel_values"].to(DEVICE), *ids)
+
+    def examples(split):
+        for batch in DataLoader(one_by_one[split], batch_size=128, shuffle=True, collate_fn=default_data_collator):
+            batch["pixel_values"].to(DEVICE)
+
+    contenders = {
+        "whole batches, crop and flip": lambda: whole_batches("train", True),
+        CONTROL: lambda: whole_batches("train", True),
+        "whole batches, normalised only": lambda: whole_batches("validation", False),
+        "image by image (datasets, processor, kornia), crop and flip": lambda: examples("train"),
+        "image by image, normalised only": lambda: examples("validation"),
+    }
+    results = compare(contenders, rounds)
+    for result in results.values():
+        result["images_per_second"] = 1000 * len(setting.images) / result["milliseconds"]
+    return results
+
+
+SETTINGS = {"cifar": cifar_setting, "imagenet": imagenet_setting}
+
+
+def peak(which: str) -> dict:
+    """Measure how much more memory than after the imports one case takes, in MiB; one process each."""
+
+    def status(name):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) / 1024
+
+    before = status("VmRSS")
+    place, case = which.split(":")
+    setting = SETTINGS[place]()
+    if case == "bare":
+        step = BareLoop(setting)
+    else:
+        cached = functools.partial(setting.iekd, cache_teacher=True)
+        step = StepsOf({"alone": setting.alone, "live": setting.iekd, "cached": cached}[case])
+    for _ in range(8):
+        step()
+    if torch.cuda.is_available():
+        return {"mebibytes": torch.cuda.max_memory_allocated() / 2**20}
+    return {"mebibytes": status("VmHWM") - before}
