@@ -82,7 +82,7 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, *args, augmentation: nn.Module | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.augmentation = augmentation and augmentation.to(self.args.device)
+        self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
         self.model_accepts_loss_kwargs = False
         self.components = ComponentLog()
         self._counted: nn.Module | None = None
