@@ -13,23 +13,15 @@ import argparse
 import copy
 import statistics
 import tempfile
-import time
 
 import torch
+from lockstep import now
 from transformers import TrainerCallback, default_data_collator
 
 from iekd_hf import CifarResNetConfig, CifarResNetForImageClassification, MutualTrainer, MutualTrainingArguments
 from iekd_hf.losses import reconstruction_loss
 from iekd_hf.modeling import PeerGroup
 from iekd_hf.objective import factor_losses, weighted_sum
-
-
-def now() -> float:
-    """Return milliseconds: of this process, or, once the GPU is done, of the wall clock."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return 1000 * time.perf_counter()
-    return 1000 * time.process_time()
 
 
 class Passes:

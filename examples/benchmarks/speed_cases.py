@@ -4,6 +4,7 @@ import copy
 import functools
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -34,7 +35,7 @@ BARE, CONTROL = "bare IE-KD loop, fp32", "the same once more (control)"
 
 class Setting:
     """
-    Hold images and models of one size; a model is made when it is asked for.
+    Hold images and models of one size; decoded images and models are made when they are asked for.
 
     Args:
         image_size (`int`), batch_size (`int`), num_images (`int`):
@@ -52,9 +53,12 @@ class Setting:
         rows = {"image": [PIL.Image.fromarray(image) for image in noise], "label": [i % 10 for i in range(num_images)]}
         self.rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         datasets.disable_progress_bars()
-        self.images = DecodedImages.decode(self.rows)
         self.augmentation = BatchAugmentation([0.5] * 3, [0.5] * 3, crop="padded", horizontal_flip=True)
         self.folder = tempfile.TemporaryDirectory()
+
+    @functools.cached_property
+    def images(self) -> DecodedImages:
+        return DecodedImages.decode(self.rows)
 
     @functools.cached_property
     def teacher(self) -> PreTrainedModel:
@@ -179,31 +183,32 @@ def photographs() -> Setting:
     return Setting(256, 128, 128, make_teacher=None, make_student=None)
 
 
-def teachers(bare: BareLoop, trainer: IEKDTrainer) -> dict:
-    """Return the forward passes of the teacher's side alone."""
-    pixels, _ = bare.batch()
+def teaching(trainer: IEKDTrainer, pixels: torch.Tensor) -> Callable[[], object]:
+    """Return the forward pass of a trainer's teacher, to its factors, alone."""
     trainer.teacher.tap.attach()
 
-    def fast():
+    def forward():
         with trainer.accelerator.autocast():
-            trainer.teacher({"pixel_values": pixels})
+            return trainer.teacher({"pixel_values": pixels})
 
-    return {"teacher and its encoder, forward": lambda: bare.target(pixels), "the same, fast copy": fast}
+    return forward
 
 
 def steps(setting: Setting, rounds: int) -> dict:
     """Time fp32 steps."""
-    bare, control, alone = BareLoop(setting), BareLoop(setting), BareLoop(setting, distil=False)
+    bare = BareLoop(setting)
+    pixels, _ = bare.batch()
     contenders = {
         BARE: bare,
-        CONTROL: control,
+        CONTROL: BareLoop(setting),
         "IEKDTrainer, fast_teacher=False": StepsOf(lambda: setting.iekd(fast_teacher=False)),
         "IEKDTrainer": StepsOf(setting.iekd),
         "IEKDTrainer, channels_last": StepsOf(lambda: setting.iekd(channels_last=True)),
         "IEKDTrainer, cached teacher": StepsOf(lambda: setting.iekd(cache_teacher=True)),
-        "student alone, bare loop": alone,
+        "student alone, bare loop": BareLoop(setting, distil=False),
         "student alone, Trainer": StepsOf(setting.alone),
-        **teachers(bare, setting.iekd()),
+        "teacher and its encoder, forward": lambda: bare.target(pixels),
+        "the same, fast copy": teaching(setting.iekd(), pixels),
     }
     return compare(contenders, rounds)
 
@@ -222,10 +227,10 @@ def cached_steps(setting: Setting, rounds: int) -> dict:
 
 def bf16_steps(setting: Setting, rounds: int) -> dict:
     """Time bf16 steps against the fp32 loop."""
-    bf16 = {"bf16": True}
-    trainer = setting.iekd(**bf16, teacher_dtype="bfloat16")
+    bf16, bare = {"bf16": True}, BareLoop(setting)
+    pixels, _ = bare.batch()
     contenders = {
-        BARE: BareLoop(setting),
+        BARE: bare,
         CONTROL: BareLoop(setting),
         "IEKDTrainer, bf16": StepsOf(lambda: setting.iekd(**bf16)),
         "IEKDTrainer, bf16, channels_last": StepsOf(lambda: setting.iekd(**bf16, channels_last=True)),
@@ -236,10 +241,10 @@ def bf16_steps(setting: Setting, rounds: int) -> dict:
             lambda: setting.iekd(**bf16, channels_last=True, cache_teacher=True)
         ),
         "student alone, Trainer, bf16, channels_last": StepsOf(lambda: setting.alone(**bf16, channels_last=True)),
+        "teacher and its encoder, forward, bf16 fast copy": teaching(
+            setting.iekd(**bf16, teacher_dtype="bfloat16"), pixels
+        ),
     }
-    contenders["teacher and its encoder, forward, bf16 fast copy"] = teachers(BareLoop(setting), trainer)[
-        "the same, fast copy"
-    ]
     return compare(contenders, rounds)
 
 
@@ -294,11 +299,12 @@ def data_paths(setting: Setting, rounds: int) -> dict:
     from torch.utils.data import DataLoader
     from transformers import default_data_collator
 
-    side = min(setting.images.shape[-1], 224)
+    width, height = setting.rows[0]["image"].size
+    side = min(height, 224)
     processor = ViTImageProcessorPil(size={"height": side, "width": side})
     splits = datasets.DatasetDict({"train": setting.rows, "validation": setting.rows})
     args = DataArguments(horizontal_flip=True)  # crops with padding up to 64 pixels, resized ones above
-    args.sizes, args.decode_once = {setting.images.shape[1:]}, True
+    args.sizes, args.decode_once = {(height, width)}, True
     whole, augmentation = prepare(splits, processor, args, seed=0)
     augmentation.to(DEVICE)
     args.decode_once = False
@@ -322,7 +328,7 @@ def data_paths(setting: Setting, rounds: int) -> dict:
     }
     results = compare(contenders, rounds)
     for result in results.values():
-        result["images_per_second"] = 1000 * len(setting.images) / result["milliseconds"]
+        result["images_per_second"] = 1000 * len(setting.rows) / result["milliseconds"]
     return results
 
 
