@@ -23,7 +23,8 @@ class BatchAugmentation(nn.Module):
         mean (`list[float]`), std (`list[float]`):
             Of each channel, in units of rescaled pixels.
         size (`tuple[int, int]`, *optional*):
-            (height, width) in pixels of what comes out. By default, and for padded crops, that of the images.
+            (height, width) in pixels of what comes out; for padded crops the image is resized first. By default that
+            of the images.
         crop (`str`, *optional*):
             `"padded"`: as large as the image, out of the image with `padding` reflected pixels around it; `"resized"`:
             a part of a random area and aspect, resized. By default none.
@@ -111,10 +112,11 @@ class BatchAugmentation(nn.Module):
             `torch.Tensor`: float32, of shape `(batch_size, channels, *size)`.
         """
         pixels = pixel_values.to(torch.float32, copy=True).mul_(self.multiply).add_(self.add)
+        whole = self.crop != "resized" or image_ids is None
+        if whole and self.size not in (None, tuple(pixels.shape[-2:])):
+            pixels = F.interpolate(pixels, self.size, mode="bilinear", align_corners=False, antialias=True)
         if image_ids is None:
-            if self.size in (None, tuple(pixels.shape[-2:])):
-                return pixels
-            return F.interpolate(pixels, self.size, mode="bilinear", align_corners=False, antialias=True)
+            return pixels
         image_ids = image_ids.to(pixels.device, torch.int64, non_blocking=True)
         flip, top, left, *shape = self._draw(image_ids, view, 5 if self.crop == "resized" else 3)
         flipped = (flip < 0.5) & self.horizontal_flip

@@ -168,6 +168,15 @@ def test_without_ids_nothing_is_drawn():
     assert make_augmentation(crop="resized", size=(20, 24))(pixels).shape == (4, 3, 20, 24)
 
 
+@pytest.mark.parametrize("crop", [None, "padded", "resized"])
+def test_training_and_evaluation_give_one_size(crop):
+    pixels, augment = (
+        torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
+        make_augmentation(crop=crop, size=(20, 24)),
+    )
+    assert augment(pixels, torch.arange(4)).shape == augment(pixels).shape == (4, 3, 20, 24)
+
+
 def test_bad_augmentations_are_refused():
     with pytest.raises(ValueError, match="crop to be one of padded, resized, or None; got 'random'"):
         make_augmentation(crop="random")
