@@ -6,7 +6,7 @@ from .arguments import IEKDTrainingArguments, MutualTrainingArguments
 from .augmentation import BatchAugmentation
 from .decoded_images import DecodedImages
 from .factors import ChannelSplit, FactorEncoder, Paraphraser
-from .features import list_layers
+from .layer_list import list_layers
 from .losses import exploration_loss, inheritance_loss, reconstruction_loss
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .mutual_trainer import MutualTrainer

@@ -2,11 +2,20 @@
 
 from dataclasses import dataclass, field
 
+from .knowledge import KNOWLEDGE
+from .losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES
+from .methods import METHODS
 from .shared_arguments import IETrainingArguments, choice
 
 
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 MUTUAL_LOSSES = ("ie", "kl", "ie+kl")
+
+
+def _of_method(text: str, choices=None):
+    """Return a field whose default is the method's."""
+    metadata = {"help": f"{text} Default: the method's."}
+    return field(default=None, metadata=metadata if choices is None else {**metadata, "choices": list(choices)})
 
 
 @dataclass
@@ -18,6 +27,30 @@ class IEKDTrainingArguments(IETrainingArguments):
     The objective is \(L = L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kd} L_{kd}\).
 
     Args:
+        method (`str`, *optional*, defaults to `"ie-ft"`):
+            What is distilled, as defaults of the arguments that follow it:
+
+            - `"plain"`: nothing, `"kd"`: the logits (Hinton et al.);
+            - `"ft"`: the whole map inherits the teacher's factors (factor transfer, Kim et al., NeurIPS 2018);
+            - `"at"`: its attention map (Zagoruyko and Komodakis, ICLR 2017);
+            - `"od"`: its responses before the activation (overhaul of feature distillation, Heo et al., ICCV 2019);
+            - `"ie-ft"`, `"ie-at"`, `"ie-od"`: one half inherits that, the other explores;
+            - `"inheritance"`, `"exploration"`: `"ie-ft"` with one half only.
+
+            All but the first two also with the logit term, as `"ft+kd"`, `"ie-ft+kd"` and so on.
+        knowledge (`str`, *optional*):
+            What is compared: `"factors"`, `"attention"` or `"preactivation"`. Only factors need the paraphraser of
+            stage 1; for `"preactivation"` it measures the margins of OD.
+        lambda_inh (`float`, *optional*), lambda_exp (`float`, *optional*):
+            Weights of the inheritance and of the exploration loss. With factors and `loss_reduction="mean"` the losses
+            are about 1.13 / sqrt(N) for N elements (0.025 for 32 x 8 x 8), so useful weights are in the hundreds. 0
+            removes the half's encoder.
+        lambda_kd (`float`, *optional*):
+            Weight of the logit term of Hinton et al. Above 0 both models need the same labels.
+        inheritance_distance (`str`, *optional*), exploration_distance (`str`, *optional*):
+            Distances of [`inheritance_loss`] and [`exploration_loss`].
+        inheritance_ratio (`float`, *optional*):
+            Share of the student's channels that inherit, in [0, 1].
         teacher_layers (`list[str]`, *optional*):
             Dotted paths of the teacher's layers. By default its last feature map.
         student_layers (`list[str]`, *optional*):
@@ -41,8 +74,6 @@ class IEKDTrainingArguments(IETrainingArguments):
         teacher_cache_dir (`str`, *optional*):
             Where caches are, for several runs to share; one is made anew where teacher, paraphraser, layers, images,
             augmentation or processor differ. By default `_teacher_cache` in `output_dir`.
-        lambda_kd (`float`, *optional*, defaults to 0.0):
-            Weight of the logit term of Hinton et al. Above 0 both models need the same labels.
 
     Raises:
         `ValueError`: a value outside its range, or an unknown name.
@@ -54,10 +85,21 @@ class IEKDTrainingArguments(IETrainingArguments):
     >>> args = IEKDTrainingArguments(output_dir="out", lambda_schedule="cosine", lambda_warmup_ratio=0.1)
     >>> [round(args.lambda_scale(progress), 3) for progress in (0.0, 0.05, 0.1, 0.55, 1.0)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
+    >>> args = IEKDTrainingArguments(output_dir="out", method="ft", lambda_inh=300)
+    >>> args.lambda_inh, args.lambda_exp, args.inheritance_ratio
+    (300, 0.0, 1.0)
 
     ```
     """
 
+    method: str = choice("ie-ft", METHODS, "What is distilled: defaults of knowledge, weights, distances and ratio.")
+    knowledge: str | None = _of_method("What of a feature map is compared.", KNOWLEDGE)
+    lambda_inh: float | None = _of_method("Weight of the inheritance loss; 0 turns it off.")
+    lambda_exp: float | None = _of_method("Weight of the exploration loss; 0 turns it off.")
+    lambda_kd: float | None = _of_method("Weight of the logit term (Hinton et al.); needs equal labels.")
+    inheritance_distance: str | None = _of_method("Distance of the inheritance loss.", INHERITANCE_DISTANCES)
+    exploration_distance: str | None = _of_method("Distance of the exploration loss.", EXPLORATION_DISTANCES)
+    inheritance_ratio: float | None = _of_method("Share of the student's channels that inherit, in [0, 1].")
     teacher_layers: list[str] | None = field(
         default=None, metadata={"help": "Dotted paths of the teacher's layers. Default: its last feature map."}
     )
@@ -83,13 +125,20 @@ class IEKDTrainingArguments(IETrainingArguments):
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Where caches are. Default: _teacher_cache in output_dir."}
     )
-    lambda_kd: float = field(
-        default=0.0, metadata={"help": "Weight of the logit term (Hinton et al.); needs equal labels. 0 turns it off."}
-    )
 
     def __post_init__(self):
+        self.check_choice("method", METHODS)
+        for name, value in METHODS[self.method].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__()
+        self.check_choice("knowledge", KNOWLEDGE)
         self.check_weights("lambda_kd")
+        if self.knowledge == "preactivation" and self.inheritance_distance == "cosine":
+            raise ValueError(
+                "Expected inheritance_distance l1, l2 or partial_l2 with knowledge='preactivation', got 'cosine': "
+                "responses are compared as they are, not by their direction."
+            )
         self.check_positive("paraphraser_epochs", "cache_views")
         if self.teacher_dtype is not None:
             self.check_choice("teacher_dtype", TEACHER_DTYPES)
@@ -114,8 +163,6 @@ class MutualTrainingArguments(IETrainingArguments):
         mutual_loss (`str`, *optional*, defaults to `"ie"`):
             What a peer learns from the others: `"ie"` inherits and explores (IE-DML), `"kl"` compares the logits (DML,
             the baseline), `"ie+kl"` does both.
-        lambda_inh (`float`, *optional*, defaults to 100.0), lambda_exp (`float`, *optional*, defaults to 10.0):
-            As above, but lower: peers teach from their first step, when there is little to inherit yet.
         lambda_kl (`float`, *optional*, defaults to 1.0):
             Weight of the logit term of `"kl"` and `"ie+kl"`, which need the same labels.
         temperature (`float`, *optional*, defaults to 1.0):
@@ -140,8 +187,6 @@ class MutualTrainingArguments(IETrainingArguments):
     mutual_loss: str = choice(
         "ie", MUTUAL_LOSSES, "What a peer learns from the others: factors (IE-DML), logits (DML), or both."
     )
-    lambda_inh: float = field(default=100.0, metadata={"help": "Weight of the inheritance loss; 0 turns it off."})
-    lambda_exp: float = field(default=10.0, metadata={"help": "Weight of the exploration loss; 0 turns it off."})
     lambda_kl: float = field(default=1.0, metadata={"help": "Weight of the logit term of kl and ie+kl."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the logit term."})
     peer_layers: list[str] | None = field(

@@ -1,11 +1,13 @@
 """What every trainer here shares, without any algorithm: component logs, the finite-loss guard, strict loads."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -117,6 +119,20 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         return self._prepare_inputs(batch)
 
+    def some_batches(self, count: int) -> Iterator[dict]:
+        """Yield some training batches, the same on all ranks, without a part in the order of training."""
+        dataset, batch_size = self.train_dataset, self.args.train_batch_size
+        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
+            dataset = self._remove_unused_columns(dataset)
+        if hasattr(dataset, "__len__"):
+            batch_size = min(batch_size, len(dataset))
+            most = min(count, len(dataset) // batch_size) * batch_size
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
+            dataset = Subset(dataset, order[:most].tolist())
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        for inputs in itertools.islice(DataLoader(dataset, batch_size, collate_fn=collate), count):
+            yield self._prepare_inputs(inputs)
+
     @property
     def view(self) -> int:
         """Return which view of the images this epoch sees: each epoch another one."""
@@ -204,12 +220,15 @@ class DistillationTrainer(Trainer):
             )
         return outputs["loss"]
 
+    def weights_in_use(self) -> dict[str, float]:
+        """Return the weights of the losses beside the task's as the arguments have them; none is 0."""
+        return {name: getattr(self.args, name) for name in self._weight_names if getattr(self.args, name) > 0}
+
     def loss_weights(self) -> dict[str, float]:
         """Return the weights of the losses beside the task's as they are at this step, by argument; none is 0."""
-        if not self._weight_names:
-            return {}
-        scale = self.args.lambda_scale(self.state.global_step / self.state.max_steps)
-        return {name: scale * getattr(self.args, name) for name in self._weight_names if getattr(self.args, name) > 0}
+        weights = self.weights_in_use()
+        scale = self.args.lambda_scale(self.state.global_step / self.state.max_steps) if weights else 1.0
+        return {name: scale * value for name, value in weights.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the components' means and the weights as they are now beside the training loss."""
@@ -244,7 +263,8 @@ class DistillationTrainer(Trainer):
         self.check_finite()
         super()._save_checkpoint(model, trial)
 
-    def _sync_buffers(self, module: nn.Module) -> None:
+    def sync_buffers(self, module: nn.Module) -> None:
+        """Give every rank the buffers of rank 0."""
         # DDP sends rank 0's BatchNorm statistics before each forward; after the last one the ranks differ again, and
         # each would evaluate another model than the one that rank 0 saves.
         if self.args.world_size > 1:
@@ -252,7 +272,7 @@ class DistillationTrainer(Trainer):
                 buffer.copy_(broadcast(buffer.clone(), from_process=0))
 
     def evaluation_loop(self, *args, **kwargs):
-        self._sync_buffers(self.model)
+        self.sync_buffers(self.model)
         return super().evaluation_loop(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

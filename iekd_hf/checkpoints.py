@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,10 +18,12 @@ from .loading import explain_unreachable
 
 
 ENCODERS_FILE = "iekd_encoders.safetensors"
+# Where a finished run keeps them, beside the plain student; never pushed.
+ENCODERS_FOLDER = "_encoders"
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> str:
-    """Return a digest of modules' weights and statistics; of the paraphrasers' encoders, what makes F_T."""
+    """Return a digest of modules' weights and statistics."""
     digest = hashlib.sha256()
     for module in modules:
         for tensor in module.state_dict().values():
@@ -36,12 +39,13 @@ def save_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str)
         module (`nn.Module`):
             Holds each student in an attribute `student`, with its encoders and splits beside it.
         folder (`str`):
-            The checkpoint's folder.
+            The checkpoint's folder; made where it is not there.
         trainer (`str`):
             Name of the trainer's class.
         made_for (`str`):
             What the encoders belong to: `student_layers` and a fingerprint of `paraphrasers`; `peers` and so on.
     """
+    os.makedirs(folder, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in _beside_students(module).items()}
     save_file(tensors, Path(folder) / ENCODERS_FILE, metadata={"format": "pt", "trainer": trainer, **made_for})
 
@@ -133,7 +137,9 @@ def save_paraphrasers(paraphrasers: nn.ModuleList, folder: Path) -> None:
     part.rename(folder)
 
 
-def load_paraphrasers(source: Paraphraser | list[Paraphraser] | str, num_layers: int) -> list[Paraphraser]:
+def load_paraphrasers(
+    source: Paraphraser | list[Paraphraser] | str, num_layers: int, kind: type[PyTorchModelHubMixin] = Paraphraser
+) -> list[Paraphraser]:
     """
     Take paraphrasers as objects, or load them from a Hub id or a folder.
 
@@ -142,6 +148,8 @@ def load_paraphrasers(source: Paraphraser | list[Paraphraser] | str, num_layers:
             One, several, or where they are.
         num_layers (`int`):
             How many the layers need.
+        kind (`type`, *optional*, defaults to `Paraphraser`):
+            Their class; another one where something else stands for them.
 
     Returns:
         `list[Paraphraser]`: one for each layer.
@@ -158,14 +166,17 @@ def load_paraphrasers(source: Paraphraser | list[Paraphraser] | str, num_layers:
             )
         folders = [name] if num_layers == 1 else [os.path.join(name, str(index)) for index in range(num_layers)]
         try:
-            source = [Paraphraser.from_pretrained(folder) for folder in folders]
+            source = [kind.from_pretrained(folder) for folder in folders]
         except TypeError as error:  # the mixin found no configuration to call the class with
             raise ValueError(
                 explain_unreachable(name, "paraphraser", ValueError("no config.json of a paraphraser was found there"))
             ) from error
         except OSError as error:
             raise ValueError(explain_unreachable(name, "paraphraser", error)) from error
-    paraphrasers = [source] if isinstance(source, Paraphraser) else list(source)
+    paraphrasers = [source] if isinstance(source, nn.Module) else list(source)
+    for paraphraser in paraphrasers:
+        if not isinstance(paraphraser, kind):
+            raise ValueError(f"Expected a {kind.__name__} for this knowledge, got a {type(paraphraser).__name__}.")
     if len(paraphrasers) != num_layers:
         raise ValueError(
             f"Expected {num_layers} paraphrasers, one for each layer of the teacher, got {len(paraphrasers)}."

@@ -1,11 +1,13 @@
 """What is refused before training starts: data without rows or with unknown labels, models that do not go together."""
 
 import datasets
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
 from .decoded_images import DecodedImages
+from .features import FeatureTap
 
 
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
@@ -96,6 +98,29 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
             f"at {difference} ({(ours or {}).get(difference)!r} and {(theirs or {}).get(difference)!r}): load both "
             f"with the same id2label, or set {way_out}; the feature losses do not need it."
         )
+
+
+def check_student(student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict) -> None:
+    """
+    Refuse what does not fit the student before anything is created on disk or on the Hub.
+
+    Args:
+        student (`PreTrainedModel`):
+            The student.
+        teacher (`nn.Module`):
+            The teacher.
+        args (`IEKDTrainingArguments`):
+            The training arguments.
+        kwargs (`dict`):
+            The trainer's other arguments.
+
+    Raises:
+        `ValueError`: a layer that does not exist, other labels with a logit term, data that do not fit.
+    """
+    FeatureTap(student, args.student_layers)
+    if args.lambda_kd > 0:
+        check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
+    check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
 
 
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:

@@ -1,6 +1,5 @@
 """Where a feature map is taken in any vision model: layer names, forward hooks, tokens to maps, sizes matched."""
 
-import contextlib
 import difflib
 import math
 
@@ -8,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2CLS
 
 
 # Parameters that put extra tokens in front of the patches: ViT, DeiT, DINOv2 and v3, CLIP, PVT, and timm's names.
 _PREFIX_TOKENS = ("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token")
 _REGISTER_TOKENS = ("register_tokens", "reg_token")
+
+# Some entries are a class with its arguments.
+_ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
 
 
 class _LastLayerReached(Exception):
@@ -32,24 +35,32 @@ class FeatureTap:
         layers (`list[str]`, *optional*):
             Dotted module paths. By default the output of the model's `base_model`, i.e. after the final norm or last
             convolution that `hidden_states[-1]` lacks in ViT, Swin, DINOv2 and MobileNetV2.
+        before_activation (`bool`, *optional*, defaults to `False`):
+            Whether a layer that ends in an activation gives what went into that, as OD compares.
 
     Raises:
         `ValueError`: a path that does not exist, or a model whose last feature map is not known.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str] | None = None):
-        self.model = model
+    def __init__(self, model: nn.Module, layers: list[str] | None = None, before_activation: bool = False):
+        self.model, self.before_activation = model, before_activation
         self.layers = [_default_layer(model)] if layers is None else list(layers)
         self.modules = [_find_layer(model, name) for name in self.layers]
-        self.num_prefix_tokens = _count_prefix_tokens(model)
+        self.num_prefix_tokens = count_prefix_tokens(model)
         self._handles: list = []
         self._outputs: dict[int, torch.Tensor] = {}
+        self._activation: tuple = (None, None)  # what went into the last activation, and what came out
         self._active = False
         self._stop_after_last = False
 
     def attach(self) -> None:
         """Register the hooks; does nothing where they are registered."""
         if not self._handles:
+            # Before the layers' own hooks, for a layer that is an activation itself.
+            for part in {p for module in self.modules for p in module.modules() if self.before_activation}:
+                if isinstance(part, _ACTIVATIONS):
+                    self._handles.append(part.register_forward_pre_hook(self._before_activation))
+                    self._handles.append(part.register_forward_hook(self._after_activation))
             for index, module in enumerate(self.modules):
                 self._handles.append(module.register_forward_hook(self._make_hook(index)))
 
@@ -58,7 +69,11 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._forget()
+
+    def _forget(self) -> None:
         self._outputs.clear()
+        self._activation = (None, None)
 
     def probe(self, inputs: dict, stop_after_last: bool = True) -> tuple[dict | None, list[int]]:
         """Return the model's output (or `None`) and each map's channels, by one forward pass that leaves no trace."""
@@ -78,11 +93,22 @@ class FeatureTap:
         def keep(module, args, output):
             # Gradient checkpointing runs a module once more in the backward pass: that output is not wanted.
             if self._active:
-                self._outputs[index] = _first_tensor(output)
+                self._outputs[index] = first_tensor(output)
+                before, after = self._activation
+                if after is not None and self._outputs[index] is after:
+                    self._outputs[index] = before
                 if self._stop_after_last and len(self._outputs) == len(self.modules):
                     raise _LastLayerReached
 
         return keep
+
+    def _before_activation(self, module, args):
+        if self._active:
+            self._activation = (args[0].clone() if getattr(module, "inplace", False) else args[0], None)
+
+    def _after_activation(self, module, args, output):
+        if self._active:
+            self._activation = (self._activation[0], output)
 
     def run(self, inputs: dict, stop_after_last: bool = False):
         """
@@ -100,7 +126,7 @@ class FeatureTap:
         Raises:
             `ValueError`: a layer that did not run, or whose output is neither a map nor a sequence of patches.
         """
-        self._outputs.clear()
+        self._forget()
         self._active, self._stop_after_last = True, stop_after_last
         try:
             outputs = self.model(**inputs)
@@ -116,8 +142,8 @@ class FeatureTap:
                     f"Expected layer {name!r} of {type(self.model).__name__} to run in its forward pass and to give a "
                     f"tensor, which it did not.{_suggest_layers()}"
                 )
-            maps.append(_to_map(self._outputs[index], image_size, self.num_prefix_tokens, name))
-        self._outputs.clear()
+            maps.append(to_map(self._outputs[index], image_size, self.num_prefix_tokens, name))
+        self._forget()
         return outputs, maps
 
 
@@ -148,67 +174,6 @@ def match_sizes(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Ten
     return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
 
 
-def list_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> dict[str, tuple[int, int, int]]:
-    """
-    Print the layers whose output can be distilled, with the shapes of their maps.
-
-    Args:
-        model (`nn.Module`):
-            A vision model.
-        image_size (`int` or `tuple[int, int]`, *optional*, defaults to 224):
-            Size in pixels, or (height, width), of the image to try.
-
-    Returns:
-        `dict[str, tuple[int, int, int]]`: dotted path to (channels, height, width), in the order of the forward pass.
-
-    Example:
-
-    ```python
-    >>> from transformers import ResNetConfig, ResNetForImageClassification
-    >>> from iekd_hf import list_layers
-    >>> config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    >>> layers = list_layers(ResNetForImageClassification(config), image_size=64)  # doctest: +ELLIPSIS
-    layer of ResNetForImageClassification     channels x height x width
-    resnet.embedder.embedder                  8 x 32 x 32
-    ...
-    resnet                                    16 x 8 x 8
-
-    ```
-    """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    num_channels = getattr(getattr(model, "config", None), "num_channels", 3)
-    parameter = next(model.parameters())
-    pixels = torch.zeros(1, num_channels, height, width, dtype=parameter.dtype, device=parameter.device)
-    prefix_tokens, found, handles = _count_prefix_tokens(model), {}, []
-
-    def keep(name):
-        def hook(module, args, output):
-            with contextlib.suppress(ValueError, TypeError):  # no map: a head, a pooler, an attention module
-                found[name] = tuple(_to_map(_first_tensor(output), (height, width), prefix_tokens, name).shape[1:])
-
-        return hook
-
-    # Blocks only: single convolutions, norms and activations would bury them.
-    for name, module in model.named_modules():
-        if name and next(module.children(), None) is not None and not isinstance(module, nn.ModuleList):
-            handles.append(module.register_forward_hook(keep(name)))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(pixels)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    title = f"layer of {type(model).__name__}"
-    column = max(map(len, [title, *found]))
-    lines = [f"{title:{column}} channels x height x width"]
-    lines += [f"{name:{column}} {' x '.join(map(str, shape))}" for name, shape in found.items()]
-    print("\n".join(lines))  # noqa: T201, the one function whose purpose is to print
-    return found
-
-
 def _suggest_layers() -> str:
     return " iekd_hf.list_layers(model, image_size) prints the layers that can be named."
 
@@ -236,7 +201,7 @@ def _find_layer(model: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
-def _first_tensor(output) -> torch.Tensor | None:
+def first_tensor(output) -> torch.Tensor | None:
     """Pick `last_hidden_state`, or else the first tensor of a module's output."""
     if isinstance(output, torch.Tensor):
         return output
@@ -246,7 +211,7 @@ def _first_tensor(output) -> torch.Tensor | None:
     return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
-def _count_prefix_tokens(model: nn.Module) -> int:
+def count_prefix_tokens(model: nn.Module) -> int:
     count = 0
     for name, parameter in model.named_parameters():
         last = name.rpartition(".")[2]
@@ -275,7 +240,7 @@ def _grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int]:
     return min(((h, num_tokens // h) for h in heights), key=lambda grid: _mismatch(grid, image_size))
 
 
-def _to_map(
+def to_map(
     feature: torch.Tensor | None, image_size: tuple[int, int], num_prefix_tokens: int, name: str
 ) -> torch.Tensor:
     """Lay a layer's output out as `(batch_size, channels, height, width)`."""

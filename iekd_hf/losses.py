@@ -39,21 +39,21 @@ def _reduce(per_element: torch.Tensor, reduction: str) -> torch.Tensor:
 
 
 def _l1(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
-    return _reduce((_unit(student) - _unit(teacher)).abs(), reduction)
+    return _reduce((student.flatten(1) - teacher.flatten(1)).abs(), reduction)
 
 
 def _l2(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
-    return _safe_sqrt(_reduce((_unit(student) - _unit(teacher)).square(), reduction))
+    return _safe_sqrt(_reduce((student.flatten(1) - teacher.flatten(1)).square(), reduction))
 
 
 def _partial_l2(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
-    student, teacher = _unit(student), _unit(teacher)
+    student, teacher = student.flatten(1), teacher.flatten(1)
     already_below = (teacher <= 0) & (student <= teacher)
     return _reduce((student - teacher).square().masked_fill(already_below, 0.0), reduction)
 
 
-def _cosine_similarity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    return (_unit(student) * _unit(teacher)).sum(dim=1)
+def _cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (student * teacher).sum(dim=1)
 
 
 def _cka(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -69,23 +69,28 @@ def _cka(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return cross / _nonzero(scale)
 
 
+# Between factors that were divided by their norms, but for CKA, which has a scale of its own.
 INHERITANCE_DISTANCES = {
     "l1": _l1,
     "l2": _l2,
-    "cosine": lambda student, teacher, reduction: (1 - _cosine_similarity(student, teacher)).mean(),
+    "cosine": lambda student, teacher, reduction: (1 - _cosine(student, teacher)).mean(),
     "partial_l2": _partial_l2,
 }
 EXPLORATION_DISTANCES = {
     "l1": lambda student, teacher, reduction: -_l1(student, teacher, reduction),
     "l2": lambda student, teacher, reduction: -_l2(student, teacher, reduction),
     "partial_l2": lambda student, teacher, reduction: -_partial_l2(student, teacher, reduction),
-    "orthogonal": lambda student, teacher, reduction: _cosine_similarity(student, teacher).abs().mean(),
+    "orthogonal": lambda student, teacher, reduction: _cosine(student, teacher).abs().mean(),
     "cka": lambda student, teacher, reduction: _cka(student, teacher),
 }
 
 
 def inheritance_loss(
-    student_factors: torch.Tensor, teacher_factors: torch.Tensor, distance: str = "l1", reduction: str = "mean"
+    student_factors: torch.Tensor,
+    teacher_factors: torch.Tensor,
+    distance: str = "l1",
+    reduction: str = "mean",
+    normalize: bool = True,
 ) -> torch.Tensor:
     r"""
     Measure how far the inheritance half's factors are from the teacher's: \(L_{inh}\) of the paper, section 3.2.
@@ -110,12 +115,15 @@ def inheritance_loss(
               it (Heo et al., ICCV 2019).
         reduction (`str`, *optional*, defaults to `"mean"`):
             `"mean"` or `"sum"`.
+        normalize (`bool`, *optional*, defaults to `True`):
+            Whether the factors are divided by their norms. Without, `"partial_l2"` is the loss of Heo et al. between
+            responses as they are; `"cosine"` needs it.
 
     Returns:
         `torch.Tensor`: a scalar, not negative, 0 for equal directions.
 
     Raises:
-        `ValueError`: unknown distance or reduction, or factors of different shapes.
+        `ValueError`: unknown distance or reduction, factors of different shapes, or a cosine without norms.
 
     Example:
 
@@ -132,7 +140,14 @@ def inheritance_loss(
     ```
     """
     _check(student_factors, teacher_factors, "inheritance_distance", distance, INHERITANCE_DISTANCES, reduction)
-    return _in_full_precision(INHERITANCE_DISTANCES[distance], student_factors, teacher_factors, reduction)
+    if distance == "cosine" and not normalize:
+        raise ValueError("Expected normalize=True with the distance 'cosine', got False: choose another distance.")
+
+    def compare(student, teacher):
+        student, teacher = (_unit(student), _unit(teacher)) if normalize else (student, teacher)
+        return INHERITANCE_DISTANCES[distance](student, teacher, reduction)
+
+    return _in_full_precision(compare, student_factors, teacher_factors)
 
 
 def exploration_loss(
@@ -179,7 +194,12 @@ def exploration_loss(
     ```
     """
     _check(student_factors, teacher_factors, "exploration_distance", distance, EXPLORATION_DISTANCES, reduction)
-    return _in_full_precision(EXPLORATION_DISTANCES[distance], student_factors, teacher_factors, reduction)
+
+    def compare(student, teacher):
+        student, teacher = (student, teacher) if distance == "cka" else (_unit(student), _unit(teacher))
+        return EXPLORATION_DISTANCES[distance](student, teacher, reduction)
+
+    return _in_full_precision(compare, student_factors, teacher_factors)
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, target: torch.Tensor, distance: str = "l1") -> torch.Tensor:
@@ -212,7 +232,7 @@ def reconstruction_loss(reconstruction: torch.Tensor, target: torch.Tensor, dist
     """
     _check(reconstruction, target, "reconstruction_distance", distance, RECONSTRUCTION_DISTANCES, "mean")
     error = F.l1_loss if distance == "l1" else F.mse_loss
-    return _in_full_precision(lambda x, y, _: error(x, y), reconstruction, target, "mean")
+    return _in_full_precision(error, reconstruction, target)
 
 
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0) -> torch.Tensor:
@@ -249,18 +269,18 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperat
             f"{tuple(teacher_logits.shape)}: give both models the same labels, or set lambda_kd=0."
         )
 
-    def divergence(student, teacher, _):
+    def divergence(student, teacher):
         student = F.log_softmax(student / temperature, dim=-1)
         teacher = F.log_softmax(teacher / temperature, dim=-1)
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
-    return _in_full_precision(divergence, student_logits, teacher_logits, "mean")
+    return _in_full_precision(divergence, student_logits, teacher_logits)
 
 
-def _in_full_precision(function, student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
+def _in_full_precision(function, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
-        return function(student, teacher, reduction)
+        return function(student, teacher)
 
 
 def _check(student: torch.Tensor, teacher: torch.Tensor, argument: str, distance: str, known, reduction: str) -> None:

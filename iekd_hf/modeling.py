@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .factors import ChannelSplit, FactorEncoder, Paraphraser
+from .factors import ChannelSplit, Paraphraser
 from .fast_teacher import copy_fast
 from .features import FeatureTap
+from .knowledge import encoder_of
 from .pixels import TeacherPixels
 
 
@@ -30,6 +31,8 @@ class StudentWithEncoders(nn.Module):
             Channels k of the factors of each pair.
         inherit (`bool`), explore (`bool`):
             Whether the inheritance and the exploration loss are used. A half without channels has no encoder either.
+        knowledge (`str`, *optional*, defaults to `"factors"`):
+            What is compared, see [`IEKDTrainingArguments`].
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class StudentWithEncoders(nn.Module):
         factor_channels: list[int],
         inherit: bool,
         explore: bool,
+        knowledge: str = "factors",
     ):
         super().__init__()
         self.student = student
@@ -49,7 +53,9 @@ class StudentWithEncoders(nn.Module):
         def encoders(indices: str, wanted: bool) -> nn.ModuleList:
             widths = [len(getattr(split, indices)) for split in splits]
             return nn.ModuleList(
-                FactorEncoder(width, k) for width, k in zip(widths, factor_channels, strict=True) if wanted and width
+                encoder_of(knowledge, width, k)
+                for width, k in zip(widths, factor_channels, strict=True)
+                if wanted and width
             )
 
         self.inheritance_encoders = encoders("inheritance_indices", inherit)
@@ -114,7 +120,8 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 class FrozenTeacher(nn.Module):
     """
-    Hold what never trains in stage 2: the teacher, and its paraphrasers. It stays in eval mode whatever is asked.
+    Hold what never trains in stage 2: the teacher, and its paraphrasers (or what else makes of its maps what is
+    compared). It stays in eval mode whatever is asked.
 
     It is kept off the student's module tree: Trainer calls `train()` on that every step, and a teacher on it would
     move its BatchNorm statistics.
@@ -145,8 +152,8 @@ class FrozenTeacher(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
-    def set_paraphrasers(self, paraphrasers: list[Paraphraser]) -> None:
-        """Take the trained paraphrasers, one for each layer."""
+    def set_paraphrasers(self, paraphrasers: list[nn.Module]) -> None:
+        """Take the trained paraphrasers, or what stands for them, one for each layer."""
         self.paraphrasers = nn.ModuleList(paraphrasers).eval()
 
     @torch.no_grad()
@@ -165,7 +172,7 @@ class FrozenTeacher(nn.Module):
         sample = self.adapt(sample)
 
         def run(model):
-            tap = FeatureTap(model, self.tap.layers)
+            tap = FeatureTap(model, self.tap.layers, self.tap.before_activation)
             tap.attach()
             try:
                 return tap.run(sample)[1]
@@ -175,11 +182,22 @@ class FrozenTeacher(nn.Module):
         self.teacher = copy_fast(self.teacher, run, keep=self.tap.layers)
         self.dtype = dtype or self.dtype
         self.teacher.to(self.dtype)
-        self.tap = FeatureTap(self.teacher, self.tap.layers)
+        self.tap = FeatureTap(self.teacher, self.tap.layers, self.tap.before_activation)
         self.fast = True
         if compiled:
             for module in self.tap.modules:  # outside of the hooks, of which the last one leaves the forward pass
                 module.forward = torch.compile(module.forward)
+
+    def probe(self, sample: dict) -> list[int]:
+        """Return the channels of the maps; raise `ValueError` where the teacher does not take the student's batch."""
+        try:
+            return self.tap.probe(self.adapt(sample))[1]
+        except (RuntimeError, ValueError, KeyError) as error:
+            shapes = {name: tuple(x.shape) for name, x in sample.items() if isinstance(x, torch.Tensor)}
+            raise ValueError(
+                f"Expected {type(self.teacher).__name__} to take the student's batch {shapes}, got: {error} "
+                "If it needs another size, pass teacher_processor."
+            ) from error
 
     def adapt(self, inputs: dict) -> dict:
         """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
@@ -211,6 +229,8 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Return the factors F_T of each pair (none without paraphrasers), and the logits or `None`."""
+        if not self.paraphrasers and not with_logits:
+            return [], None
         feature_maps, logits = self.feature_maps(inputs, with_logits)
         if not self.paraphrasers:
             return [], logits

@@ -203,7 +203,7 @@ class MutualTrainer(PeersTrainer):
         try:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             self.check_finite()
-            self._sync_buffers(self.group)
+            self.sync_buffers(self.group)
         finally:
             for peer in self.group.peers:
                 peer.tap.detach()

@@ -1,5 +1,7 @@
 """The objective as a weighted sum: L_inh and L_exp over pairs of factors, and the weights that go with each loss."""
 
+import functools
+
 import torch
 
 from .features import match_sizes
@@ -21,6 +23,7 @@ def factor_losses(
     factors_exp: list[torch.Tensor],
     factors_T: list[torch.Tensor],
     args: IETrainingArguments,
+    normalize: bool = True,
 ) -> dict[str, torch.Tensor]:
     r"""
     Return \(L_{inh}\) and \(L_{exp}\), each the mean over the pairs (of layers, or of peers).
@@ -32,13 +35,17 @@ def factor_losses(
             The teacher's factors, of any height and width.
         args (`IETrainingArguments`):
             Distances and reduction.
+        normalize (`bool`, *optional*, defaults to `True`):
+            Whether what inherits is compared by its direction. What explores always is: a distance to be made larger
+            needs a bound.
 
     Returns:
         `dict[str, torch.Tensor]`: the losses before their weights, without those of an unused half.
     """
     components = {}
+    inherit = functools.partial(inheritance_loss, normalize=normalize)
     for name, loss, factors_S, distance in (
-        ("inheritance_loss", inheritance_loss, factors_inh, args.inheritance_distance),
+        ("inheritance_loss", inherit, factors_inh, args.inheritance_distance),
         ("exploration_loss", exploration_loss, factors_exp, args.exploration_distance),
     ):
         if factors_S:

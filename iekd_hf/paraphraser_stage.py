@@ -1,6 +1,7 @@
 """Bring about a run's paraphrasers: given, finished earlier, resumed, or trained from nothing."""
 
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from .checkpoints import check_made_by, load_paraphrasers, save_paraphrasers
 from .factors import Paraphraser
+from .knowledge import AttentionMap, MarginReLU, kept_as, width_of
 from .modeling import ParaphraserStack
 from .paraphraser_trainer import ParaphraserTrainer
 
@@ -20,6 +22,7 @@ logger = logging.get_logger(__name__)
 # Trainer never uploads names that begin with an underscore: what is pushed is the plain student.
 PARAPHRASER_FOLDER = "_paraphraser"
 STAGE_1_FOLDER = "_stage_1"
+_MARGIN_BATCHES = 8
 
 
 class ParaphraserStage:
@@ -43,14 +46,20 @@ class ParaphraserStage:
         self.teacher_channels = teacher_channels
         self.given = given is not None
         self._trained_with: tuple | None = None
+        self.kind = kept_as(trainer.args.knowledge)
+        if self.given and self.kind is None:
+            raise ValueError(
+                "Expected no paraphraser with knowledge='attention', got one: maps of attention need none."
+            )
         if self.given:
-            self._take(load_paraphrasers(given, len(teacher_channels)))
+            self._take(load_paraphrasers(given, len(teacher_channels), self.kind))
 
     def factor_channels(self) -> list[int]:
-        """Return k of each pair: the paraphraser's, the argument's, or half of the teacher's channels."""
+        """Return the channels of what is compared in each pair; for factors the given paraphraser says which."""
         if self.given:
             return [paraphraser.factor_channels for paraphraser in self.trainer.teacher.paraphrasers]
-        return [self.trainer.args.factor_channels or max(c // 2, 1) for c in self.teacher_channels]
+        args = self.trainer.args
+        return [width_of(args.knowledge, channels, args.factor_channels) for channels in self.teacher_channels]
 
     def run(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, dict[str, float]]:
         """
@@ -89,10 +98,13 @@ class ParaphraserStage:
         settings, args = self._settings(), self.trainer.args
         if args.lambda_inh == 0 and args.lambda_exp == 0:
             return resume_from_checkpoint, {}  # no factor is compared: plain logit distillation needs no paraphraser
+        if self.kind is None:
+            self.trainer.teacher.set_paraphrasers([AttentionMap() for _ in self.teacher_channels])
+            return resume_from_checkpoint, {}
         if self.given or (settings == self._trained_with and checkpoint is None):
             return resume_from_checkpoint, {}
         if resuming and checkpoint is None:
-            self._take(load_paraphrasers(str(finished), len(self.teacher_channels)))
+            self._take(load_paraphrasers(str(finished), len(self.teacher_channels), self.kind))
             return resume_from_checkpoint, {}
         if not resuming and self.trainer.is_world_process_zero():
             _remove_checkpoints(unfinished)
@@ -114,6 +126,8 @@ class ParaphraserStage:
     def _train(self, output_dir: Path, checkpoint: str | None) -> dict[str, float]:
         args = self.trainer.args
         set_seed(args.seed)  # the same paraphrasers whatever was built before them
+        if self.kind is MarginReLU:
+            return self._measure()
         widths = zip(self.teacher_channels, self.factor_channels(), strict=True)
         paraphrasers = [Paraphraser(c, k, decoder=args.paraphraser_decoder) for c, k in widths]
         train_dataset, held_out = self._data()
@@ -132,6 +146,18 @@ class ParaphraserStage:
         report = stage_1.report()
         self.trainer.teacher.set_paraphrasers(paraphrasers)
         return {"train_runtime": output.metrics["train_runtime"], **report}
+
+    def _measure(self) -> dict[str, float]:
+        """Let the margins of OD be measured on the first batches, instead of a training."""
+        trainer, start = self.trainer, time.monotonic()
+        with trainer.accelerator.autocast():
+            maps = [trainer.teacher.feature_maps(inputs)[0] for inputs in trainer.some_batches(_MARGIN_BATCHES)]
+        margins = [MarginReLU(channels).to(trainer.args.device) for channels in self.teacher_channels]
+        for margin_relu, of_layer in zip(margins, zip(*maps, strict=True), strict=True):
+            margin_relu.measure(of_layer)
+            trainer.sync_buffers(margin_relu)
+        trainer.teacher.set_paraphrasers(margins)
+        return {"train_runtime": round(time.monotonic() - start, 4)}
 
     def _data(self) -> tuple:
         """Return images to train on and to report on: the evaluation set, or a twentieth of the training set."""
@@ -154,7 +180,7 @@ class ParaphraserStage:
                     f"Expected a paraphraser for {channels} channels, the teacher's, got one for "
                     f"{paraphraser.in_channels}: choose one of this teacher and layer, or pass None to train one."
                 )
-            if args.factor_channels not in (None, paraphraser.factor_channels):
+            if self.kind is Paraphraser and args.factor_channels not in (None, paraphraser.factor_channels):
                 raise ValueError(
                     f"Expected a paraphraser with factor_channels={args.factor_channels}, got one with "
                     f"{paraphraser.factor_channels}: leave factor_channels at None, or pass another paraphraser."

@@ -88,7 +88,7 @@ class ParaphraserTrainer(DistillationTrainer):
     def train(self, *args, **kwargs):
         """Train, then give every rank the BatchNorm statistics of rank 0."""
         output = super().train(*args, **kwargs)
-        self._sync_buffers(self.model)
+        self.sync_buffers(self.model)
         return output
 
     @torch.no_grad()

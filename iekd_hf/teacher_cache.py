@@ -119,7 +119,8 @@ class TeacherCache:
             "teacher_dtype": str(self.teacher.dtype),
             "teacher_layers": self.teacher.tap.layers,
             "teacher_pixels": _digest(self.teacher.teacher_pixels),
-            "paraphrasers": fingerprint(paraphraser.encoder for paraphraser in self.teacher.paraphrasers),
+            "knowledge": self.args.knowledge,
+            "paraphrasers": fingerprint(self.teacher.paraphrasers),
             "images": self.images.table._fingerprint,  # what datasets names its own cache by
             "augmentation": _digest(self.augmentation),
             "views": self.args.cache_views,

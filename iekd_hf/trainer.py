@@ -1,5 +1,7 @@
 """IE-KD: a student that inherits from a frozen teacher with one half and explores with the other (CVPR 2021)."""
 
+import os
+
 import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
@@ -8,10 +10,11 @@ from transformers.utils import logging
 
 from .arguments import IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
-from .checkpoints import check_made_by, fingerprint, load_encoders, save_encoders
-from .checks import check_datasets, check_label_maps
+from .checkpoints import ENCODERS_FOLDER, check_made_by, fingerprint, load_encoders, save_encoders
+from .checks import check_student
 from .factors import ChannelSplit, Paraphraser
 from .features import FeatureTap
+from .gradient_shares import measure_gradient_shares
 from .loading import find_processor, load_model
 from .losses import kd_loss
 from .modeling import FrozenTeacher, StudentWithEncoders
@@ -98,22 +101,24 @@ class IEKDTrainer(DistillationTrainer):
             teacher_processor = teacher_processor or find_processor(name)
         if isinstance(model, str):
             model = load_model(model, "model")
-        teacher_tap = FeatureTap(teacher_model, args.teacher_layers)
+        before_activation = args.knowledge == "preactivation"
+        teacher_tap = FeatureTap(teacher_model, args.teacher_layers, before_activation)
         if model is not None:
-            _check_student(model, teacher_model, args, kwargs)
+            check_student(model, teacher_model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         if model is None:
-            _check_student(self.model, teacher_model, args, kwargs)
+            check_student(self.model, teacher_model, args, kwargs)
 
         teacher_pixels = TeacherPixels.between(self.processing_class, teacher_processor)
         self.teacher = FrozenTeacher(teacher_model, teacher_tap, teacher_pixels).to(args.device)
         self.student_side: StudentWithEncoders | None = None
         self.cache: TeacherCache | None = None
+        self._fingerprint: str | None = None  # of the paraphrasers, once they are there
         if self.train_dataset is not None:
             if args.cache_teacher:
                 check_cacheable(self.train_dataset, self.augmentation)
             self._sample = self.sample_batch()
-            teacher_channels = self._probe_teacher()
+            teacher_channels = self.teacher.probe(self._sample)
             if args.fast_teacher:
                 dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
                 self.teacher.speed_up(self._sample, dtype, args.compile_teacher)
@@ -153,13 +158,17 @@ class IEKDTrainer(DistillationTrainer):
         labels = self.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
-        components = {"task_loss": self.task_loss(self.model, outputs, labels)}
-        components |= factor_losses(F_inh, F_exp, F_T, self.args)
-        if self.args.lambda_kd > 0:
-            components["kd_loss"] = kd_loss(outputs["logits"], teacher_logits, self.args.temperature)
+        components = self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits)
         self.components.record(components, self.state.global_step + 1)
         loss = weighted_sum(components, self.loss_weights())
         return (loss, outputs) if return_outputs else loss
+
+    def _losses(self, outputs, F_inh, F_exp, labels, F_T, teacher_logits) -> dict[str, torch.Tensor]:
+        losses = {"task_loss": self.task_loss(self.model, outputs, labels)}
+        losses |= factor_losses(F_inh, F_exp, F_T, self.args, normalize=self.args.knowledge != "preactivation")
+        if self.args.lambda_kd > 0:
+            losses["kd_loss"] = kd_loss(outputs["logits"], teacher_logits, self.args.temperature)
+        return losses
 
     def train(
         self,
@@ -187,17 +196,18 @@ class IEKDTrainer(DistillationTrainer):
         try:
             resume_from_checkpoint, metrics = self.stage_1.run(resume_from_checkpoint)
             # Once: they are frozen from here on.
-            self._fingerprint = fingerprint(paraphraser.encoder for paraphraser in self.teacher.paraphrasers)
-            if self.args.cache_teacher:
+            self._fingerprint = fingerprint(self.teacher.paraphrasers)
+            if self.args.cache_teacher and self.weights_in_use():
                 self.cache = TeacherCache(
                     self.teacher, self.train_dataset, self.augmentation, self.args, self.accelerator
                 )
+            shares = {} if resume_from_checkpoint or self.model_init else measure_gradient_shares(self)
             # Stage 2 draws the same numbers whether stage 1 has run, was resumed, or was left out.
             set_seed(self.args.seed)
             self.components.reset()
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             self.check_finite()
-            self._sync_buffers(self.student_side)
+            self.sync_buffers(self.student_side)
         finally:
             self.cache = None
             self.teacher.tap.detach()
@@ -206,7 +216,17 @@ class IEKDTrainer(DistillationTrainer):
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             self.model_wrapped = self.model
         output.metrics.update({f"paraphraser_{name}": value for name, value in metrics.items()})
+        output.metrics.update(shares)
         return output
+
+    def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Return the student's maps of a batch and the losses on them, by one pass of the bare student's side."""
+        F_T, teacher_logits = inputs.pop("teacher_targets", None) or self._run_teacher(inputs)
+        labels = self.take_labels(inputs)
+        with self.accelerator.autocast():
+            outputs, feature_maps = self.student_side.tap.run(inputs)
+            F_inh, F_exp = self.student_side.factors(feature_maps)
+        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits)
 
     # ---- The teacher's side ----
 
@@ -226,22 +246,12 @@ class IEKDTrainer(DistillationTrainer):
             inputs["teacher_targets"] = self.cache.read(self.view, torch.as_tensor(image_ids))
         return inputs
 
-    def _probe_teacher(self) -> list[int]:
-        try:
-            return self.teacher.tap.probe(self.teacher.adapt(self._sample))[1]
-        except (RuntimeError, ValueError, KeyError) as error:
-            shapes = {name: tuple(x.shape) for name, x in self._sample.items() if isinstance(x, torch.Tensor)}
-            raise ValueError(
-                f"Expected {type(self.teacher.teacher).__name__} to take the student's batch {shapes}, got: {error} "
-                "If it needs another size, pass teacher_processor."
-            ) from error
-
     # ---- What trains, and where it is in Trainer ----
 
     def _build_student_side(self) -> None:
         """Find the student's channels, split them, and make the encoders."""
         args = self.args
-        tap = FeatureTap(self.model, args.student_layers)
+        tap = FeatureTap(self.model, args.student_layers, before_activation=args.knowledge == "preactivation")
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
         splits = [
             ChannelSplit(channels, args.inheritance_ratio, args.split_mode, args.split_seed)
@@ -251,7 +261,13 @@ class IEKDTrainer(DistillationTrainer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)  # the same encoders whatever was built before them
             self.student_side = StudentWithEncoders(
-                self.model, tap, splits, factor_channels, inherit=args.lambda_inh > 0, explore=args.lambda_exp > 0
+                self.model,
+                tap,
+                splits,
+                factor_channels,
+                inherit=args.lambda_inh > 0,
+                explore=args.lambda_exp > 0,
+                knowledge=args.knowledge,
             ).to(args.device, self.model.dtype, memory_format=args.memory_format)
 
     def _wrap_model(self, model, training=True, dataloader=None):
@@ -271,10 +287,13 @@ class IEKDTrainer(DistillationTrainer):
     # ---- Checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the plain student; a checkpoint gets the encoders and their splits beside it."""
+        """Save the plain student; a checkpoint and the run's own folder get encoders and splits beside it."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None and self.args.should_save:
-            save_encoders(self.student_side, output_dir, type(self).__name__, **self._encoders_made_for())
+        folder = output_dir if _internal_call else None  # a checkpoint's; a push has none
+        if not _internal_call and self._fingerprint and output_dir in (None, self.args.output_dir):
+            folder = os.path.join(self.args.output_dir, ENCODERS_FOLDER)
+        if folder is not None and self.args.should_save:
+            save_encoders(self.student_side, folder, type(self).__name__, **self._encoders_made_for())
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -291,12 +310,6 @@ class IEKDTrainer(DistillationTrainer):
         load_encoders(self.student_side, folder)
 
     def _encoders_made_for(self) -> dict[str, str]:
-        return {"paraphrasers": self._fingerprint, "student_layers": ", ".join(self.student_side.tap.layers)}
-
-
-def _check_student(student: PreTrainedModel, teacher: nn.Module, args: IEKDTrainingArguments, kwargs: dict) -> None:
-    """Refuse what does not fit the student before anything is created on disk or on the Hub."""
-    FeatureTap(student, args.student_layers)
-    if args.lambda_kd > 0:
-        check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
-    check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        layers = {"student_layers": self.student_side.tap.layers, "teacher_layers": self.teacher.tap.layers}
+        made_for = {name: ", ".join(of_side) for name, of_side in layers.items()}
+        return {"paraphrasers": self._fingerprint, "knowledge": self.args.knowledge, **made_for}

@@ -1,0 +1,314 @@
+"""One cell of a comparison: one method, one pair of networks, one seed, in a folder of its own that is made once."""
+
+import datetime
+import json
+import logging
+import os
+import platform
+import re
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import accelerate
+import datasets
+import torch
+import transformers
+from classification import build_model, build_processor
+from huggingface_hub.utils import WeakFileLock
+from image_data import DataArguments, load_images
+from image_metrics import TopKAccuracy
+from image_transforms import prepare
+from transformers import PreTrainedModel, set_seed
+
+import iekd_hf
+from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
+from iekd_hf.base_trainer import DistillationTrainer
+from iekd_hf.checkpoints import load_weights
+from iekd_hf.methods import METHODS
+
+
+logger = logging.getLogger(__name__)
+
+MUTUAL = {"alone": None, "dml": "kl", "ie-dml": "ie", "ie-dml+kl": "ie+kl"}
+
+
+@dataclass
+class ScheduleArguments:
+    """Say how every network is trained; the same for all methods."""
+
+    epochs: float = field(default=30.0, metadata={"help": "Epochs of each student and peer."})
+    teacher_epochs: float = field(default=30.0, metadata={"help": "Epochs of the teachers."})
+    paraphraser_epochs: float = field(default=30.0, metadata={"help": "Epochs of stage 1, once for each teacher."})
+    student_samples: int | None = field(
+        default=None, metadata={"help": "Train students, peers and paraphrasers on so many images. Default: all."}
+    )
+    batch_size: int = field(default=128, metadata={"help": "Batch size."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of SGD."})
+    milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the steps after which the learning rate falls to a tenth, as the papers have it: 0.5 "
+            "0.75. Default: one cycle, a fifth of the steps up along a line and down along a cosine."
+        },
+    )
+    held_out: int = field(
+        default=5000, metadata={"help": "Images of the training split that no network sees: the validation part."}
+    )
+    cache_views: int = field(
+        default=8, metadata={"help": "Views of each image, for all methods; the teacher runs once over them. 0: live."}
+    )
+    mixed_precision: str = field(default="bf16", metadata={"help": "Precision.", "choices": ["bf16", "fp16", "no"]})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
+
+    def training_arguments(self, folder: Path, seed: int, epochs: float, **kwargs) -> dict:
+        """Return the arguments of a trainer."""
+        if self.milestones is None:
+            schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.2}
+        else:
+            schedule = {"lr_scheduler_type": "constant"}
+        return {
+            "output_dir": str(folder),
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": 2 * self.batch_size,
+            "learning_rate": self.learning_rate,
+            **schedule,
+            "optim": "sgd",
+            "optim_args": "momentum=0.9,nesterov=true",
+            "weight_decay": 5e-4,
+            "max_grad_norm": 0.0,
+            "bf16": self.mixed_precision == "bf16",
+            "fp16": self.mixed_precision == "fp16",
+            "channels_last": True,
+            "use_cpu": self.use_cpu,
+            "save_strategy": "no",
+            "logging_strategy": "epoch",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "seed": seed,
+            **kwargs,
+        }
+
+
+class MultiStep(transformers.TrainerCallback):
+    """Lower the learning rate to a tenth after some shares of the steps."""
+
+    def __init__(self, milestones: list[float]):
+        self.milestones = milestones
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        """Replace the constant factor of Trainer's schedule."""
+        steps = [round(share * state.max_steps) for share in self.milestones]
+        lr_scheduler.lr_lambdas = [lambda step: 0.1 ** sum(step >= s for s in steps)] * len(lr_scheduler.lr_lambdas)
+
+
+class Comparison:
+    """
+    Hold the images, and train what is compared on them.
+
+    Args:
+        data_args (`DataArguments`):
+            Where the images come from. The test part is their test or validation split.
+        schedule (`ScheduleArguments`):
+            How networks are trained.
+        output_dir (`str`):
+            Where everything is kept.
+    """
+
+    def __init__(self, data_args: DataArguments, schedule: ScheduleArguments, output_dir: str):
+        self.schedule, self.folder = schedule, Path(output_dir)
+        splits = load_images(data_args, seed=0)
+        held_out = splits["train"].train_test_split(schedule.held_out, seed=0, stratify_by_column="label")
+        train, test = held_out["train"], splits.get("test", splits["validation"])
+        few = train
+        if schedule.student_samples is not None:
+            few = train.train_test_split(train_size=schedule.student_samples, seed=0, stratify_by_column="label")
+            few = few["train"]
+        self.names = train.features["label"].names
+        if data_args.uses_digits:
+            data_args.image_size = data_args.image_size or 16  # 8x8 scans leave no room for three stages
+        self.processor = build_processor("cifar-resnet-", data_args.image_size, train[0]["image"])
+        parts = datasets.DatasetDict(train=train, validation=held_out["test"], test=test)
+        self.images, self.augmentation = prepare(parts, self.processor, data_args, seed=0)
+        fewer = prepare(datasets.DatasetDict(train=few), self.processor, data_args, seed=0)[0]
+        self.images["few"] = fewer["train"]
+        self.metric = TopKAccuracy(keep_in_memory=True)
+
+    def build(self, name: str, seed: int) -> PreTrainedModel:
+        """Make a network from scratch."""
+        set_seed(seed)
+        return build_model(name, "network", self.names, from_scratch=True, trust_remote_code=False)
+
+    def common(self, part: str) -> dict:
+        """Return the arguments that every trainer takes."""
+        milestones = self.schedule.milestones
+        return {
+            "train_dataset": self.images[part],
+            "eval_dataset": self.images["validation"],
+            "augmentation": self.augmentation,
+            "processing_class": self.processor,
+            "callbacks": None if milestones is None else [MultiStep(milestones)],
+            "compute_metrics": lambda prediction: self.metric.compute(
+                predictions=prediction.predictions, references=prediction.label_ids
+            ),
+        }
+
+    def train_alone(self, model: PreTrainedModel, folder: Path, seed: int, epochs: float, part: str):
+        """Train a network on its own loss; return the trainer and the metrics."""
+        args = IEKDTrainingArguments(method="plain", **self.schedule.training_arguments(folder, seed, epochs))
+        model = model.to(memory_format=torch.channels_last)
+        trainer = DistillationTrainer(model=model, args=args, **self.common(part))
+        metrics = trainer.train().metrics
+        trainer.save_model()
+        return trainer, metrics
+
+    def teacher(self, name: str) -> PreTrainedModel:
+        """Train a teacher on the whole training part, or load the one that was trained before."""
+        folder = self.folder / "teachers" / name
+        model = self.build(name, seed=0)
+        folder.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(folder / "lock"):
+            if not (folder / "metrics.json").is_file():
+                logger.warning("Training the teacher %s.", name)
+                trainer, metrics = self.train_alone(model, folder, 0, self.schedule.teacher_epochs, "train")
+                write(folder / "metrics.json", {**metrics, **self.accuracies(trainer, ["validation", "test"])})
+        load_weights(model, str(folder))
+        return model
+
+    def paraphraser(self, name: str, teacher: PreTrainedModel) -> str:
+        """Train the paraphraser of a teacher, or find the one that was trained before; return its folder."""
+        folder = self.folder / "paraphrasers" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(folder / "lock"):
+            if not (folder / "metrics.json").is_file():
+                logger.warning("Training the paraphraser of %s.", name)
+                arguments = self.schedule.training_arguments(folder, 0, 1, max_steps=1)
+                args = IEKDTrainingArguments(paraphraser_epochs=self.schedule.paraphraser_epochs, **arguments)
+                trainer = IEKDTrainer(self.build(name, 0), teacher, args, **self.common("few"))
+                write(folder / "metrics.json", trainer.train().metrics)
+        return str(folder / "_paraphraser")
+
+    def accuracies(self, trainer, parts: list[str], peer: str = "") -> dict[str, float]:
+        """Evaluate on some parts."""
+        found = {}
+        for part in parts:
+            metrics = trainer.evaluate(self.images[part], metric_key_prefix=f"{part}{peer}")
+            found |= {name: value for name, value in metrics.items() if name.endswith(("accuracy", "loss"))}
+        return found
+
+    def run(self, networks: str, method: str, seed: int, parts: list[str]) -> bool:
+        """
+        Run one cell, if nobody has or does.
+
+        Args:
+            networks (`str`):
+                `teacher:student`, or peers `first+second`.
+            method (`str`):
+                A method's name, and arguments that differ from its own: `ie-ft,lambda_inh=300`.
+            seed (`int`):
+                Of the student's weights, the order of the images, and the split.
+            parts (`list[str]`):
+                What to evaluate on: `validation`, `test`.
+
+        Returns:
+            `bool`: whether it was run now.
+        """
+        folder = cell_folder(self.folder, networks, method, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        done = folder / "metrics.json"
+        if done.is_file():
+            return False
+        try:
+            with WeakFileLock(folder / "lock", timeout=0.1):
+                if done.is_file():
+                    return False
+                logger.warning("%s  %s  seed %d", networks, method, seed)
+                run = self._run_peers if "+" in networks else self._run_pair
+                start, cpu = time.monotonic(), time.process_time()
+                history, args, metrics = run(networks, *parse_method(method), folder, seed, parts)
+                metrics |= {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
+                metrics |= {"made": made()}
+                write(folder / "log.json", history)
+                write(folder / "arguments.json", {**asdict(self.schedule), **args})
+                write(done, metrics)
+        except TimeoutError:  # another process runs it
+            return False
+        return True
+
+    def _run_pair(self, networks: str, method: str, changes: dict, folder: Path, seed: int, parts: list[str]) -> tuple:
+        teacher_name, student_name = networks.split(":")
+        teacher, student = self.teacher(teacher_name), self.build(student_name, seed)
+        views = self.schedule.cache_views
+        args = IEKDTrainingArguments(
+            method=method,
+            split_seed=seed,
+            cache_teacher=views > 0,
+            cache_views=max(views, 1),
+            teacher_cache_dir=str(self.folder / "teacher_cache"),
+            **self.schedule.training_arguments(folder / "student", seed, self.schedule.epochs, **changes),
+        )
+        needs_paraphraser = args.knowledge == "factors" and (args.lambda_inh > 0 or args.lambda_exp > 0)
+        paraphraser = self.paraphraser(teacher_name, teacher) if needs_paraphraser else None
+        trainer = IEKDTrainer(student, teacher, args, paraphraser=paraphraser, **self.common("few"))
+        metrics = trainer.train().metrics
+        trainer.save_model()
+        names = [*METHODS[method], "temperature", "lambda_schedule", "lambda_warmup_ratio", "split_mode", "split_seed"]
+        used = {name: getattr(args, name) for name in names}
+        return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
+
+    def _run_peers(
+        self, networks: str, method: str, changes: dict, folder: Path, seed: int, parts: list[str]
+    ) -> tuple:
+        names = networks.split("+")
+        peers = [self.build(name, 1000 * i + seed) for i, name in enumerate(names, start=1)]
+        if method == "alone":
+            history, metrics = [], {"train_runtime": 0.0}
+            for i, peer in enumerate(peers, start=1):
+                place = folder / "peers" / f"peer_{i}"
+                trainer, trained = self.train_alone(peer, place, seed, self.schedule.epochs, "few")
+                metrics["train_runtime"] += trained["train_runtime"]
+                metrics |= self.accuracies(trainer, parts, peer=f"_peer_{i}")
+                history += trainer.state.log_history
+            return history, {}, metrics
+        arguments = self.schedule.training_arguments(folder / "peers", seed, self.schedule.epochs, **changes)
+        args = MutualTrainingArguments(mutual_loss=MUTUAL[method], split_seed=seed, **arguments)
+        trainer = MutualTrainer(peers, args, **self.common("few"))
+        metrics = trainer.train().metrics
+        trainer.save_model()
+        used = {"mutual_loss": args.mutual_loss, **trainer.weights_in_use()}
+        return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
+
+
+def parse_method(method: str) -> tuple[str, dict]:
+    """Split `ie-ft,lambda_inh=300` into the name and the arguments."""
+    name, *changes = method.split(",")
+    if name not in METHODS and name not in MUTUAL:
+        raise ValueError(f"Expected a method among {', '.join([*METHODS, *MUTUAL])}; got {name!r}.")
+    pairs = (change.split("=", 1) for change in changes)
+    return name, {key: json.loads(value) if re.match(r"[-\d.\[]", value) else value for key, value in pairs}
+
+
+def cell_folder(folder: Path, networks: str, method: str, seed: int) -> Path:
+    """Return the folder of a cell."""
+    return folder / "cells" / networks.replace(":", "-to-") / method / f"seed-{seed}"
+
+
+def made() -> dict[str, str]:
+    """Return when and by which versions something was made."""
+    modules = (torch, transformers, accelerate, datasets, iekd_hf)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        **{module.__name__: module.__version__ for module in modules},
+    }
+
+
+def write(path: Path, content) -> None:
+    """Write JSON, whole or not at all."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(content, indent=1))
+    os.replace(unfinished, path)

@@ -1,0 +1,235 @@
+"""The summary of a comparison: means and intervals, paired differences, tables and pictures."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
+
+
+BASELINES = ("plain", "kd", "ft", "alone", "dml")
+LAMBDAS = ("lambda_inh", "lambda_exp", "lambda_kd", "lambda_kl")
+
+
+def collect(folder: Path) -> list[dict]:
+    """
+    Read all finished cells.
+
+    Args:
+        folder (`Path`):
+            The comparison's folder.
+
+    Returns:
+        `list[dict]`: `networks`, `method`, `seed`, `metrics`, `arguments` and `log` of each.
+    """
+    cells = []
+    for done in sorted(folder.glob("cells/*/*/seed-*/metrics.json")):
+        networks, method, seed = done.parts[-4:-1]
+        content = {name: json.loads((done.parent / f"{name}.json").read_text()) for name in ("arguments", "log")}
+        cells.append(
+            {
+                "networks": networks.replace("-to-", ":"),
+                "method": method,
+                "seed": int(seed.removeprefix("seed-")),
+                "metrics": json.loads(done.read_text()),
+                **content,
+            }
+        )
+    return cells
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """
+    Return mean, standard deviation, and half of the 95 % interval of the mean by Student's t.
+
+    Args:
+        values (`list[float]`):
+            One for each seed; of a single one nothing but the mean is known.
+
+    Returns:
+        `tuple[float, float, float]`: the last two are NaN for a single value.
+
+    Example:
+
+    ```python
+    >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]
+    [2.0, 1.0, 2.484]
+
+    ```
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return mean, math.nan, math.nan
+    deviation = float(np.std(values, ddof=1))
+    return mean, deviation, float(scipy.stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def accuracies(cells: list[dict], part: str) -> dict[str, dict[str, dict[int, float]]]:
+    """
+    Sort accuracies by networks, method and seed.
+
+    Args:
+        cells (`list[dict]`):
+            What [`collect`] gave.
+        part (`str`):
+            `validation` or `test`.
+
+    Returns:
+        `dict`: networks (of peers each by itself) to method to seed to per cent; only what was measured on that part.
+    """
+    found = defaultdict(lambda: defaultdict(dict))
+    for cell in cells:
+        names = cell["networks"].split("+")
+        keys = {cell["networks"]: f"{part}_accuracy"}
+        if len(names) > 1:
+            keys = {f"{cell['networks']}, peer {i}": f"{part}_peer_{i}_accuracy" for i in range(1, len(names) + 1)}
+        for name, key in keys.items():
+            if key in cell["metrics"]:
+                found[name][cell["method"]][cell["seed"]] = 100 * cell["metrics"][key]
+    return {name: dict(methods) for name, methods in found.items()}
+
+
+def paired(values: dict[int, float], baseline: dict[int, float]) -> str:
+    """
+    Describe the difference of two methods over the seeds that both have.
+
+    Args:
+        values (`dict[int, float]`), baseline (`dict[int, float]`):
+            Accuracies by seed, in per cent.
+
+    Returns:
+        `str`: mean difference in points, with half of its 95 % interval where there are two seeds or more.
+
+    Example:
+
+    ```python
+    >>> paired({0: 71.0, 1: 72.0, 2: 73.0}, {0: 70.0, 1: 71.5, 2: 71.5})
+    '+1.00 \u00b1 1.24'
+
+    ```
+    """
+    seeds = sorted(values.keys() & baseline.keys())
+    if not seeds:
+        return "-"
+    mean, _, half = interval([values[seed] - baseline[seed] for seed in seeds])
+    return f"{mean:+.2f}" + ("" if math.isnan(half) else f" \u00b1 {half:.2f}")
+
+
+def markdown(cells: list[dict]) -> str:
+    """
+    Write the tables: for each pair and part, a row for each method.
+
+    Args:
+        cells (`list[dict]`):
+            What [`collect`] gave.
+
+    Returns:
+        `str`: Markdown.
+    """
+    lines = []
+    for part in ("test", "validation"):
+        for networks, methods in accuracies(cells, part).items():
+            baselines = [name for name in BASELINES if name in methods and len(methods) > 1]
+            lines += [f"### {networks} ({part})", ""]
+            titles = ["method", "weights", "seeds", "accuracy", "sd", "95 % interval", *(f"- {b}" for b in baselines)]
+            lines += [
+                "| " + " | ".join([*titles, "seconds"]) + " |",
+                "|---|---|" + "---:|" * (len(titles) - 1),
+            ]
+            order = sorted(
+                methods, key=lambda method: (method not in BASELINES, np.mean(list(methods[method].values())))
+            )
+            for method in order:
+                of_method = [c for c in cells if c["method"] == method and c["networks"] == networks.split(",")[0]]
+                used = of_method[0]["arguments"]
+                weights = ", ".join(f"{used[name]:g}" for name in LAMBDAS if used.get(name)) or "-"
+                mean, deviation, half = interval(list(methods[method].values()))
+                seconds = np.mean([cell["metrics"]["train_runtime"] for cell in of_method])
+                row = [method, weights, str(len(methods[method])), f"{mean:.2f}"]
+                row += ["-", "-"] if math.isnan(half) else [f"{deviation:.2f}", f"\u00b1 {half:.2f}"]
+                row += ["" if b == method else paired(methods[method], methods[b]) for b in baselines]
+                lines.append("| " + " | ".join([*row, f"{seconds:.0f}"]) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def draw(cells: list[dict], path: str) -> None:
+    """
+    Draw each method's accuracies: a dot for each seed, the mean and its interval.
+
+    Args:
+        cells (`list[dict]`):
+            What [`collect`] gave.
+        path (`str`):
+            The PNG file to write.
+    """
+    found = accuracies(cells, "test") or accuracies(cells, "validation")
+    if not found:
+        return
+    rows = [max(len(methods), 2) for methods in found.values()]
+    figure, panels = plt.subplots(
+        len(found), 1, figsize=(9, 0.34 * sum(rows) + 1.1 * len(rows)), height_ratios=rows, squeeze=False
+    )
+    for panel, (networks, methods) in zip(panels[:, 0], found.items(), strict=True):
+        order = sorted(methods, key=lambda method: np.mean(list(methods[method].values())))
+        for y, method in enumerate(order):
+            values = list(methods[method].values())
+            mean, _, half = interval(values)
+            colour = "C7" if method in BASELINES else "C0"
+            panel.plot(values, [y] * len(values), ".", color=colour, alpha=0.5)
+            panel.errorbar(mean, y, xerr=None if math.isnan(half) else half, fmt="o", color=colour, capsize=3)
+        panel.set_yticks(range(len(order)), order)
+        panel.set_title(networks, fontsize="medium")
+        panel.grid(axis="x", alpha=0.3)
+    panels[-1, 0].set_xlabel("accuracy, %; mean of the seeds with its 95 % interval, a small dot for each seed")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_sweep(cells: list[dict], path: str) -> None:
+    """
+    Draw accuracy on the validation part over lambda_inh, a line for each lambda_exp, and what the weights amount to.
+
+    Args:
+        cells (`list[dict]`):
+            What [`collect`] gave; cells of IE-FT, inheritance and FT count.
+        path (`str`):
+            The PNG file to write.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+    lines = defaultdict(lambda: defaultdict(list))
+    shares = defaultdict(list)
+    for cell in cells:
+        used, metrics = cell["arguments"], cell["metrics"]
+        if used.get("knowledge") != "factors" or "validation_accuracy" not in metrics:
+            continue
+        kd = " + KD" if used["lambda_kd"] else ""
+        if used["lambda_inh"] > 0:
+            kind = "FT" if used["inheritance_ratio"] == 1 else f"IE-FT, lambda_exp {used['lambda_exp']:g}"
+            lines[kind + kd][used["lambda_inh"]].append(100 * metrics["validation_accuracy"])
+        for loss, weight in (("inheritance", "lambda_inh"), ("exploration", "lambda_exp")):
+            if f"{loss}_loss_gradient_share" in metrics:
+                shares[loss].append((used[weight], metrics[f"{loss}_loss_gradient_share"]))
+    for colour, (name, points) in enumerate(sorted(lines.items())):
+        xs = sorted(points)
+        left.plot(xs, [np.mean(points[x]) for x in xs], "o-", color=f"C{colour}", label=name)
+    plain = [100 * c["metrics"]["validation_accuracy"] for c in cells if c["method"] == "plain"]
+    if plain:
+        left.axhline(np.mean(plain), color="C7", linestyle="--", label="plain")
+    left.set(xscale="log", xlabel="lambda_inh", ylabel="accuracy on held-out training images, %")
+    left.legend(fontsize="small")
+    for loss, points in shares.items():
+        right.plot(*zip(*sorted(points), strict=True), ".", label=loss)
+    right.axhline(0.01, color="C7", linestyle="--", label="a warning is given below")
+    right.set(xscale="log", yscale="log", xlabel="weight", ylabel="gradient at the features / that of the task's loss")
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
