@@ -8,13 +8,12 @@ Compare methods of distillation in one harness: the same networks, images, sched
 A method can be followed by arguments that differ from its own: `ie-ft,lambda_inh=300,lambda_exp=0`. Peers that teach
 each other are written `cifar-resnet-20+cifar-resnet-20`, with the methods alone, dml, ie-dml, ie-dml+kl. A finished
 cell is never run twice: run the same line again to continue, or twice at a time to use two processes. At the end, all
-cells of the output folder are summed up in comparison.json, comparison.md and comparison.png.
+cells of the output folder are summed up in comparison.json, comparison.md and comparison.png; what the teachers said,
+in its folder teacher_cache, can be deleted then.
 """
 
 import json
 import logging
-import os
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,9 +51,6 @@ class ComparisonArguments:
         },
     )
     output_dir: str = field(default="comparison", metadata={"help": "Where cells, teachers and the summary are."})
-    keep_cache: bool = field(
-        default=False, metadata={"help": "Keep the cached teachers, some GiB, after the last cell."}
-    )
     threads: int | None = field(default=None, metadata={"help": "Threads on the CPU. Default: torch's."})
 
 
@@ -72,8 +68,6 @@ def main() -> None:
         for networks in what.networks:
             for method in what.methods:
                 comparison.run(networks, method, seed, parts)
-    if not what.keep_cache:
-        shutil.rmtree(os.path.join(what.output_dir, "teacher_cache"), ignore_errors=True)
     summarise(Path(what.output_dir))
 
 

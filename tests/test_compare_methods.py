@@ -1,0 +1,120 @@
+"""The comparison of methods: its statistics by hand, cells that run once, and the whole line on the digits."""
+
+import functools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+
+import comparison_report
+from comparison_cells import MultiStep, cell_folder, parse_method
+
+
+QUICK = ["--epochs", "1", "--teacher_epochs", "1", "--paraphraser_epochs", "1", "--held_out", "200", "--use_cpu"]
+QUICK += ["--student_samples", "256", "--cache_views", "2", "--batch_size", "64", "--mixed_precision", "no"]
+
+
+@pytest.fixture
+def compare(run_example):
+    import compare_methods
+
+    return functools.partial(run_example, compare_methods)
+
+
+def cell(method, seed, accuracy, networks="a:b", **metrics):
+    arguments = {"lambda_inh": 10.0, "lambda_exp": 0.0, "lambda_kd": 0.0}
+    metrics = {"test_accuracy": accuracy, "train_runtime": 5.0, **metrics}
+    return {
+        "networks": networks,
+        "method": method,
+        "seed": seed,
+        "metrics": metrics,
+        "arguments": arguments,
+        "log": [],
+    }
+
+
+def test_interval_by_hand():
+    """Three values, 2 degrees of freedom: t = 4.303."""
+    mean, deviation, half = comparison_report.interval([70.0, 71.0, 75.0])
+    assert mean == pytest.approx(72.0) and deviation == pytest.approx(math.sqrt(7.0))
+    assert half == pytest.approx(4.3026527 * math.sqrt(7.0) / math.sqrt(3), rel=1e-6)
+    assert comparison_report.interval([70.0])[0] == 70.0 and math.isnan(comparison_report.interval([70.0])[2])
+
+
+def test_differences_are_paired_by_seed():
+    # Seeds differ by far more than methods do: only pairs show it. Seed 2 has no partner and does not count.
+    assert comparison_report.paired({0: 60.5, 1: 80.5, 2: 10.0}, {0: 60.0, 1: 80.0}) == "+0.50 ± 0.00"
+    assert comparison_report.paired({0: 1.0}, {1: 1.0}) == "-"
+    assert comparison_report.paired({0: 1.5}, {0: 1.0}) == "+0.50"
+
+
+def test_the_table_has_a_row_for_each_method():
+    cells = [cell("plain", 0, 0.70), cell("plain", 1, 0.72), cell("ie-ft", 0, 0.71), cell("ie-ft", 1, 0.75)]
+    cells += [cell("dml", 0, None, "a+b", test_peer_1_accuracy=0.5, test_peer_2_accuracy=0.6)]
+    del cells[-1]["metrics"]["test_accuracy"]
+    text = comparison_report.markdown(cells)
+    assert "| plain | 10 | 2 | 71.00 | 1.41 | ± 12.71 |  | 5 |" in text
+    assert "| ie-ft | 10 | 2 | 73.00 | 2.83 | ± 25.41 | +2.00 ± 12.71 | 5 |" in text
+    assert "### a+b, peer 2 (test)" in text and "| dml | 10 | 1 | 60.00 | - | - | 5 |" in text
+
+
+def test_methods_with_arguments():
+    assert parse_method("ie-ft,lambda_inh=300,lambda_schedule=cosine,inheritance_ratio=0.25") == (
+        "ie-ft",
+        {"lambda_inh": 300, "lambda_schedule": "cosine", "inheritance_ratio": 0.25},
+    )
+    with pytest.raises(ValueError, match=r"Expected a method among plain, .*; got 'ft2'"):
+        parse_method("ft2")
+
+
+def test_milestones():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    state = type("State", (), {"max_steps": 8})
+    MultiStep([0.5, 0.75]).on_train_begin(None, state, None, lr_scheduler=scheduler)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+@pytest.mark.slow
+def test_the_whole_line_on_the_digits(compare, tmp_path):
+    common = ["--output_dir", tmp_path, *QUICK, "--evaluate_on", "test", "--networks", "cifar-resnet-8:cifar-resnet-8"]
+    printed = compare(*common, "--methods", "plain", "ie-ft+kd,lambda_inh=50", "od", "--seeds", "0", "1")
+    assert re.search(r"^\| ie-ft\+kd,lambda_inh=50 \| 50, 100, \d+ \| 2 \| ", printed, flags=re.MULTILINE), printed
+    assert "### cifar-resnet-8:cifar-resnet-8 (test)" in printed and "(validation)" in printed
+    folder = cell_folder(tmp_path, "cifar-resnet-8:cifar-resnet-8", "plain", 1)
+    before = (folder / "metrics.json").stat().st_mtime_ns
+    teacher = (tmp_path / "teachers" / "cifar-resnet-8" / "model.safetensors").stat().st_mtime_ns
+    printed = compare(*common, "--methods", "plain", "--seeds", "0", "1", "2")
+    assert re.search(r"^\| plain \| - \| 3 \| ", printed, flags=re.MULTILINE), printed
+    assert (folder / "metrics.json").stat().st_mtime_ns == before  # a finished cell is not run again
+    assert (tmp_path / "teachers" / "cifar-resnet-8" / "model.safetensors").stat().st_mtime_ns == teacher
+    cells = json.loads((tmp_path / "comparison.json").read_text())
+    assert len(cells) == 7
+    assert {"test_accuracy", "validation_accuracy", "made", "cpu_seconds"} <= set(cells[0]["metrics"])
+    for picture in ("comparison.png", "sweep.png"):
+        assert (tmp_path / picture).stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_peers_and_the_test_split_that_is_not_read(compare, tmp_path):
+    printed = compare(
+        *["--output_dir", tmp_path, *QUICK, "--networks", "cifar-resnet-8+cifar-resnet-8", "--seeds", "0"],
+        *["--methods", "alone", "dml", "ie-dml"],
+    )
+    assert "### cifar-resnet-8+cifar-resnet-8, peer 2 (validation)" in printed and "(test)" not in printed
+    for cell in json.loads((tmp_path / "comparison.json").read_text()):
+        assert not [name for name in cell["metrics"] if name.startswith("test_")]
+        assert {"validation_peer_1_accuracy", "validation_peer_2_accuracy"} <= set(cell["metrics"])
