@@ -41,7 +41,8 @@ def gradient_shares(
     >>> from iekd_hf.gradient_shares import gradient_shares
     >>> f_S = torch.tensor([3.0, 4.0], requires_grad=True)
     >>> losses = {"task_loss": f_S.square().sum() / 2, "inheritance_loss": f_S[0]}
-    >>> gradient_shares([([f_S], losses)], {"lambda_inh": 10.0})
+    >>> shares = gradient_shares([([f_S], losses)], {"lambda_inh": 10.0})
+    >>> {name: round(share, 3) for name, share in shares.items()}
     {'inheritance_loss': 2.0}
 
     ```
