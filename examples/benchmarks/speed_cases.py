@@ -74,6 +74,7 @@ class Setting:
         return Paraphraser(channels, self.factor_channels or channels // 2).eval()
 
     def arguments(self, **kwargs) -> IEKDTrainingArguments:
+        kwargs = {"lambda_inh": 1000.0, "lambda_exp": 100.0, **kwargs}  # those of the bare loop
         return IEKDTrainingArguments(
             output_dir=self.folder.name,
             max_steps=10**6,
