@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from .checkpoints import load_weights
+from .hub import HubTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -54,7 +55,7 @@ class ComponentLog:
         return dict(zip(self.names, gathered[:, 0].mean(dim=0).tolist(), strict=True)), bad
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(HubTrainer):
     """
     Extend [`~transformers.Trainer`] by what distillation trainers share.
 
@@ -72,7 +73,6 @@ class DistillationTrainer(Trainer):
             As in [`~transformers.Trainer`].
     """
 
-    _tag_names = ("iekd", "knowledge-distillation")
     # The arguments that weigh a loss, as both trainers name them for `loss_weights`.
     _weight_names: tuple[str, ...] = ()
 
@@ -267,11 +267,6 @@ class DistillationTrainer(Trainer):
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-
-    def create_model_card(self, *args, tags: str | list[str] | None = None, **kwargs) -> None:
-        """Write the model card, tagged as distilled."""
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        super().create_model_card(*args, tags=tags + [tag for tag in self._tag_names if tag not in tags], **kwargs)
 
 
 class _PassBatches:

@@ -176,6 +176,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass  # quiet
 
+    def set_failures(self) -> None:
+        # For clients in other processes; no such thing on the Hub.
+        self.hub.failures = json.loads(self.body)
+        self._send_json({})
+
     # ---- Reading ----
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
@@ -343,6 +348,7 @@ _MESSAGES = {
 _REPO = r"(?P<repo>(datasets/)?[\w.-]+/[\w.-]+)"
 _API = r"/api/(?P<repo>(models|datasets)/[\w.-]+/[\w.-]+)"
 _ROUTES = (
+    ("POST", r"/failures", "set_failures"),
     ("GET HEAD", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ("GET", rf"{_API}(/revision/(?P<revision>[^/]+))?", "info"),
     ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
