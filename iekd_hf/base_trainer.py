@@ -73,6 +73,8 @@ class DistillationTrainer(HubTrainer):
             As in [`~transformers.Trainer`].
     """
 
+    # Put before each name in the logs, by a trainer whose logs trackers may put into one run with another's.
+    log_prefix = ""
     # The arguments that weigh a loss, as both trainers name them for `loss_weights`.
     _weight_names: tuple[str, ...] = ()
 
@@ -216,7 +218,7 @@ class DistillationTrainer(HubTrainer):
         if "loss" in logs:
             logs = {**logs, **self.check_finite(), **self.loss_weights()}
             self.components.reset()
-        super().log(logs, start_time)
+        super().log({self.log_prefix + name: value for name, value in logs.items()}, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Predict with the bare model, of whose output only predictions are kept."""

@@ -131,7 +131,9 @@ class ParaphraserStage:
         )
         logger.info(f"Stage 1: training the paraphraser, {args.paraphraser_epochs:g} epochs.")
         output = stage_1.train(resume_from_checkpoint=checkpoint)
-        report = stage_1.report()
+        report = stage_1.reported
+        # MLflow's callback ends whatever run is active when it is collected: let that be now, not in stage 2.
+        stage_1.callback_handler.callbacks.clear()
         self.trainer.teacher.set_paraphrasers(paraphrasers)
         known = {"teacher": self.trainer.teacher_row.source, **(report if len(paraphrasers) == 1 else {})}
         for paraphraser, layer in zip(paraphrasers, self.trainer.teacher.tap.layers, strict=True):

@@ -176,10 +176,14 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass  # quiet
 
+    # ---- For clients in other processes; no such thing on the Hub ----
+
     def set_failures(self) -> None:
-        # For clients in other processes; no such thing on the Hub.
         self.hub.failures = json.loads(self.body)
         self._send_json({})
+
+    def listing(self) -> None:
+        self._send_json({repo: sorted(content["files"]) for repo, content in self.hub.repos.items()})
 
     # ---- Reading ----
 
@@ -349,6 +353,7 @@ _REPO = r"(?P<repo>(datasets/)?[\w.-]+/[\w.-]+)"
 _API = r"/api/(?P<repo>(models|datasets)/[\w.-]+/[\w.-]+)"
 _ROUTES = (
     ("POST", r"/failures", "set_failures"),
+    ("GET", r"/listing", "listing"),
     ("GET HEAD", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ("GET", rf"{_API}(/revision/(?P<revision>[^/]+))?", "info"),
     ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
