@@ -288,6 +288,13 @@ class ImageRun:
         metrics = DistillationTrainer(model=model, args=args, **common).evaluate()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
+    def ask_the_hub(self, model: PreTrainedModel) -> None:
+        """Let a Hub that refuses the repository say so now, and not after the networks to compare with are trained."""
+        if self.args.push_to_hub:
+            args = copy.copy(self.args)
+            args.report_to = []
+            DistillationTrainer(model=model, args=args, **self.common())
+
     def for_the_card(self) -> dict:
         """Return what the model card says of the data and the run."""
         data = self.data_args

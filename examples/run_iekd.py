@@ -125,8 +125,7 @@ def main() -> None:
     from_scratch = model_args.student_from_scratch or is_shorthand(model_args.student)
     student = build_model(model_args.student, "--student", run.names, from_scratch, model_args.trust_remote_code)
     run.prepare_images(model_args.student, from_scratch)
-    if args.push_to_hub:
-        DistillationTrainer(model=student, args=args)  # asks the Hub for the repository, before all the training
+    run.ask_the_hub(student)
     results, teacher_metrics, metrics = [], None, None
 
     if args.do_train:

@@ -19,7 +19,6 @@ from report import Result, draw, table
 from transformers import PreTrainedModel
 
 from iekd_hf import MutualTrainer, MutualTrainingArguments
-from iekd_hf.base_trainer import DistillationTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -80,8 +79,7 @@ def main() -> None:
         for name in model_args.peers
     ]
     run.prepare_images(model_args.peers[0], from_scratch)
-    if args.push_to_hub:
-        DistillationTrainer(model=peers[0], args=args)  # asks the Hub for the repository, before all the training
+    run.ask_the_hub(peers[0])
     results, epochs = [], args.num_train_epochs
     how = NAMES[args.mutual_loss] if args.do_train else "as given"
 

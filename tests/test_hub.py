@@ -229,7 +229,9 @@ print(json.dumps({
 
 def test_paraphraser_is_pushed_and_loaded(hub: HubServer, client: Client):
     result = client(PUSH_PARAPHRASER, hub.endpoint)
-    assert {"model.safetensors", "config.json", "README.md"} == set(hub.repos["user/paraphraser"]["files"])
+    files = hub.repos["user/paraphraser"]["files"]
+    assert {"model.safetensors", "config.json", "README.md"} == set(files)
+    assert b'Paraphraser.from_pretrained("user/paraphraser")' in files["README.md"]
     assert result["difference"] == 0 < result["spread"]
     assert result["same_weights"]
     assert not result["stage_1"]  # a paraphraser that is given is not trained

@@ -162,7 +162,7 @@ def test_paraphraser(make_trainer, tmp_path):
     card = read_card(tmp_path / "out" / "_paraphraser")
     assert card.data.to_dict()["teacher"] == "microsoft/resnet-50" and "license" not in card.data.to_dict()
     assert {"iekd", "paraphraser"} <= set(card.data.tags) and card.data.library_name == "iekd_hf"
-    assert f"{error:.4g}" in card.text and "resnet.encoder.stages.1" in card.text
+    assert f"{error:.4g}" in card.text and "layer of the teacher: `resnet`" in card.text
     loaded = Paraphraser.from_pretrained(tmp_path / "out" / "_paraphraser")
     loaded.save_pretrained(tmp_path / "copy", model_card_kwargs={"license": "mit", "dataset": "uoft-cs/cifar10"})
     data = read_card(tmp_path / "copy").data.to_dict()
