@@ -37,6 +37,7 @@ from iekd_hf.loading import explain_unreachable, find_processor
 
 logger = logging.getLogger(__name__)
 
+PICTURE = "report.png"
 # The digits are small and learnt in a few epochs.
 DIGITS_EPOCHS = {"num_train_epochs": 6.0, "paraphraser_epochs": 4.0}
 OTHER_EPOCHS = 30.0
@@ -73,6 +74,10 @@ class ScriptArguments:
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..., or none."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: transforms need the images."})
     seed: int = field(default=42, metadata={"help": "Seed of everything."})
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of what is pushed, as the Hub names it (mit, ...). Default: the pretrained one's."},
+    )
 
     def __post_init__(self):
         # Which default holds is known when the data is.
@@ -119,6 +124,7 @@ def build_model(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **labels)
         if from_scratch:
+            config.name_or_path = ""  # its weights are not that model's
             return AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
         return AutoModelForImageClassification.from_pretrained(
             name,
@@ -253,6 +259,7 @@ class ImageRun:
             return content["seconds"], content["log_history"]
         args = copy.copy(self.args)
         args.output_dir, args.num_train_epochs, args.push_to_hub = str(folder), epochs, False
+        args.report_to = []  # trackers would mix it with the run that it is compared with
         args.load_best_model_at_end, args.metric_for_best_model = False, None
         trainer = make_trainer(args)
         logger.warning("Training the %s for %g epochs.", name, epochs)
@@ -272,7 +279,7 @@ class ImageRun:
     def evaluate(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> dict[str, float]:
         """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
         args = copy.copy(self.args)
-        args.push_to_hub = False
+        args.push_to_hub, args.report_to = False, []
         common = self.common()
         if processor is not None:
             splits = datasets.DatasetDict({"validation": self.splits["validation"]})
@@ -280,3 +287,23 @@ class ImageRun:
             common["eval_dataset"] = images["validation"]
         metrics = DistillationTrainer(model=model, args=args, **common).evaluate()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+    def ask_the_hub(self, model: PreTrainedModel) -> None:
+        """Let a Hub that refuses the repository say so now, and not after the networks to compare with are trained."""
+        if self.args.push_to_hub:
+            args = copy.copy(self.args)
+            args.report_to = []
+            DistillationTrainer(model=model, args=args, **self.common())
+
+    def for_the_card(self) -> dict:
+        """Return what the model card says of the data and the run."""
+        data = self.data_args
+        digits = "scikit-learn's handwritten digits" if data.uses_digits else None
+        return {
+            "dataset": digits,
+            "dataset_tags": data.dataset_name,
+            "dataset_args": data.dataset_config_name,
+            "license": self.args.license,
+            "tasks": "image-classification",
+            "picture": PICTURE if self.args.do_train else None,
+        }

@@ -15,7 +15,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from classification import ImageRun, ScriptArguments, build_model, is_shorthand, parse_arguments
+from classification import PICTURE, ImageRun, ScriptArguments, build_model, is_shorthand, parse_arguments
 from image_data import DataArguments
 from report import Result, draw, table
 from transformers import AutoConfig, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
@@ -108,6 +108,7 @@ def get_teacher(
     if epochs > 0:
         seconds, result.log_history = run.train_alone(teacher, "teacher", epochs)
         result.seconds = {"training": seconds}
+        teacher.config.name_or_path = ""  # no longer the model of that name
     if own_classes and run.args.do_eval:
         result.metrics = run.evaluate(teacher, processor)
     return teacher, processor, result
@@ -124,16 +125,18 @@ def main() -> None:
     from_scratch = model_args.student_from_scratch or is_shorthand(model_args.student)
     student = build_model(model_args.student, "--student", run.names, from_scratch, model_args.trust_remote_code)
     run.prepare_images(model_args.student, from_scratch)
-    results = []
+    run.ask_the_hub(student)
+    results, teacher_metrics, metrics = [], None, None
 
     if args.do_train:
         plain = copy.deepcopy(student)  # the same start as the distilled student's
         teacher, teacher_processor, result = get_teacher(run, model_args)
         results.append(result)
+        teacher_metrics = result.metrics
         if model_args.plain_student:
             seconds, history = run.train_alone(plain, "plain student", args.num_train_epochs)
-            metrics = run.evaluate(plain) if args.do_eval else {}
-            results.append(Result("plain student", plain.num_parameters(), metrics, {"training": seconds}, history))
+            measured = run.evaluate(plain) if args.do_eval else {}
+            results.append(Result("plain student", plain.num_parameters(), measured, {"training": seconds}, history))
         trainer = IEKDTrainer(
             model=student,
             teacher_model=teacher,
@@ -160,8 +163,8 @@ def main() -> None:
         per_class = run.metric.compute(
             predictions=prediction.predictions, references=prediction.label_ids, class_names=run.names
         )
-        metrics = {**prediction.metrics, **{f"eval_{name}": value for name, value in per_class.items()}}
-        trainer.save_metrics("eval", metrics)
+        metrics = prediction.metrics
+        trainer.save_metrics("eval", {**metrics, **{f"eval_{name}": value for name, value in per_class.items()}})
         if results:
             results[-1].metrics = per_class
         else:
@@ -176,10 +179,10 @@ def main() -> None:
     if trainer.is_world_process_zero() and results:
         print("\n" + table(results) + "\n")
         if args.do_train:
-            draw(results, os.path.join(args.output_dir, "report.png"))
+            draw(results, os.path.join(args.output_dir, PICTURE))
             print(f"Student: {args.output_dir}   Picture: {os.path.join(args.output_dir, 'report.png')}")
     if args.push_to_hub:
-        trainer.push_to_hub(dataset=data_args.dataset_name, tasks="image-classification")
+        trainer.push_to_hub(teacher_metrics=teacher_metrics, metrics=metrics, **run.for_the_card())
 
 
 if __name__ == "__main__":

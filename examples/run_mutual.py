@@ -13,7 +13,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 
-from classification import ImageRun, ScriptArguments, build_model, is_shorthand, parse_arguments
+from classification import PICTURE, ImageRun, ScriptArguments, build_model, is_shorthand, parse_arguments
 from image_data import DataArguments
 from report import Result, draw, table
 from transformers import PreTrainedModel
@@ -79,6 +79,7 @@ def main() -> None:
         for name in model_args.peers
     ]
     run.prepare_images(model_args.peers[0], from_scratch)
+    run.ask_the_hub(peers[0])
     results, epochs = [], args.num_train_epochs
     how = NAMES[args.mutual_loss] if args.do_train else "as given"
 
@@ -118,12 +119,12 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print("\n" + table(results) + "\n")
         if args.do_train:
-            picture = os.path.join(args.output_dir, "report.png")
+            picture = os.path.join(args.output_dir, PICTURE)
             draw(results, picture)
             folders = " ".join(os.path.join(args.output_dir, name) for name in trainer.named_peers())
             print(f"Peers: {folders}   Picture: {picture}")
     if args.push_to_hub:
-        trainer.push_to_hub(dataset=data_args.dataset_name, tasks="image-classification")
+        trainer.push_to_hub(**run.for_the_card())
 
 
 if __name__ == "__main__":

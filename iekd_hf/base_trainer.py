@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from .checkpoints import load_weights
+from .hub import HubTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -56,7 +57,7 @@ class ComponentLog:
         return dict(zip(self.names, gathered[:, 0].mean(dim=0).tolist(), strict=True)), bad
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(HubTrainer):
     """
     Extend [`~transformers.Trainer`] by what distillation trainers share.
 
@@ -74,7 +75,8 @@ class DistillationTrainer(Trainer):
             As in [`~transformers.Trainer`].
     """
 
-    _tag_names = ("iekd", "knowledge-distillation")
+    # Put before each name in the logs, by a trainer whose logs trackers may put into one run with another's.
+    log_prefix = ""
     # The arguments that weigh a loss, as both trainers name them for `loss_weights`.
     _weight_names: tuple[str, ...] = ()
 
@@ -235,7 +237,7 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self.check_finite(), **self.loss_weights()}
             self.components.reset()
-        super().log(logs, start_time)
+        super().log({self.log_prefix + name: value for name, value in logs.items()}, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Predict with the bare model, of whose output only predictions are kept."""
@@ -287,11 +289,6 @@ class DistillationTrainer(Trainer):
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-
-    def create_model_card(self, *args, tags: str | list[str] | None = None, **kwargs) -> None:
-        """Write the model card, tagged as distilled."""
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        super().create_model_card(*args, tags=tags + [tag for tag in self._tag_names if tag not in tags], **kwargs)
 
 
 class _PassBatches:

@@ -1,11 +1,12 @@
 """The channel split of the student, the factor encoder, and the paraphraser that compresses the teacher's maps."""
 
+import copy
 import math
 import os
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from torch import nn
 
@@ -123,7 +124,7 @@ class Paraphraser(
     PyTorchModelHubMixin,
     library_name="iekd_hf",
     tags=["iekd", "knowledge-distillation", "paraphraser"],
-    license="apache-2.0",
+    model_card_template=Path(__file__).with_name("paraphraser_card.md").read_text(encoding="utf-8"),
 ):
     """
     Compress a teacher's feature maps into compact factors, and decode them again: the factor autoencoder.
@@ -156,6 +157,8 @@ class Paraphraser(
     (torch.Size([2, 32, 8, 8]), torch.Size([2, 64, 8, 8]), 129600)
 
     ```
+
+    `facts` is what [`IEKDTrainer`] knows of the paraphraser that it has trained, for its model card.
     """
 
     def __init__(self, in_channels: int, factor_channels: int, decoder: str = "conv"):
@@ -164,6 +167,7 @@ class Paraphraser(
             raise ValueError(f"Expected paraphraser_decoder to be one of {', '.join(DECODERS)}; got {decoder!r}.")
         self.in_channels = in_channels
         self.factor_channels = factor_channels
+        self.facts: dict[str, str | float] = {}
         self.encoder = _coder(in_channels, factor_channels)
         convolution = nn.Conv2d if decoder == "conv" else nn.ConvTranspose2d
         self.decoder = _coder(factor_channels, in_channels, convolution)
@@ -175,6 +179,37 @@ class Paraphraser(
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return the reconstruction of `(batch_size, in_channels, height, width)`."""
         return self.decoder(self.encoder(feature_map))
+
+    def generate_model_card(self, **facts) -> ModelCard:
+        """
+        Write the model card.
+
+        Args:
+            facts:
+                What the attribute `facts` does not say, or says otherwise: `teacher` and `dataset` (Hub ids), `layer`,
+                `license`, `reconstruction_loss` and `mean_map_loss` (held-out images), `repo_id`. `save_pretrained`
+                and `push_to_hub` take them as `model_card_kwargs`.
+
+        Returns:
+            `ModelCard`
+        """
+        facts = {**self.facts, **facts}
+        data = copy.deepcopy(self._hub_mixin_info.model_card_data)
+        for name in ("license", "teacher"):
+            data[name] = facts.get(name)
+        data["datasets"] = [facts["dataset"]] if facts.get("dataset") else None
+        return ModelCard.from_template(
+            data,
+            template_str=self._hub_mixin_info.model_card_template,
+            model=self,
+            parameters=sum(parameter.numel() for parameter in self.parameters()),
+            **{"repo_id": ".", **facts},
+        )
+
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict | None = None, **kwargs) -> str:
+        """Push as any model of the Hub's mixin; the card says how to load it from there."""
+        facts = {"repo_id": repo_id, **(model_card_kwargs or {})}
+        return super().push_to_hub(repo_id, model_card_kwargs=facts, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs):

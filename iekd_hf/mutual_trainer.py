@@ -11,10 +11,12 @@ from .checks import check_models
 from .features import FeatureTap
 from .loading import load_model
 from .losses import kd_loss, reconstruction_loss
+from .model_card import taught_each_other
 from .modeling import PeerGroup, frozen_statistics
 from .objective import factor_losses, weighted_sum
 from .partwise_optimizer import PartwiseOptimizer
 from .peers_trainer import PeersTrainer
+from .run_facts import Network
 from .shared_arguments import PARAPHRASER_SGD
 
 
@@ -259,7 +261,12 @@ class MutualTrainer(PeersTrainer):
             self.optimizer = PartwiseOptimizer(optimizers)
         return self.optimizer
 
-    # ---- Checkpoints ----
+    # ---- Checkpoints and the model card ----
+
+    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> tuple[list[Network], str, tuple[str, ...]]:
+        """Return a row for each peer, and how they were taught."""
+        rows, _, _ = super().card_facts(metrics, teacher_metrics)
+        return rows, taught_each_other(self.args, len(rows)), tuple({"ie", *self.args.mutual_loss.split("+")})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save each peer in a folder of its own; a checkpoint gets encoders, splits and paraphrasers beside them."""

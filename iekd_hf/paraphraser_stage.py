@@ -91,7 +91,9 @@ class ParaphraserStage:
             if resuming and Path(resume_from_checkpoint).parent.name == STAGE_1_FOLDER:
                 resume_from_checkpoint, checkpoint = None, resume_from_checkpoint
             elif resuming:
-                finished = Path(resume_from_checkpoint).parent / PARAPHRASER_FOLDER
+                # Beside the checkpoint or, in one from the Hub, inside of it.
+                inside = Path(resume_from_checkpoint) / PARAPHRASER_FOLDER
+                finished = inside if inside.is_dir() else Path(resume_from_checkpoint).parent / PARAPHRASER_FOLDER
 
         if resume_from_checkpoint:
             check_made_by(resume_from_checkpoint, type(self.trainer).__name__)
@@ -143,8 +145,13 @@ class ParaphraserStage:
         )
         logger.info(f"Stage 1: training the paraphraser, {args.paraphraser_epochs:g} epochs.")
         output = stage_1.train(resume_from_checkpoint=checkpoint)
-        report = stage_1.report()
+        report = stage_1.reported
+        # MLflow's callback ends whatever run is active when it is collected: let that be now, not in stage 2.
+        stage_1.callback_handler.callbacks.clear()
         self.trainer.teacher.set_paraphrasers(paraphrasers)
+        known = {"teacher": self.trainer.teacher_row.source, **(report if len(paraphrasers) == 1 else {})}
+        for paraphraser, layer in zip(paraphrasers, self.trainer.teacher.tap.layers, strict=True):
+            paraphraser.facts = {"layer": layer, **known}
         return {"train_runtime": output.metrics["train_runtime"], **report}
 
     def _measure(self) -> dict[str, float]:

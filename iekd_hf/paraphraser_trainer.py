@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .arguments import IEKDTrainingArguments
@@ -44,6 +45,8 @@ class ParaphraserTrainer(DistillationTrainer):
             As in [`DistillationTrainer`].
     """
 
+    log_prefix = "paraphraser/"
+
     def __init__(
         self,
         paraphrasers: ParaphraserStack,
@@ -65,6 +68,9 @@ class ParaphraserTrainer(DistillationTrainer):
             optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": args.paraphraser_learning_rate, **PARAPHRASER_SGD}),
         )
         self.teacher = teacher
+        self.reported: dict[str, float] = {}
+        # First of all, while trackers still listen.
+        self.callback_handler.callbacks.insert(0, _ReportAtTheEnd(self))
 
     def _set_signature_columns_if_needed(self):
         # The batch is the teacher's, not the paraphrasers', whose forward takes feature maps.
@@ -84,12 +90,6 @@ class ParaphraserTrainer(DistillationTrainer):
         distance = self.args.reconstruction_distance
         losses = [reconstruction_loss(r, f_T, distance) for r, f_T in zip(reconstructions, feature_maps, strict=True)]
         return torch.stack(losses).mean()
-
-    def train(self, *args, **kwargs):
-        """Train, then give every rank the BatchNorm statistics of rank 0."""
-        output = super().train(*args, **kwargs)
-        self.sync_buffers(self.model)
-        return output
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
@@ -150,6 +150,16 @@ class ParaphraserTrainer(DistillationTrainer):
             with self.accelerator.autocast():
                 feature_maps, _ = self.teacher.feature_maps(self._prepare_inputs(inputs))
             yield feature_maps
+
+
+class _ReportAtTheEnd(TrainerCallback):
+    def __init__(self, trainer: ParaphraserTrainer):
+        self.trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Let every rank have the BatchNorm statistics of rank 0, and report."""
+        self.trainer.sync_buffers(self.trainer.model)
+        self.trainer.reported = self.trainer.report()
 
 
 def _resize(feature_map: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

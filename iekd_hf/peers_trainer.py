@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator
 
 import torch
-from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+from transformers.trainer_utils import EvalLoopOutput
 
 from .base_trainer import DistillationTrainer
 from .checkpoints import load_weights
+from .run_facts import Network
 
 
 class PeersTrainer(DistillationTrainer):
@@ -124,19 +124,12 @@ class PeersTrainer(DistillationTrainer):
     def _load_best_model(self):
         self.load_peers(self.state.best_model_checkpoint)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies one model from the checkpoint to where it pushes from.
-        if self.args.hub_strategy != HubStrategy.END:
-            self._save(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+    def complete_output_dir(self) -> None:
+        """Save all models: Trainer copies one from a checkpoint to where it pushes from."""
+        self._save(self.args.output_dir)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write the model card, with how to load each model."""
-        super().create_model_card(*args, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        path = os.path.join(self.args.output_dir, "README.md")
-        card = ModelCard.load(path)
+    def how_to_load(self) -> str:
+        """Return code that loads each model by its folder."""
         imports, loads = {}, []
         for name, model in self.named_peers().items():
             imports.setdefault(type(model).__module__.partition(".")[0], set()).add(type(model).__name__)
@@ -144,5 +137,12 @@ class PeersTrainer(DistillationTrainer):
                 f'{name} = {type(model).__name__}.from_pretrained("{self.hub_model_id or "."}", subfolder="{name}")'
             )
         lines = [f"from {package} import {', '.join(sorted(names))}" for package, names in sorted(imports.items())]
-        card.text += "\n".join(["", "## How to load", "", "```python", *lines, "", *loads, "```", ""])
-        card.save(path)
+        return "\n".join([*lines, "", *loads])
+
+    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> tuple[list[Network], str, tuple[str, ...]]:
+        """Return a row for each model, with what was measured of it."""
+        rows = []
+        for name, model in self.named_peers().items():
+            own = {key.removeprefix(f"{name}_"): value for key, value in metrics.items() if key.startswith(f"{name}_")}
+            rows.append(Network.of(name, model, own))
+        return rows, "", ()

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -146,10 +147,11 @@ class IETrainingArguments(TrainingArguments):
     def __getstate__(self) -> dict:
         # Trainer pickles its arguments into training_args.bin and pushes that: no token and no path of this machine
         # in it.
-        state = {
-            k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v for k, v in vars(self).items()
-        }
-        return {**state, "hub_token": None}
+        return {**{name: _without_folder(value) for name, value in vars(self).items()}, "hub_token": None}
+
+    def to_dict(self) -> dict:
+        """Return the values that trackers are told, and that a tracker's file in `output_dir` takes to the Hub."""
+        return {name: _without_folder(value) for name, value in super().to_dict().items()}
 
     def __copy__(self) -> "IETrainingArguments":
         # A copy, unlike a pickle, stays in this process and keeps both.
@@ -174,3 +176,8 @@ class IETrainingArguments(TrainingArguments):
             return 1.0
         remaining = 1 - (progress - self.lambda_warmup_ratio) / (1 - self.lambda_warmup_ratio)
         return remaining if self.lambda_schedule == "linear" else (1 - math.cos(math.pi * remaining)) / 2
+
+
+def _without_folder(value):
+    """Cut a path of this machine down to its last part."""
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

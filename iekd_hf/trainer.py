@@ -1,6 +1,7 @@
 """IE-KD: a student that inherits from a frozen teacher with one half and explores with the other (CVPR 2021)."""
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,17 +11,26 @@ from transformers.utils import logging
 
 from .arguments import IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
-from .checkpoints import ENCODERS_FOLDER, check_made_by, fingerprint, load_encoders, save_encoders
+from .checkpoints import (
+    ENCODERS_FOLDER,
+    check_made_by,
+    fingerprint,
+    load_encoders,
+    save_encoders,
+    save_paraphrasers,
+)
 from .checks import check_student
 from .factors import ChannelSplit, Paraphraser
 from .features import FeatureTap
 from .gradient_shares import measure_gradient_shares
 from .loading import find_processor, load_model
 from .losses import kd_loss
+from .model_card import distilled
 from .modeling import FrozenTeacher, StudentWithEncoders
 from .objective import factor_losses, weighted_sum
-from .paraphraser_stage import ParaphraserStage
+from .paraphraser_stage import PARAPHRASER_FOLDER, ParaphraserStage
 from .pixels import TeacherPixels
+from .run_facts import Network, numbers
 from .teacher_cache import TeacherCache, check_cacheable
 
 
@@ -111,6 +121,7 @@ class IEKDTrainer(DistillationTrainer):
 
         teacher_pixels = TeacherPixels.between(self.processing_class, teacher_processor)
         self.teacher = FrozenTeacher(teacher_model, teacher_tap, teacher_pixels).to(args.device)
+        self.teacher_row = Network.of("teacher", teacher_model)  # as given, before it is made faster
         self.student_side: StudentWithEncoders | None = None
         self.cache: TeacherCache | None = None
         self._fingerprint: str | None = None  # of the paraphrasers, once they are there
@@ -284,7 +295,13 @@ class IEKDTrainer(DistillationTrainer):
             self._build_student_side()
         return super().create_optimizer(self.student_side)
 
-    # ---- Checkpoints ----
+    # ---- Checkpoints and the model card ----
+
+    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> tuple[list[Network], str, tuple[str, ...]]:
+        """Return the rows of teacher and student, and how the student was taught."""
+        self.teacher_row.metrics = numbers(teacher_metrics or {})
+        student = Network.of("student", self.model, metrics)
+        return [self.teacher_row, student], distilled(self.args, self.teacher_row), ("ie",)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain student; a checkpoint and the run's own folder get encoders and splits beside it."""
@@ -294,6 +311,11 @@ class IEKDTrainer(DistillationTrainer):
             folder = os.path.join(self.args.output_dir, ENCODERS_FOLDER)
         if folder is not None and self.args.should_save:
             save_encoders(self.student_side, folder, type(self).__name__, **self._encoders_made_for())
+
+    def complete_checkpoint(self, folder: str) -> None:
+        """Add the paraphrasers, which are kept in `output_dir`, to a checkpoint that is pushed."""
+        if self.stage_1.kind is not None and self.teacher.paraphrasers:
+            save_paraphrasers(self.teacher.paraphrasers, Path(folder) / PARAPHRASER_FOLDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,7 +1,10 @@
 """Tiny models from configurations and data that the tests make: offline and fast."""
 
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -12,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import pytest
 import torch
+from hub_server import HubServer
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
@@ -147,3 +151,62 @@ def run_example(monkeypatch, capsys):
 def same(first: dict, second: dict) -> bool:
     """Tell whether two state dicts are equal to the last bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- Clients of the Hub, which are processes of their own: HF_ENDPOINT is read when huggingface_hub is imported ----
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "hf_test"
+
+# Prepended where the library must not be there, even if the tests' environment has it installed.
+WITHOUT_IEKD_HF = """
+import sys
+sys.modules["iekd_hf"] = None
+try:
+    import iekd_hf
+    raise SystemExit("iekd_hf can be imported")
+except ImportError:
+    pass
+"""
+
+# What a model says about a fixed image: equal lists of numbers are equal models.
+LOGITS = """
+import json, torch
+def logits(model):
+    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval().cpu()(pixel_values=pixel_values).logits.tolist()
+"""
+
+Client = Callable[..., dict]
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer(TOKEN) as server:
+        yield server
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    """Return a function that runs a script in a new process and returns the JSON object of its last line of output."""
+
+    def run(script: str, endpoint: str, *arguments: str, with_library: bool = True) -> dict:
+        dropped = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "PYTHONPATH")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(dropped) and not k.lower().endswith("_proxy")}
+        env |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        # Xet has a protocol and a server of its own; without it files go through LFS. One process, not DataParallel.
+        env |= {"HF_HUB_DISABLE_XET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if with_library:
+            env["PYTHONPATH"] = str(ROOT)
+        else:
+            script = WITHOUT_IEKD_HF + script
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", script, *arguments]
+        options = {"env": env, "cwd": elsewhere, "stdin": subprocess.DEVNULL, "timeout": 300}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

@@ -3,77 +3,15 @@
 The clients are processes of their own: `HF_ENDPOINT` is read when huggingface_hub is imported.
 """
 
-import json
-import os
 import re
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
 import torch
+from conftest import LOGITS, TOKEN, Client
 from hub_server import HubServer
 
 from iekd_hf import Paraphraser
-
-
-ROOT = Path(__file__).parent.parent
-TOKEN = "hf_test"
-
-# Prepended where the library must not be there, even if the tests' environment has it installed.
-WITHOUT_IEKD_HF = """
-import sys
-sys.modules["iekd_hf"] = None
-try:
-    import iekd_hf
-    raise SystemExit("iekd_hf can be imported")
-except ImportError:
-    pass
-"""
-
-# What a model says about a fixed image: equal lists of numbers are equal models.
-LOGITS = """
-import json, torch
-def logits(model):
-    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model.eval().cpu()(pixel_values=pixel_values).logits.tolist()
-"""
-
-Client = Callable[..., dict]
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer(TOKEN) as server:
-        yield server
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Client:
-    """Return a function that runs a script in a new process and returns the JSON object of its last line of output."""
-
-    def run(script: str, endpoint: str, *arguments: str, with_library: bool = True) -> dict:
-        dropped = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "PYTHONPATH")
-        env = {k: v for k, v in os.environ.items() if not k.startswith(dropped) and not k.lower().endswith("_proxy")}
-        env |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-        # Xet has a protocol and a server of its own; without it files go through LFS. One process, not DataParallel.
-        env |= {"HF_HUB_DISABLE_XET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if with_library:
-            env["PYTHONPATH"] = str(ROOT)
-        else:
-            script = WITHOUT_IEKD_HF + script
-        elsewhere = tmp_path / "elsewhere"
-        elsewhere.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", script, *arguments]
-        options = {"env": env, "cwd": elsewhere, "stdin": subprocess.DEVNULL, "timeout": 300}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
 
 
 # The token and the models' folders are given where they could leak: in the arguments and in `_name_or_path`.
@@ -291,7 +229,9 @@ print(json.dumps({
 
 def test_paraphraser_is_pushed_and_loaded(hub: HubServer, client: Client):
     result = client(PUSH_PARAPHRASER, hub.endpoint)
-    assert {"model.safetensors", "config.json", "README.md"} == set(hub.repos["user/paraphraser"]["files"])
+    files = hub.repos["user/paraphraser"]["files"]
+    assert {"model.safetensors", "config.json", "README.md"} == set(files)
+    assert b'Paraphraser.from_pretrained("user/paraphraser")' in files["README.md"]
     assert result["difference"] == 0 < result["spread"]
     assert result["same_weights"]
     assert not result["stage_1"]  # a paraphraser that is given is not trained

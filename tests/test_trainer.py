@@ -521,17 +521,3 @@ def test_arguments_are_required(tmp_path):
         IEKDTrainer(model=make_resnet(), teacher_model=make_resnet())
     with pytest.raises(ValueError, match="teacher_model"):
         IEKDTrainer(model=make_resnet(), args=IEKDTrainingArguments(tmp_path, report_to="none"))
-
-
-def test_tensorboard_gets_the_components(make_trainer, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    make_trainer(report_to="tensorboard").train()
-    (folder,) = {path.parent for path in (tmp_path / "out" / "runs").rglob("events*")}
-    events = EventAccumulator(str(folder)).Reload()
-    for name in ("task_loss", "inheritance_loss", "exploration_loss", "lambda_inh"):
-        assert len(events.Scalars(f"train/{name}")) == 2
-    (folder,) = {path.parent for path in (tmp_path / "out" / "_stage_1").rglob("events*")}
-    events = EventAccumulator(str(folder)).Reload()
-    assert len(events.Scalars("train/reconstruction_loss")) == 4
-    assert len(events.Scalars("train/held_out_mean_map_loss")) == 1
