@@ -39,7 +39,7 @@ def distilled(args: TrainingArguments, teacher: Network) -> str:
     ways = []
     if inherits and explores and args.inheritance_ratio < 1:
         ways.append(
-            f"One part of its features imitates the teacher's {what} ({source}), the other part is pushed to find what "
+            f"One part of its features imitates the teacher's {what} ({source}), the other is pushed to find what "
             "the teacher does not look at (inheritance and exploration, [Huang et al., CVPR 2021]"
             "(https://arxiv.org/abs/2107.00181))."
         )

@@ -62,7 +62,7 @@ def test_from_configurations(make_trainer, tmp_path):
     assert teacher[2::2] == [f"{make_resnet(16).num_parameters():,}", "0.8750"]
     assert student[2::2] == [f"{make_resnet(8).num_parameters():,}", f"{measured:.4f}"]
     assert "imitates the teacher's" in card.text and "huang2021revisiting" in card.text
-    assert "kim2018paraphrasing" in card.text and "| `lambda_inh` | 1000.0 |" in card.text
+    assert "kim2018paraphrasing" in card.text and "| `lambda_inh` | 3000.0 |" in card.text
     assert "exploration_loss | eval_loss | eval_accuracy |" in re.sub(" +", " ", card.text)
 
 
