@@ -124,16 +124,18 @@ def main() -> None:
     from_scratch = model_args.student_from_scratch or is_shorthand(model_args.student)
     student = build_model(model_args.student, "--student", run.names, from_scratch, model_args.trust_remote_code)
     run.prepare_images(model_args.student, from_scratch)
-    results = []
+    results, models = [], []
 
     if args.do_train:
         plain = copy.deepcopy(student)  # the same start as the distilled student's
         teacher, teacher_processor, result = get_teacher(run, model_args)
         results.append(result)
+        models.append((teacher, teacher_processor))
         if model_args.plain_student:
             seconds, history = run.train_alone(plain, "plain student", args.num_train_epochs)
             metrics = run.evaluate(plain) if args.do_eval else {}
             results.append(Result("plain student", plain.num_parameters(), metrics, {"training": seconds}, history))
+            models.append((plain, None))
         trainer = IEKDTrainer(
             model=student,
             teacher_model=teacher,
@@ -166,6 +168,7 @@ def main() -> None:
             results[-1].metrics = per_class
         else:
             results.append(Result("student", student.num_parameters(), per_class))
+        models.append((student, None))
     if args.do_predict:
         split = run.images.get("test", run.images["validation"])
         classes = trainer.predict(split, metric_key_prefix="predict").predictions.argmax(axis=1)
@@ -174,7 +177,12 @@ def main() -> None:
             Path(args.output_dir, "predictions.csv").write_text("\n".join(["row,label", *lines, ""]))
 
     if trainer.is_world_process_zero() and results:
+        if args.do_eval:  # all at the end, one after the other, so that they can be compared
+            for result, (model, processor) in zip(results, models, strict=True):
+                result.latency = run.latency(model, processor)
         print("\n" + table(results) + "\n")
+        if args.do_eval:
+            print("latency: one image, CPU, 1 thread, float32, median")
         if args.do_train:
             draw(results, os.path.join(args.output_dir, "report.png"))
             print(f"Student: {args.output_dir}   Picture: {os.path.join(args.output_dir, 'report.png')}")
