@@ -5,6 +5,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
+from .adapters import is_adapted
 from .decoded_images import DecodedImages
 
 
@@ -111,7 +112,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
             The trainer's other arguments.
 
     Raises:
-        `ValueError`: fewer than two models, common weights, a model without loss, arguments for one model only, data
+        `ValueError`: fewer than two models, common weights, adapters, a model without loss, arguments for one model only, data
         that do not fit.
     """
     if len(models) < 2:
@@ -124,6 +125,11 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
                     f"Expected models with weights of their own, but models[{owners[parameter]}] and models[{i}] "
                     "share theirs: build the second one anew, or pass copy.deepcopy(model)."
                 )
+        if is_adapted(model):
+            raise ValueError(
+                f"Expected models whose every weight trains, got models[{i}] with adapters: peers start from scratch. "
+                "Pass it without, or use IEKDTrainer, whose student can have adapters."
+            )
         if not find_labels(type(model)) and kwargs.get("compute_loss_func") is None:
             raise ValueError(
                 f"Expected models[{i}] to return a loss, got {type(model).__name__}, which takes no labels: pass a "

@@ -39,8 +39,9 @@ class FeatureTap:
 
     def __init__(self, model: nn.Module, layers: list[str] | None = None):
         self.model = model
-        self.layers = [_default_layer(model)] if layers is None else list(layers)
-        self.modules = [_find_layer(model, name) for name in self.layers]
+        named = _without_adapters(model)
+        self.layers = [_default_layer(named)] if layers is None else list(layers)
+        self.modules = [_find_layer(named, name) for name in self.layers]
         self.num_prefix_tokens = _count_prefix_tokens(model)
         self._handles: list = []
         self._outputs: dict[int, torch.Tensor] = {}
@@ -176,6 +177,7 @@ def list_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> di
     ```
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    model = _without_adapters(model)
     num_channels = getattr(getattr(model, "config", None), "num_channels", 3)
     parameter = next(model.parameters())
     pixels = torch.zeros(1, num_channels, height, width, dtype=parameter.dtype, device=parameter.device)
@@ -211,6 +213,11 @@ def list_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> di
 
 def _suggest_layers() -> str:
     return " iekd_hf.list_layers(model, image_size) prints the layers that can be named."
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """Return the model that PEFT has wrapped, which holds the adapters in its layers; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _default_layer(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from .adapters import check_adapted
 from .arguments import IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
 from .checkpoints import check_made_by, fingerprint, load_encoders, save_encoders
@@ -296,6 +297,7 @@ class IEKDTrainer(DistillationTrainer):
 
 def _check_student(student: PreTrainedModel, teacher: nn.Module, args: IEKDTrainingArguments, kwargs: dict) -> None:
     """Refuse what does not fit the student before anything is created on disk or on the Hub."""
+    check_adapted(student)
     FeatureTap(student, args.student_layers)
     if args.lambda_kd > 0:
         check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
