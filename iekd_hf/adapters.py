@@ -35,13 +35,9 @@ def check_adapted(model: nn.Module) -> None:
         )
     if not is_adapted(model):
         return
-    lost = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and ".modules_to_save." not in f".{name}."
-        # what modules_to_save has replaced by a copy
-        and not name.endswith(".original_module")
-    ]
+    norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    # Where `modules_to_save` names a layer, PEFT trains a copy beside the original, which rests.
+    lost = [n for n in norms if ".modules_to_save." not in n and not n.endswith(".original_module")]
     if lost:
         last = lost[0].rpartition(".")[2]
         raise ValueError(

@@ -112,8 +112,8 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
             The trainer's other arguments.
 
     Raises:
-        `ValueError`: fewer than two models, common weights, adapters, a model without loss, arguments for one model only, data
-        that do not fit.
+        `ValueError`: fewer than two models, common weights, adapters, a model without loss, arguments for one model
+        only, data that do not fit.
     """
     if len(models) < 2:
         raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
