@@ -10,12 +10,12 @@ from .adapters import check_adapted
 from .arguments import IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
 from .checkpoints import check_made_by, fingerprint, load_encoders, save_encoders
-from .checks import check_datasets, check_label_maps
+from .checks import check_datasets, check_label_maps, check_logits
 from .factors import ChannelSplit, Paraphraser
 from .features import FeatureTap
-from .loading import find_processor, load_model
+from .loading import find_processor, load_if_named
 from .losses import kd_loss
-from .modeling import FrozenTeacher, StudentWithEncoders
+from .modeling import FrozenTeacher, StudentWithEncoders, logits_of
 from .objective import factor_losses, weighted_sum
 from .paraphraser_stage import ParaphraserStage
 from .pixels import TeacherPixels
@@ -40,7 +40,8 @@ class IEKDTrainer(DistillationTrainer):
         model (`PreTrainedModel` or `str`, *optional*):
             The student: a model that returns a loss, or a Hub id or folder. Omit it for `model_init`.
         teacher_model (`nn.Module` or `str`):
-            The teacher, which is never changed: a model, or a Hub id or folder.
+            The teacher, which is never changed: a model, or a Hub id or folder. One that is not of Transformers takes
+            the pixels first, needs `teacher_layers`, and, for `lambda_kd`, returns its logits.
         args (`IEKDTrainingArguments`):
             The arguments.
         train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, ...:
@@ -52,6 +53,10 @@ class IEKDTrainer(DistillationTrainer):
         teacher_processor (`BaseImageProcessor`, *optional*):
             The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
             resized for the teacher on the device. Read from the Hub id or folder if the teacher is given as one.
+        model_init_kwargs (`dict`, *optional*), teacher_model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained` for a model given by name: `revision`, `token`, `dtype`,
+            `trust_remote_code`, ... A student is loaded in float32 unless they say otherwise. They are no part of
+            `args`, which are saved and pushed.
 
     Raises:
         `ValueError`: arguments that do not fit each other, said before any training starts.
@@ -88,17 +93,19 @@ class IEKDTrainer(DistillationTrainer):
         args: IEKDTrainingArguments | None = None,
         paraphraser: Paraphraser | list[Paraphraser] | str | None = None,
         teacher_processor: BaseImageProcessor | None = None,
+        model_init_kwargs: dict | None = None,
+        teacher_model_init_kwargs: dict | None = None,
         **kwargs,
     ):
         if not isinstance(args, IEKDTrainingArguments):
             raise ValueError(f"Expected args to be IEKDTrainingArguments, got {type(args).__name__}: pass args=...")
         if teacher_model is None:
             raise ValueError("Expected a teacher_model, got None: pass a model, a Hub id or a folder.")
-        if isinstance(teacher_model, str):
-            name, teacher_model = teacher_model, load_model(teacher_model, "teacher_model")
-            teacher_processor = teacher_processor or find_processor(name)
-        if isinstance(model, str):
-            model = load_model(model, "model")
+        name = teacher_model
+        teacher_model = load_if_named(teacher_model, "teacher_model", teacher_model_init_kwargs, dtype="auto")
+        if isinstance(name, str):
+            teacher_processor = teacher_processor or find_processor(name, **(teacher_model_init_kwargs or {}))
+        model = load_if_named(model, "model", model_init_kwargs, dtype="float32")
         teacher_tap = FeatureTap(teacher_model, args.teacher_layers)
         if model is not None:
             _check_student(model, teacher_model, args, kwargs)
@@ -228,14 +235,18 @@ class IEKDTrainer(DistillationTrainer):
         return inputs
 
     def _probe_teacher(self) -> list[int]:
+        with_logits = self.args.lambda_kd > 0
         try:
-            return self.teacher.tap.probe(self.teacher.adapt(self._sample))[1]
-        except (RuntimeError, ValueError, KeyError) as error:
+            outputs, channels = self.teacher.tap.probe(self.teacher.adapt(self._sample), not with_logits)
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
             shapes = {name: tuple(x.shape) for name, x in self._sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
                 f"Expected {type(self.teacher.teacher).__name__} to take the student's batch {shapes}, got: {error} "
                 "If it needs another size, pass teacher_processor."
             ) from error
+        if with_logits:
+            check_logits(self.model, self.teacher.teacher, logits_of(outputs))
+        return channels
 
     # ---- What trains, and where it is in Trainer ----
 
