@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from .timm_layers import last_features_layer
+
 
 # Parameters that put extra tokens in front of the patches: ViT, DeiT, DINOv2 and v3, CLIP, PVT, and timm's names.
 _PREFIX_TOKENS = ("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token")
@@ -221,6 +223,10 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 
 
 def _default_layer(model: nn.Module) -> str:
+    if hasattr(model, "timm_model"):  # of Transformers, around a timm model with its head
+        return f"timm_model.{last_features_layer(model.timm_model)}"
+    if hasattr(model, "forward_features"):
+        return last_features_layer(model)
     base_model = getattr(model, "base_model", model)
     if base_model is not model:
         return next(name for name, module in model.named_modules() if module is base_model)
