@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import evaluate
 import torch
 import transformers
 from image_data import DataArguments, load_images
-from image_metrics import TopKAccuracy
+from image_metrics import MacroF1, TopKAccuracy
 from image_transforms import prepare
+from latency import median_milliseconds
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -98,7 +100,7 @@ def parse_arguments(kinds: tuple[type, ...], description: str) -> tuple:
 
 
 def build_model(
-    name: str, role: str, names: list[str], from_scratch: bool, trust_remote_code: bool
+    name: str, role: str, names: list[str], from_scratch: bool, trust_remote_code: bool, dtype: str = "float32", **hub
 ) -> PreTrainedModel:
     """
     Make a classifier for these classes.
@@ -112,7 +114,7 @@ def build_model(
             The classes.
         from_scratch (`bool`):
             Whether to take the configuration only.
-        trust_remote_code (`bool`):
+        trust_remote_code (`bool`), dtype (`str`), hub (`revision`, `token`):
             As in `from_pretrained`.
 
     Returns:
@@ -122,7 +124,7 @@ def build_model(
     if match := re.fullmatch(r"cifar-resnet-(\d+)", name):
         return AutoModelForImageClassification.from_config(CifarResNetConfig.from_depth(int(match[1]), **labels))
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **labels)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **labels)
         if from_scratch:
             config.name_or_path = ""  # its weights are not that model's
             return AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
@@ -132,8 +134,10 @@ def build_model(
             ignore_mismatched_sizes=True,  # the head of other classes
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            **hub,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(explain_unreachable(name, role, error)) from error
 
 
@@ -142,10 +146,10 @@ def is_shorthand(name: str | None) -> bool:
     return name is None or name.startswith("cifar-resnet-")
 
 
-def build_processor(student: str, image_size: int | None, first_image) -> BaseImageProcessor:
+def build_processor(student: str, image_size: int | None, first_image, **hub) -> BaseImageProcessor:
     """Load the student's image processor, or make one for the images' own size."""
     if not is_shorthand(student):
-        processor = find_processor(student)
+        processor = find_processor(student, **hub)
         if processor is not None:
             if image_size is not None:
                 processor.size = {"height": image_size, "width": image_size}
@@ -197,9 +201,9 @@ class ImageRun:
             for name in args.undecided:
                 setattr(args, name, DIGITS_EPOCHS[name])
             data_args.image_size = data_args.image_size or 16  # 8x8 scans leave no room for three stages
-        self.metric = TopKAccuracy(keep_in_memory=True)
+        self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
 
-    def prepare_images(self, network: str, from_scratch: bool) -> None:
+    def prepare_images(self, network: str, from_scratch: bool, **hub) -> None:
         """
         Let the images come as a network takes them, and choose the learning rate that goes with its start.
 
@@ -208,17 +212,20 @@ class ImageRun:
                 Hub id, folder or `cifar-resnet-<depth>`, whose image processor is used.
             from_scratch (`bool`):
                 Whether it starts without weights.
+            hub (`revision`, `token`, `trust_remote_code`):
+                As in `from_pretrained`.
         """
         if self.args.learning_rate is None:
             self.args.learning_rate = 0.1 if from_scratch else 0.01
-        self.processor = build_processor(network, self.data_args.image_size, self.splits["train"][0]["image"])
+        first = self.splits["train"][0]["image"]
+        self.processor = build_processor(network, self.data_args.image_size, first, **hub)
         with self.args.main_process_first(desc="decoding images"):
             self.images, self.augmentation = prepare(self.splits, self.processor, self.data_args, self.args.seed)
         how = "whole batches of images decoded once" if self.data_args.decode_once else "each image as it is read"
         logger.warning("Augmenting %s.", how)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Return top-1 and top-5 accuracy."""
+        """Return top-1 and top-5 accuracy, and the mean F1 score of the classes."""
         return self.metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
     def common(self) -> dict:
@@ -307,3 +314,11 @@ class ImageRun:
             "tasks": "image-classification",
             "picture": PICTURE if self.args.do_train else None,
         }
+
+    def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
+        """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""
+        image = self.splits["validation"][0]["image"].convert("RGB")
+        pixels = (processor or self.processor)(image, return_tensors="pt")["pixel_values"]
+        on_cpu = copy.deepcopy(model).to("cpu", torch.float32).eval()
+        with torch.inference_mode():
+            return median_milliseconds(lambda: on_cpu(pixel_values=pixels))

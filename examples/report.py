@@ -18,6 +18,7 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     log_history: list[dict] = field(default_factory=list)
+    latency: float | None = None  # milliseconds for one image
 
 
 def table(results: list[Result]) -> str:
@@ -29,20 +30,23 @@ def table(results: list[Result]) -> str:
             A row each.
 
     Returns:
-        `str`: aligned columns: model, parameters, accuracy, top-5 where there is one, seconds of each stage.
+        `str`: aligned columns: model, parameters, accuracy, top-5 and latency where there is one, seconds of each
+        stage.
 
     Example:
 
     ```python
-    >>> print(table([Result("teacher", 1000, {"accuracy": 0.5}, {"training": 3.21})]))
-    model    parameters  accuracy  seconds
-    -------  ----------  --------  ------------
-    teacher       1,000    50.00%  training 3.2
+    >>> print(table([Result("teacher", 1000, {"accuracy": 0.5}, {"training": 3.21}, latency=1.256)]))
+    model    parameters  accuracy  latency  seconds
+    -------  ----------  --------  -------  ------------
+    teacher       1,000    50.00%  1.26 ms  training 3.2
 
     ```
     """
     with_top5 = any("top5_accuracy" in result.metrics for result in results)
-    rows = [["model", "parameters", "accuracy", *(["top-5"] if with_top5 else []), "seconds"]]
+    with_latency = any(result.latency is not None for result in results)
+    optional = [name for name, wanted in (("top-5", with_top5), ("latency", with_latency)) if wanted]
+    rows = [["model", "parameters", "accuracy", *optional, "seconds"]]
     for result in results:
         percentages = [result.metrics.get(name) for name in ("accuracy", "top5_accuracy")[: 1 + with_top5]]
         rows.append(
@@ -50,6 +54,7 @@ def table(results: list[Result]) -> str:
                 result.name,
                 f"{result.parameters:,}",
                 *("-" if value is None else f"{value:.2%}" for value in percentages),
+                *(["-" if result.latency is None else f"{result.latency:.2f} ms"] if with_latency else []),
                 ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()) or "-",
             ]
         )

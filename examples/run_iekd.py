@@ -61,10 +61,33 @@ class ModelArguments:
         default=True,
         metadata={"help": "Also train the same student without a teacher, on the same schedule, to compare with."},
     )
+    teacher_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the teacher's repository."}
+    )
+    student_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the student's repository."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type that saved weights are loaded in. `auto` takes that of the file; to train faster use --bf16 "
+            "instead, and --teacher_dtype for the teacher.",
+            "choices": ["float32", "bfloat16", "float16", "auto"],
+        },
+    )
+    token: str | None = field(
+        default=None,
+        metadata={"help": "Token for private repositories. Default: HF_TOKEN, or what `hf auth login` has stored."},
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run model code that comes with a Hub model. Only for repositories you trust."},
     )
+
+    def hub(self, role: str) -> dict:
+        """Return the keyword arguments of `from_pretrained` for the teacher or the student."""
+        revision = self.teacher_revision if role == "teacher" else self.student_revision
+        return {"revision": revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass
@@ -81,11 +104,11 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
     )
 
 
-def has_classes(name: str, names: list[str], trust_remote_code: bool) -> bool:
+def has_classes(name: str, names: list[str], **hub) -> bool:
     """Tell whether a saved model has just these classes."""
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError) as error:
         raise ValueError(explain_unreachable(name, "--teacher", error)) from error
     return config.id2label == dict(enumerate(names))
 
@@ -95,15 +118,15 @@ def get_teacher(
 ) -> tuple[PreTrainedModel, BaseImageProcessor | None, Result]:
     """Load the teacher, or build and train it."""
     name, epochs = model_args.teacher or "cifar-resnet-20", model_args.teacher_epochs
-    trust = model_args.trust_remote_code
+    hub, dtype = model_args.hub("teacher"), model_args.dtype
     if epochs is None:
         epochs = run.args.num_train_epochs if is_shorthand(name) else 0
-    own_classes = is_shorthand(name) or epochs > 0 or has_classes(name, run.names, trust)
+    own_classes = is_shorthand(name) or epochs > 0 or has_classes(name, run.names, **hub)
     if own_classes:
-        teacher = build_model(name, "--teacher", run.names, False, trust)
+        teacher = build_model(name, "--teacher", run.names, False, dtype=dtype, **hub)
     else:  # its features teach, its head is for other classes
-        teacher = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, trust_remote_code=trust)
-    processor = None if is_shorthand(name) or epochs > 0 else find_processor(name)
+        teacher = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, dtype=dtype, **hub)
+    processor = None if is_shorthand(name) or epochs > 0 else find_processor(name, **hub)
     result = Result("teacher", teacher.num_parameters())
     if epochs > 0:
         seconds, result.log_history = run.train_alone(teacher, "teacher", epochs)
@@ -123,20 +146,23 @@ def main() -> None:
             "to one, or leave --cache_teacher out."
         )
     from_scratch = model_args.student_from_scratch or is_shorthand(model_args.student)
-    student = build_model(model_args.student, "--student", run.names, from_scratch, model_args.trust_remote_code)
-    run.prepare_images(model_args.student, from_scratch)
+    hub = model_args.hub("student")
+    student = build_model(model_args.student, "--student", run.names, from_scratch, dtype=model_args.dtype, **hub)
+    run.prepare_images(model_args.student, from_scratch, **hub)
     run.ask_the_hub(student)
-    results, teacher_metrics, metrics = [], None, None
+    results, models, teacher_metrics, metrics = [], [], None, None
 
     if args.do_train:
         plain = copy.deepcopy(student)  # the same start as the distilled student's
         teacher, teacher_processor, result = get_teacher(run, model_args)
         results.append(result)
         teacher_metrics = result.metrics
+        models.append((teacher, teacher_processor))
         if model_args.plain_student:
             seconds, history = run.train_alone(plain, "plain student", args.num_train_epochs)
             measured = run.evaluate(plain) if args.do_eval else {}
             results.append(Result("plain student", plain.num_parameters(), measured, {"training": seconds}, history))
+            models.append((plain, None))
         trainer = IEKDTrainer(
             model=student,
             teacher_model=teacher,
@@ -169,6 +195,7 @@ def main() -> None:
             results[-1].metrics = per_class
         else:
             results.append(Result("student", student.num_parameters(), per_class))
+        models.append((student, None))
     if args.do_predict:
         split = run.images.get("test", run.images["validation"])
         classes = trainer.predict(split, metric_key_prefix="predict").predictions.argmax(axis=1)
@@ -177,7 +204,12 @@ def main() -> None:
             Path(args.output_dir, "predictions.csv").write_text("\n".join(["row,label", *lines, ""]))
 
     if trainer.is_world_process_zero() and results:
+        if args.do_eval:  # all at the end, one after the other, so that they can be compared
+            for result, (model, processor) in zip(results, models, strict=True):
+                result.latency = run.latency(model, processor)
         print("\n" + table(results) + "\n")
+        if args.do_eval:
+            print("latency: one image, CPU, 1 thread, float32, median")
         if args.do_train:
             draw(results, os.path.join(args.output_dir, PICTURE))
             print(f"Student: {args.output_dir}   Picture: {os.path.join(args.output_dir, 'report.png')}")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from .adapters import is_adapted
 from .checkpoints import load_weights
 from .hub import HubTrainer
 
@@ -278,13 +279,13 @@ class DistillationTrainer(HubTrainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if isinstance(self.model, PreTrainedModel):
+        if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):
             load_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if isinstance(self.model, PreTrainedModel):
+        if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):
             logger.info(f"Loading best model from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
             load_weights(self.model, self.state.best_model_checkpoint)
         else:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import is_adapted, load_adapter
 from .factors import Paraphraser
 from .loading import explain_unreachable
 
@@ -186,7 +187,7 @@ def load_paraphrasers(
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:
     """
-    Load a checkpoint's weights into a model, all of them or none.
+    Load a checkpoint's weights into a model, all of them or none; of a model with adapters, the active adapter.
 
     Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on
     disk, which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
@@ -200,6 +201,9 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     Raises:
         `ValueError`: weights that are missing, left over, or of another shape.
     """
+    if is_adapted(model):
+        load_adapter(model, folder)
+        return
     what_to_do = "give the model that was trained there, or another output_dir."
     try:
         loaded, info = type(model).from_pretrained(folder, output_loading_info=True, use_safetensors=True)

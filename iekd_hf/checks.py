@@ -1,11 +1,15 @@
 """What is refused before training starts: data without rows or with unknown labels, models that do not go together."""
 
+import warnings
+
 import datasets
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
+from .adapters import check_adapted, is_adapted
 from .decoded_images import DecodedImages
 from .features import FeatureTap
 
@@ -85,10 +89,10 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
             The arguments that turn the logit term on, and off.
 
     Raises:
-        `ValueError`: the label maps `id2label` differ.
+        `ValueError`: the label maps `id2label` differ. A model that has none is not asked, see [`check_logits`].
     """
-    ours, theirs = (getattr(getattr(m, "config", None), "id2label", None) for m in (first, second))
-    if ours != theirs:
+    ours, theirs = label_map(first), label_map(second)
+    if None not in (ours, theirs) and ours != theirs:
         sizes = [None if labels is None else len(labels) for labels in (ours, theirs)]
         difference = next(
             (i for i in sorted({*(ours or {}), *(theirs or {})}) if (ours or {}).get(i) != (theirs or {}).get(i)), None
@@ -117,10 +121,47 @@ def check_student(student: PreTrainedModel, teacher: nn.Module, args: TrainingAr
     Raises:
         `ValueError`: a layer that does not exist, other labels with a logit term, data that do not fit.
     """
+    check_adapted(student)
     FeatureTap(student, args.student_layers)
     if args.lambda_kd > 0:
         check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
     check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+
+
+def label_map(model: nn.Module) -> dict[int, str] | None:
+    """Return a model's `id2label`; `None` for one from elsewhere."""
+    return getattr(getattr(model, "config", None), "id2label", None)
+
+
+def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Tensor) -> None:
+    """
+    Compare what the logit term needs of a teacher without a label map: as many logits as the student has.
+
+    Args:
+        student (`PreTrainedModel`):
+            The student.
+        teacher (`nn.Module`):
+            The teacher; one with a label map has been compared by that.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
+            What it gives for an example.
+
+    Raises:
+        `ValueError`: another number of logits.
+    """
+    labels = label_map(student)
+    if label_map(teacher) is not None or labels is None:
+        return
+    if logits.ndim != 2 or logits.shape[1] != len(labels):
+        raise ValueError(
+            f"Expected {len(labels)} logits of the teacher for lambda_kd > 0, one for each class of the student, got "
+            f"the shape {tuple(logits.shape)} of {type(teacher).__name__}: give the student these classes, or set "
+            "lambda_kd=0; the feature losses do not need it."
+        )
+    warnings.warn(
+        f"{type(teacher).__name__} has no config.id2label: its {len(labels)} logits are taken to be the student's "
+        "classes, in the student's order.",
+        stacklevel=3,
+    )
 
 
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
@@ -136,8 +177,8 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
             The trainer's other arguments.
 
     Raises:
-        `ValueError`: fewer than two models, common weights, a model without loss, arguments for one model only, data
-        that do not fit.
+        `ValueError`: fewer than two models, common weights, adapters, a model without loss, arguments for one model
+        only, data that do not fit.
     """
     if len(models) < 2:
         raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
@@ -149,6 +190,11 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
                     f"Expected models with weights of their own, but models[{owners[parameter]}] and models[{i}] "
                     "share theirs: build the second one anew, or pass copy.deepcopy(model)."
                 )
+        if is_adapted(model):
+            raise ValueError(
+                f"Expected models whose every weight trains, got models[{i}] with adapters: peers start from scratch. "
+                "Pass it without, or use IEKDTrainer, whose student can have adapters."
+            )
         if not find_labels(type(model)) and kwargs.get("compute_loss_func") is None:
             raise ValueError(
                 f"Expected models[{i}] to return a loss, got {type(model).__name__}, which takes no labels: pass a "

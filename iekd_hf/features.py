@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
+from .timm_layers import last_features_layer
+
 
 # Parameters that put extra tokens in front of the patches: ViT, DeiT, DINOv2 and v3, CLIP, PVT, and timm's names.
 _PREFIX_TOKENS = ("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token")
@@ -44,8 +46,9 @@ class FeatureTap:
 
     def __init__(self, model: nn.Module, layers: list[str] | None = None, before_activation: bool = False):
         self.model, self.before_activation = model, before_activation
-        self.layers = [_default_layer(model)] if layers is None else list(layers)
-        self.modules = [_find_layer(model, name) for name in self.layers]
+        named = without_adapters(model)
+        self.layers = [_default_layer(named)] if layers is None else list(layers)
+        self.modules = [_find_layer(named, name) for name in self.layers]
         self.num_prefix_tokens = count_prefix_tokens(model)
         self._handles: list = []
         self._outputs: dict[int, torch.Tensor] = {}
@@ -178,7 +181,16 @@ def _suggest_layers() -> str:
     return " iekd_hf.list_layers(model, image_size) prints the layers that can be named."
 
 
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Return the model that PEFT has wrapped, which holds the adapters in its layers; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _default_layer(model: nn.Module) -> str:
+    if hasattr(model, "timm_model"):  # of Transformers, around a timm model with its head
+        return f"timm_model.{last_features_layer(model.timm_model)}"
+    if hasattr(model, "forward_features"):
+        return last_features_layer(model)
     base_model = getattr(model, "base_model", model)
     if base_model is not model:
         return next(name for name, module in model.named_modules() if module is base_model)

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import nn
 
-from .features import count_prefix_tokens, first_tensor, to_map
+from .features import count_prefix_tokens, first_tensor, to_map, without_adapters
 
 
 def list_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> dict[str, tuple[int, int, int]]:
@@ -36,6 +36,7 @@ def list_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> di
     ```
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    model = without_adapters(model)
     num_channels = getattr(getattr(model, "config", None), "num_channels", 3)
     parameter = next(model.parameters())
     pixels = torch.zeros(1, num_channels, height, width, dtype=parameter.dtype, device=parameter.device)

@@ -5,6 +5,7 @@ import os
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -17,6 +18,39 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 logger = logging.get_logger(__name__)
 
+# What says which files of a repository are meant, and who asks for them.
+_HUB_KEYWORDS = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
+
+
+def load_if_named(model: nn.Module | str | None, role: str, init_kwargs: dict | None, dtype: str) -> nn.Module | None:
+    """
+    Load a model that was given by name; return any other as it is.
+
+    Args:
+        model (`nn.Module` or `str`, *optional*):
+            The model, or its Hub id or folder.
+        role (`str`):
+            What the argument is called, as in [`load_model`].
+        init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained`.
+        dtype (`str`):
+            The type to load it in where they say none.
+
+    Returns:
+        `nn.Module`, or `None` where none was given.
+
+    Raises:
+        `ValueError`: keyword arguments for a model that is there already, or as [`load_model`].
+    """
+    if isinstance(model, str):
+        return load_model(model, role, **{"dtype": dtype, **(init_kwargs or {})})
+    if init_kwargs:
+        raise ValueError(
+            f"Expected {role} as a Hub id or folder with {role}_init_kwargs, got {type(model).__name__}: they are for "
+            "from_pretrained, call it with them yourself."
+        )
+    return model
+
 
 def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
     """
@@ -28,7 +62,8 @@ def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
         role (`str`):
             What the model is for, as the error should call it: `"model"`, `"teacher_model"`.
         kwargs:
-            Passed to `from_pretrained`.
+            Passed to `from_pretrained`: `revision`, `token`, `dtype`, `trust_remote_code` and so on. Code of a
+            repository does not run unless `trust_remote_code=True`.
 
     Returns:
         [`~transformers.PreTrainedModel`]: an instance of the class that the configuration names.
@@ -36,8 +71,12 @@ def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
     Raises:
         `ValueError`: the model cannot be reached or read.
     """
+    kwargs = {"trust_remote_code": False, **kwargs}
+    if "torch_dtype" in kwargs:  # as `dtype` was called
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
+    where = {name: kwargs[name] for name in (*_HUB_KEYWORDS, "trust_remote_code") if name in kwargs}
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, **where)
         # The checkpoint's own class (a detector stays a detector); custom code is known to the auto class alone.
         architecture = (config.architectures or [""])[0]
         model_class = getattr(transformers, architecture, AutoModelForImageClassification)
@@ -46,22 +85,25 @@ def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
         raise ValueError(explain_unreachable(name_or_path, role, error)) from error
 
 
-def find_processor(name_or_path: str) -> BaseImageProcessor | None:
+def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
     """
     Load the image processor that was saved with a model.
 
     Args:
         name_or_path (`str`):
             Hub id or folder.
+        kwargs:
+            As for [`load_model`], of which `revision`, `token` and so on are used.
 
     Returns:
         `BaseImageProcessor`, or `None` where none was saved.
     """
+    where = {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
     if os.path.isdir(name_or_path):
-        saved = os.path.isfile(os.path.join(name_or_path, IMAGE_PROCESSOR_NAME))
+        saved = os.path.isfile(os.path.join(name_or_path, where.get("subfolder") or "", IMAGE_PROCESSOR_NAME))
     else:
         try:
-            saved = bool(hf_hub_download(name_or_path, IMAGE_PROCESSOR_NAME))
+            saved = bool(hf_hub_download(name_or_path, IMAGE_PROCESSOR_NAME, **where))
         except LocalEntryNotFoundError:
             saved = False
             logger.warning(
@@ -70,7 +112,11 @@ def find_processor(name_or_path: str) -> BaseImageProcessor | None:
             )
         except EntryNotFoundError:
             saved = False
-    return AutoImageProcessor.from_pretrained(name_or_path) if saved else None
+    if not saved:
+        return None
+    return AutoImageProcessor.from_pretrained(
+        name_or_path, trust_remote_code=kwargs.get("trust_remote_code", False), **where
+    )
 
 
 def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
@@ -88,6 +134,11 @@ def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
     Returns:
         `str`: one paragraph: expected, got, what to do.
     """
+    if "trust_remote_code" in str(error):
+        return (
+            f"Expected {role} without code of its own, got {name_or_path!r}, which has some that is not run unless "
+            "you ask for it: read it, and if you trust it set trust_remote_code."
+        )
     if os.path.isdir(name_or_path):
         return f"Expected {role}={name_or_path!r} to hold a loadable config.json and *.safetensors: {error}"
     cache = "HF_HUB_CACHE, by default ~/.cache/huggingface/hub"

@@ -118,6 +118,19 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
+def logits_of(outputs: torch.Tensor | dict) -> torch.Tensor:
+    """Return a teacher's logits: the entry of that name, or a tensor as it is."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if isinstance(outputs, dict) and "logits" in outputs:
+        return outputs["logits"]
+    raise ValueError(
+        "Expected the teacher to return a tensor of logits or a dictionary with `logits`, got "
+        f"{type(outputs).__name__}: wrap it in a module that does, or set lambda_kd=0; the feature losses do "
+        "not need it."
+    )
+
+
 class FrozenTeacher(nn.Module):
     """
     Hold what never trains in stage 2: the teacher, and its paraphrasers (or what else makes of its maps what is
@@ -128,7 +141,8 @@ class FrozenTeacher(nn.Module):
 
     Args:
         teacher (`nn.Module`):
-            The teacher; neither its weights nor its `requires_grad` flags are changed.
+            The teacher; neither its weights nor its `requires_grad` flags are changed. One that is not of Transformers
+            takes the pixels as its first argument.
         tap (`FeatureTap`):
             Where its feature maps are taken.
         teacher_pixels (`TeacherPixels`, *optional*):
@@ -142,10 +156,13 @@ class FrozenTeacher(nn.Module):
         self.teacher_pixels = teacher_pixels
         self.paraphrasers = nn.ModuleList()
         self.fast = False
-        self.main_input_name = getattr(teacher, "main_input_name", "pixel_values")
         parameters = inspect.signature(teacher.forward).parameters.values()
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        self._arguments = [p.name for p in parameters if p.kind not in variadic and "label" not in p.name]
+        # Outside of Transformers the pixels come first, whatever they are called there.
+        first = "pixel_values" if "pixel_values" in self._arguments else next(iter(self._arguments), "pixel_values")
+        self.main_input_name = getattr(teacher, "main_input_name", first)
         self.dtype = next((p.dtype for p in teacher.parameters()), torch.float32)
-        self._arguments = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD and "label" not in p.name}
         self.eval()
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
@@ -188,23 +205,24 @@ class FrozenTeacher(nn.Module):
             for module in self.tap.modules:  # outside of the hooks, of which the last one leaves the forward pass
                 module.forward = torch.compile(module.forward)
 
-    def probe(self, sample: dict) -> list[int]:
-        """Return the channels of the maps; raise `ValueError` where the teacher does not take the student's batch."""
+    def probe(self, sample: dict, with_logits: bool) -> tuple[torch.Tensor | None, list[int]]:
+        """Return the logits and the maps' channels; raise `ValueError` where the student's batch does not suit it."""
         try:
-            return self.tap.probe(self.adapt(sample))[1]
-        except (RuntimeError, ValueError, KeyError) as error:
+            outputs, channels = self.tap.probe(self.adapt(sample), not with_logits)
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
             shapes = {name: tuple(x.shape) for name, x in sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
                 f"Expected {type(self.teacher).__name__} to take the student's batch {shapes}, got: {error} "
                 "If it needs another size, pass teacher_processor."
             ) from error
+        return logits_of(outputs) if with_logits else None, channels
 
     def adapt(self, inputs: dict) -> dict:
         """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
-        inputs = {name: value for name, value in inputs.items() if name in self._arguments}
-        pixels = inputs[self.main_input_name]
+        pixels = inputs[self.main_input_name if self.main_input_name in inputs else "pixel_values"]
         if self.teacher_pixels is not None:
             pixels = self.teacher_pixels(pixels)
+        inputs = {name: value for name, value in inputs.items() if name in self._arguments}
         return {**inputs, self.main_input_name: pixels.to(self.dtype)}
 
     @torch.no_grad()
@@ -224,7 +242,7 @@ class FrozenTeacher(nn.Module):
         outputs, feature_maps = self.tap.run(self.adapt(inputs), stop_after_last=not with_logits)
         if self.dtype in (torch.float16, torch.bfloat16):  # a teacher loaded so, before float32 paraphrasers
             feature_maps = [f_T.float() for f_T in feature_maps]
-        return feature_maps, outputs["logits"] if with_logits else None
+        return feature_maps, logits_of(outputs) if with_logits else None
 
     @torch.no_grad()
     def forward(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:

@@ -73,10 +73,11 @@ class ParaphraserTrainer(DistillationTrainer):
         self.callback_handler.callbacks.insert(0, _ReportAtTheEnd(self))
 
     def _set_signature_columns_if_needed(self):
-        # The batch is the teacher's, not the paraphrasers', whose forward takes feature maps.
+        # The batch is the teacher's, not the paraphrasers', whose forward takes feature maps. A teacher from elsewhere
+        # may call the pixels otherwise, the data do not.
         if self._signature_columns is None:
             parameters = inspect.signature(self.teacher.teacher.forward).parameters
-            self._signature_columns = [*parameters, "label", "label_ids"]
+            self._signature_columns = [*parameters, "pixel_values", "label", "label_ids"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return L_rec, averaged over the layers."""

@@ -19,11 +19,11 @@ from .checkpoints import (
     save_encoders,
     save_paraphrasers,
 )
-from .checks import check_student
+from .checks import check_logits, check_student
 from .factors import ChannelSplit, Paraphraser
 from .features import FeatureTap
 from .gradient_shares import measure_gradient_shares
-from .loading import find_processor, load_model
+from .loading import find_processor, load_if_named
 from .losses import kd_loss
 from .model_card import distilled
 from .modeling import FrozenTeacher, StudentWithEncoders
@@ -52,7 +52,8 @@ class IEKDTrainer(DistillationTrainer):
         model (`PreTrainedModel` or `str`, *optional*):
             The student: a model that returns a loss, or a Hub id or folder. Omit it for `model_init`.
         teacher_model (`nn.Module` or `str`):
-            The teacher, which is never changed: a model, or a Hub id or folder.
+            The teacher, which is never changed: a model, or a Hub id or folder. One that is not of Transformers takes
+            the pixels first, needs `teacher_layers`, and, for `lambda_kd`, returns its logits.
         args (`IEKDTrainingArguments`):
             The arguments.
         train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, ...:
@@ -64,6 +65,10 @@ class IEKDTrainer(DistillationTrainer):
         teacher_processor (`BaseImageProcessor`, *optional*):
             The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
             resized for the teacher on the device. Read from the Hub id or folder if the teacher is given as one.
+        model_init_kwargs (`dict`, *optional*), teacher_model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained` for a model given by name: `revision`, `token`, `dtype`,
+            `trust_remote_code`, ... A student is loaded in float32 unless they say otherwise. They are no part of
+            `args`, which are saved and pushed.
 
     Raises:
         `ValueError`: arguments that do not fit each other, said before any training starts.
@@ -100,17 +105,19 @@ class IEKDTrainer(DistillationTrainer):
         args: IEKDTrainingArguments | None = None,
         paraphraser: Paraphraser | list[Paraphraser] | str | None = None,
         teacher_processor: BaseImageProcessor | None = None,
+        model_init_kwargs: dict | None = None,
+        teacher_model_init_kwargs: dict | None = None,
         **kwargs,
     ):
         if not isinstance(args, IEKDTrainingArguments):
             raise ValueError(f"Expected args to be IEKDTrainingArguments, got {type(args).__name__}: pass args=...")
         if teacher_model is None:
             raise ValueError("Expected a teacher_model, got None: pass a model, a Hub id or a folder.")
-        if isinstance(teacher_model, str):
-            name, teacher_model = teacher_model, load_model(teacher_model, "teacher_model")
-            teacher_processor = teacher_processor or find_processor(name)
-        if isinstance(model, str):
-            model = load_model(model, "model")
+        name = teacher_model
+        teacher_model = load_if_named(teacher_model, "teacher_model", teacher_model_init_kwargs, dtype="auto")
+        if isinstance(name, str):
+            teacher_processor = teacher_processor or find_processor(name, **(teacher_model_init_kwargs or {}))
+        model = load_if_named(model, "model", model_init_kwargs, dtype="float32")
         before_activation = args.knowledge == "preactivation"
         teacher_tap = FeatureTap(teacher_model, args.teacher_layers, before_activation)
         if model is not None:
@@ -129,7 +136,9 @@ class IEKDTrainer(DistillationTrainer):
             if args.cache_teacher:
                 check_cacheable(self.train_dataset, self.augmentation)
             self._sample = self.sample_batch()
-            teacher_channels = self.teacher.probe(self._sample)
+            logits, teacher_channels = self.teacher.probe(self._sample, with_logits=args.lambda_kd > 0)
+            if args.lambda_kd > 0:
+                check_logits(self.model, teacher_model, logits)
             if args.fast_teacher:
                 dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
                 self.teacher.speed_up(self._sample, dtype, args.compile_teacher)

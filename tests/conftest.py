@@ -86,6 +86,8 @@ OF_TRAINER = (
     "optimizer_cls_and_kwargs",
     "processing_class",
     "teacher_processor",
+    "model_init_kwargs",
+    "teacher_model_init_kwargs",
     "augmentation",
 )
 

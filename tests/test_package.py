@@ -45,7 +45,8 @@ def test_imports_go_one_way():
             del inside[name]
     for leaf in (
         "losses",
-        "features",
+        "adapters",
+        "timm_layers",
         "factors",
         "pixels",
         "loading",

@@ -41,6 +41,7 @@ def stand_ins(tmp_path, monkeypatch):
         folder = tmp_path / "uoft-cs" / "cifar10"
         folder.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -65,7 +66,6 @@ def test_python_blocks_in_order(stand_ins):
 )
 def test_the_accelerate_line(stand_ins, script, row, folders):
     (command,) = [c for c in COMMANDS if c.startswith(f"accelerate launch examples/{script}.py")]
-    (stand_ins / "examples").symlink_to(ROOT / "examples")
     with HubServer() as hub:
         environment = {
             **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
@@ -125,8 +125,8 @@ def test_every_command_is_one_of_those_run():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        benchmarks = ["examples/benchmarks/mutual_step.py", "examples/benchmarks/speed.py"]  # tests of their own
-        known = {"make": targets, "python": benchmarks}
+        with_tests = ["benchmarks/mutual_step.py", "benchmarks/speed.py", "export_onnx.py"]  # of their own
+        known = {"make": targets, "python": [f"examples/{script}" for script in with_tests]}
         assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip"), command
     # `make test` is what runs this file, and installs by the line that the README shows.
     assert "make test" in COMMANDS and "make test" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,82 @@
+"""Models with adapters of PEFT as students: what is refused, and how an adapter is read back, whole."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Tell whether `peft.get_peft_model` has wrapped a model."""
+    return hasattr(model, "get_base_model")
+
+
+def check_adapted(model: nn.Module) -> None:
+    """
+    Refuse what an adapter's file would not hold after training.
+
+    Args:
+        model (`nn.Module`):
+            The student; without adapters nothing is checked.
+
+    Raises:
+        `ValueError`: BatchNorm layers outside `modules_to_save`, whose statistics move in training but belong to the
+        base, which is not saved; or adapters that Transformers has added by itself.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False) and not is_adapted(model):
+        raise ValueError(
+            f"Expected adapters as peft.get_peft_model gives them, got a {type(model).__name__} after add_adapter(), "
+            "whose checkpoints would hold the adapter without what else has trained: pass get_peft_model(student, "
+            "config)."
+        )
+    if not is_adapted(model):
+        return
+    norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    # Where `modules_to_save` names a layer, PEFT trains a copy beside the original, which rests.
+    lost = [n for n in norms if ".modules_to_save." not in n and not n.endswith(".original_module")]
+    if lost:
+        last = lost[0].rpartition(".")[2]
+        raise ValueError(
+            f"Expected the statistics of BatchNorm layers to be saved with the adapter, got {len(lost)} such layers "
+            f"outside of it ({lost[0]}): they would move in training and be lost. Add {last!r} to modules_to_save in "
+            "the adapter's configuration."
+        )
+
+
+def load_adapter(model: nn.Module, folder: str) -> None:
+    """
+    Load the active adapter that `save_pretrained` has written, all of it or none.
+
+    Args:
+        model (`peft.PeftModel`):
+            The model; changed in place.
+        folder (`str`):
+            The folder; an adapter that is not called `default` is in a folder of its name there.
+
+    Raises:
+        `ValueError`: no such adapter, or one with other weights.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    name = model.active_adapter
+    file = Path(folder, *([] if name == "default" else [name]), ADAPTER_FILE)
+    what_to_do = "give the model with the adapter that was trained there, or another output_dir."
+    if not file.is_file():
+        raise ValueError(f"Expected the adapter {name!r} in {folder}, got no {ADAPTER_FILE} of it: {what_to_do}")
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    saved = load_file(file)
+    different = sorted(
+        weight
+        for weight in own.keys() | saved.keys()
+        if weight not in own or weight not in saved or own[weight].shape != saved[weight].shape
+    )
+    if different:
+        raise ValueError(
+            f"Expected the weights of the adapter {name!r} in {folder}, got others ({len(different)} differ, "
+            f"{different[0]} among them): {what_to_do}"
+        )
+    set_peft_model_state_dict(model, saved, adapter_name=name)

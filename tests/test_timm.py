@@ -1,0 +1,95 @@
+"""
+Models of timm, alone as teachers and wrapped by Transformers as teachers and students.
+
+timm needs torchvision, which does not import beside every build of torch.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_images, make_resnet, same
+
+
+try:
+    import timm
+except (ImportError, RuntimeError) as error:  # torchvision's operators, registered for another torch
+    pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
+
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.utils import is_timm_available
+
+from iekd_hf.features import FeatureTap
+
+
+needs_wrapper = pytest.mark.skipif(not is_timm_available(), reason="Transformers finds no timm with torchvision")
+
+# architecture: (arguments, layer of the last feature map, its channels)
+ARCHITECTURES = {
+    "resnet18": ({}, "layer4", 512),
+    "vit_tiny_patch16_224": ({"img_size": 32, "depth": 2}, "norm", 192),
+    "convnext_atto": ({}, "norm_pre", 320),
+    "efficientnet_lite0": ({}, "bn2", 1280),
+    "swin_tiny_patch4_window7_224": ({"img_size": 56, "depths": (1, 1, 1, 1)}, "norm", 768),
+}
+
+
+def wrapped(architecture: str, seed: int = 0) -> TimmWrapperForImageClassification:
+    torch.manual_seed(seed)
+    arguments = ARCHITECTURES[architecture][0]
+    labels = {"id2label": {i: f"LABEL_{i}" for i in range(3)}, "label2id": {f"LABEL_{i}": i for i in range(3)}}
+    config = TimmWrapperConfig(architecture=architecture, model_args=arguments, **labels)
+    return TimmWrapperForImageClassification(config)
+
+
+def images(architecture: str) -> list[dict]:
+    size = ARCHITECTURES[architecture][0].get("img_size", 64)
+    return make_images(8, size=(size, size))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_map_is_what_forward_features_returns(architecture):
+    arguments, layer, channels = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=3, **arguments).eval()
+    before = copy.deepcopy(model.state_dict())
+    tap = FeatureTap(model)
+    assert tap.layers == [layer] and same(model.state_dict(), before)
+    pixels = torch.stack([image["pixel_values"] for image in images(architecture)[:2]])
+    with torch.no_grad():
+        tap.attach()
+        _, (feature_map,) = tap.run({"x": pixels})
+        tap.detach()
+        features = model.forward_features(pixels)
+    assert feature_map.shape[:2] == (2, channels)
+    if features.ndim == 3:
+        features = features[:, -feature_map[0, 0].numel() :].transpose(1, 2).unflatten(2, feature_map.shape[2:])
+    elif features.shape != feature_map.shape:  # Swin is channels last
+        features = features.movedim(3, 1)
+    assert torch.equal(feature_map, features)
+
+
+@needs_wrapper
+@pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_patch16_224"])
+def test_wrapped_as_student_and_bare_as_teacher(make_trainer, tmp_path, architecture):
+    arguments, layer, _ = ARCHITECTURES[architecture]
+    teacher = timm.create_model(architecture, num_classes=5, **arguments)
+    rows = images(architecture)
+    common = {"train_dataset": rows, "factor_channels": 8, "save_strategy": "steps", "save_steps": 1}
+    straight = make_trainer(wrapped(architecture), teacher, **common)
+    assert straight.student_side.tap.layers == [f"timm_model.{layer}"] and straight.teacher.tap.layers == [layer]
+    straight.train()
+    assert straight.state.log_history[-2]["inheritance_loss"] > 0
+    straight.save_model()
+    loaded = TimmWrapperForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert same(loaded.state_dict(), straight.student.state_dict())
+    resumed = make_trainer(wrapped(architecture, seed=5), teacher, **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert same(resumed.student.state_dict(), straight.student.state_dict())
+
+
+@needs_wrapper
+def test_wrapped_as_teacher_of_another_family(make_trainer):
+    trainer = make_trainer(make_resnet(8), wrapped("resnet18"), train_dataset=images("resnet18"), factor_channels=8)
+    trainer.train()
+    assert trainer.state.log_history[-2]["inheritance_loss"] > 0
