@@ -112,7 +112,7 @@ def test_the_teachers_processor_holds_for_a_module_too(make_trainer):
         teacher_processor=own,
     )
     trainer.teacher.tap.attach()
-    trainer.teacher(student(picture, return_tensors="pt"))
+    trainer.teacher.feature_maps(student(picture, return_tensors="pt"))
     torch.testing.assert_close(seen[-1], own(picture, return_tensors="pt")["pixel_values"], rtol=1e-4, atol=1e-4)
 
 

@@ -67,8 +67,8 @@ def test_revision_and_token_reach_the_hub(tmp_path, monkeypatch):
 
         assert "'user/teacher', which is no folder here and could not be had" in load()["error"]
         assert not seen
-        # Both repositories have a commit of their own; `main` must not be asked for.
-        hub.commit_hash = lambda repo: "0123456789" * 4
+        for repository in hub.repos.values():  # a commit of that name; `main` must not be asked for
+            repository["history"] = {"0123456789" * 4: repository["files"]}
         loaded = load(token=TOKEN, revision="0123456789" * 4)
         assert loaded["student"] == "torch.bfloat16" and TOKEN not in loaded["args"]
         assert {revision for _, revision, _ in seen} == {"0123456789" * 4}

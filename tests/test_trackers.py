@@ -26,7 +26,9 @@ def check_scalars(events: EventAccumulator, log_history: list[dict], names: list
 
 
 def test_tensorboard_has_components_and_weights(make_trainer, tmp_path):
-    trainer = make_trainer(report_to="tensorboard", hub_token="hf_secret", lambda_schedule="linear", lambda_kd=0.5)
+    trainer = make_trainer(
+        report_to="tensorboard", hub_token="hf_secret", lambda_schedule="linear", lambda_inh=1000, lambda_kd=0.5
+    )
     trainer.train()
     events = read_events(tmp_path / "out" / "runs")
     names = ["loss", *COMPONENTS, "kd_loss", "lambda_inh", "lambda_exp", "lambda_kd", "learning_rate"]
