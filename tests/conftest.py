@@ -206,7 +206,7 @@ def client(tmp_path: Path) -> Client:
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir(exist_ok=True)
         command = [sys.executable, "-c", script, *arguments]
-        options = {"env": env, "cwd": elsewhere, "stdin": subprocess.DEVNULL, "timeout": 300}
+        options = {"env": env, "cwd": elsewhere, "stdin": subprocess.DEVNULL, "timeout": 900}
         done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         return json.loads(done.stdout.splitlines()[-1])

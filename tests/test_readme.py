@@ -46,13 +46,30 @@ def stand_ins(tmp_path, monkeypatch):
     return tmp_path
 
 
+def with_hub(hub: HubServer, home: Path) -> dict[str, str]:
+    """Return an environment in which the Hub is the server."""
+    return {
+        **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": "hf_test",
+        "HF_HOME": str(home / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
 @pytest.mark.slow
 def test_python_blocks_in_order(stand_ins):
     script = "\n".join(block for kind, block in BLOCKS if kind == "python")
-    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (3, 1)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (4, 1)
+    with HubServer() as hub:
+        environment = with_hub(hub, stand_ins)
+        program = [sys.executable, "-c", script]
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert {"model.safetensors", "README.md"} <= set(hub.repos["user/cached"]["files"])
+        assert "last-checkpoint/optimizer.pt" in hub.repos["user/third"]["files"]
     assert "resnet.encoder.stages.1" in done.stdout  # list_layers
     assert (stand_ins / "out" / "model.safetensors").is_file()
     assert len(list((stand_ins / "cached" / "_teacher_cache").glob("*/factors_0.npy"))) == 1
@@ -67,15 +84,7 @@ def test_python_blocks_in_order(stand_ins):
 def test_the_accelerate_line(stand_ins, script, row, folders):
     (command,) = [c for c in COMMANDS if c.startswith(f"accelerate launch examples/{script}.py")]
     with HubServer() as hub:
-        environment = {
-            **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
-            "PYTHONPATH": str(ROOT),
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_TOKEN": "hf_test",
-            "HF_HOME": str(stand_ins / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-        }
+        environment = with_hub(hub, stand_ins)
         accelerate, *arguments = shlex.split(command)
         program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments]
         assert accelerate == "accelerate"
