@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, BaseImageP
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments
 from iekd_hf.base_trainer import DistillationTrainer
 from iekd_hf.loading import explain_unreachable, find_processor
+from iekd_hf.methods import METHODS
 
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,15 @@ class ModelArguments:
 class RunArguments(ScriptArguments, IEKDTrainingArguments):
     """Add to a script's arguments those of distillation."""
 
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is distilled, see the README: plain, kd, ft, at, od, ie-ft, ie-at, ie-od, inheritance, "
+            "exploration, with or without +kd. Default: ie-ft+kd where the teacher knows the data's classes, else "
+            "ie-ft.",
+            "choices": list(METHODS),
+        },
+    )
     do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation images."})
     do_predict: bool = field(
         default=False,
@@ -102,6 +112,16 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
     paraphraser_epochs: float | None = field(
         default=None, metadata={"help": "Epochs of stage 1. Default: 4 for the digits, otherwise 30."}
     )
+
+    def __post_init__(self):
+        self.chooses_method = self.method is None and self.lambda_kd is None
+        self.method = self.method or "ie-ft"
+        super().__post_init__()
+
+    def choose_method(self, teacher_knows_classes: bool) -> None:
+        """Add the logit term where nobody has said otherwise and the teacher can give one."""
+        if self.chooses_method and teacher_knows_classes:
+            self.method, self.lambda_kd = "ie-ft+kd", METHODS["ie-ft+kd"]["lambda_kd"]
 
 
 def has_classes(name: str, names: list[str], **hub) -> bool:
@@ -127,6 +147,7 @@ def get_teacher(
     else:  # its features teach, its head is for other classes
         teacher = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, dtype=dtype, **hub)
     processor = None if is_shorthand(name) or epochs > 0 else find_processor(name, **hub)
+    run.args.choose_method(own_classes)
     result = Result("teacher", teacher.num_parameters())
     if epochs > 0:
         seconds, result.log_history = run.train_alone(teacher, "teacher", epochs)
