@@ -235,7 +235,11 @@ def main() -> None:
             draw(results, os.path.join(args.output_dir, PICTURE))
             print(f"Student: {args.output_dir}   Picture: {os.path.join(args.output_dir, 'report.png')}")
     if args.push_to_hub:
-        trainer.push_to_hub(teacher_metrics=teacher_metrics, metrics=metrics, **run.for_the_card())
+        measured = {result.name.replace("distilled ", ""): result.latency for result in results}
+        latencies = {role: measured[role] for role in ("teacher", "student") if measured.get(role) is not None}
+        trainer.push_to_hub(
+            teacher_metrics=teacher_metrics, metrics=metrics, latencies=latencies, **run.for_the_card()
+        )
 
 
 if __name__ == "__main__":

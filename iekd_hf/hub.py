@@ -118,6 +118,7 @@ class HubTrainer(Trainer):
         teacher_metrics: dict[str, float] | None = None,
         metrics: dict[str, float] | None = None,
         picture: str | None = None,
+        latencies: dict[str, float] | None = None,
     ) -> None:
         """
         Write the model card, `README.md` in `output_dir`.
@@ -136,12 +137,16 @@ class HubTrainer(Trainer):
                 are saved.
             picture (`str`, *optional*):
                 Name of an image in `output_dir` that shows the run.
+            latencies (`dict[str, float]`, *optional*):
+                Milliseconds for one image on one thread of a CPU in float32, of `teacher`, `student`, `peer_1`, ...
         """
         if not self.is_world_process_zero():
             return
         networks, lesson, cites = self.card_facts(
             numbers(last_metrics(self) if metrics is None else metrics), teacher_metrics
         )
+        for network in networks:
+            network.latency = (latencies or {}).get(network.role)
         own = [network for network in networks if network.is_here]
         for network in own:
             network.source = network.source if finetuned_from is None else hub_id(finetuned_from)

@@ -147,6 +147,7 @@ def write_card(
         networks=networks,
         metric_names=metric_names,
         images=images,
+        timed=any(network.latency is not None for network in networks),
         unmeasured=any(name not in network.metrics for network in networks for name in metric_names),
         how_to_load=how_to_load or _how_to_load(trainer, task),
         brings_code=getattr(model, "_auto_class", None) is not None,

@@ -68,6 +68,8 @@ class Network:
             What was measured.
         labels (`list[str]`):
             The classes that it tells apart.
+        latency (`float`, *optional*):
+            Milliseconds for one image, where somebody has measured them.
     """
 
     role: str
@@ -77,6 +79,7 @@ class Network:
     mebibytes: float
     metrics: dict[str, float]
     labels: list[str]
+    latency: float | None = None
 
     @classmethod
     def of(cls, role: str, model: nn.Module, metrics: dict | None = None) -> "Network":
@@ -101,6 +104,11 @@ class Network:
     def name(self) -> str:
         """Return what to call it: a teacher of the Hub by a link, others by their class."""
         return f"`{self.architecture}`" if self.is_here or not self.source else link(self.source)
+
+    @property
+    def shown_latency(self) -> str:
+        """Return the latency as the table has it."""
+        return "-" if self.latency is None else f"{self.latency:.2f} ms"
 
     def shown(self, metric: str) -> str:
         """Return a metric as the table has it."""

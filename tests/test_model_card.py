@@ -43,6 +43,18 @@ def table_of(card: ModelCard) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in (rows[0], *rows[2:])]
 
 
+def test_latencies_that_somebody_has_measured(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.create_model_card(latencies={"student": 0.456})
+    card = read_card(tmp_path / "out")
+    header, teacher, student = table_of(card)
+    assert header[:5] == ["", "model", "parameters", "size", "latency"]
+    assert (teacher[4], student[4]) == ("-", "0.46 ms")
+    assert "Latency: one image on one thread of a CPU" in card.text
+    trainer.create_model_card()
+    assert "latency" not in read_card(tmp_path / "out").text.lower()
+
+
 def test_from_configurations(make_trainer, tmp_path):
     trainer = make_trainer(**EVALUATED)
     trainer.train()
