@@ -1,5 +1,9 @@
-"""Every code block of the README runs. Names on the Hub stand for small local folders of that name."""
+"""
+Every code block of the README runs. Names on the Hub stand for small local folders of that name, and torchvision,
+which does not import beside every build of torch, for a module with a network in its style.
+"""
 
+import configparser
 import os
 import re
 import shlex
@@ -49,14 +53,22 @@ def stand_ins(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_python_blocks_in_order(stand_ins):
     script = "\n".join(block for kind, block in BLOCKS if kind == "python")
-    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (3, 1)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (6, 1)
+    assert script.count("from torchvision.models import resnet50\n") == script.count("torchvision.") == 1
+    script = script.replace("from torchvision.models import", "from torchvision_stand_in import")
+    (stand_ins / "torchvision_stand_in.py").write_text(
+        "from test_foreign_teachers import TorchvisionResNet\n\n"
+        "def resnet50(weights):\n    return TorchvisionResNet(num_classes=1000)\n"
+    )
+    paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resnet.encoder.stages.1" in done.stdout  # list_layers
     assert (stand_ins / "out" / "model.safetensors").is_file()
     assert len(list((stand_ins / "cached" / "_teacher_cache").glob("*/factors_0.npy"))) == 1
     assert (stand_ins / "peers" / "peer_2" / "model.safetensors").is_file()
+    assert (stand_ins / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -133,3 +145,16 @@ def test_every_command_is_one_of_those_run():
     (pip,) = [command for command in COMMANDS if command.startswith("pip")]
     assert '-e ".[examples]"' in pip and '-e ".[examples]"' in (ROOT / "Makefile").read_text()
     assert {kind for kind, _ in BLOCKS} <= {"console", "python", "bibtex"}
+
+
+def test_badges_say_what_setup_cfg_says():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    required = dict(line.split(">=") for line in config["options"]["install_requires"].split() if ">=" in line)
+    required["python"] = config["options"]["python_requires"].removeprefix(">=")
+    badges = dict(re.findall(r"img\.shields\.io/badge/(\w+)-(\S+)-blue", README))
+    assert badges.pop("licence").replace("--", "-") == config["metadata"]["license"]
+    assert set(badges) == {"python", "torch", "transformers"}
+    assert {name: value.removesuffix("%2B") for name, value in badges.items()} == {
+        name: required[name] for name in badges
+    }
