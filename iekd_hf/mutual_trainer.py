@@ -9,7 +9,7 @@ from .arguments import MutualTrainingArguments
 from .checkpoints import check_made_by, load_encoders, save_encoders
 from .checks import check_models
 from .features import FeatureTap
-from .loading import load_model
+from .loading import load_if_named
 from .losses import kd_loss, reconstruction_loss
 from .model_card import taught_each_other
 from .modeling import PeerGroup, frozen_statistics
@@ -95,7 +95,7 @@ class MutualTrainer(PeersTrainer):
         self.with_logits = "kl" in args.mutual_loss
         names = {"ie": ("lambda_inh", "lambda_exp"), "kl": ("lambda_kl",)}
         self._weight_names = tuple(name for term in args.mutual_loss.split("+") for name in names[term])
-        models = [load_model(m, f"models[{i}]") if isinstance(m, str) else m for i, m in enumerate(models)]
+        models = [load_if_named(m, f"models[{i}]", None, dtype="float32") for i, m in enumerate(models)]
         check_models(models, args, kwargs)
         self.taps = _tap(models, args)
         super().__init__(models, args=args, **kwargs)

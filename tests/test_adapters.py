@@ -150,3 +150,16 @@ def test_layers_have_the_base_models_names(make_trainer, capsys):
     trainer = make_trainer(student, student_layers=["vit.layers.0"])
     trainer.train()
     assert trainer.state.log_history[-2]["inheritance_loss"] > 0
+
+
+@pytest.mark.parametrize("family", CONFIGURATIONS)
+def test_a_teacher_can_have_adapters_too(make_trainer, family):
+    teacher = make_adapted(family)
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = make_trainer(make_resnet(8, seed=4), teacher, lambda_kd=1.0)
+    trainer.train()
+    assert same(teacher.state_dict(), before)
+    trainer.teacher.tap.attach()
+    pixels = torch.stack([image["pixel_values"] for image in make_images(4, seed=7)])
+    _, seen = trainer.teacher({"pixel_values": pixels}, with_logits=True)
+    torch.testing.assert_close(seen, logits(teacher), rtol=1e-4, atol=1e-5)

@@ -94,10 +94,11 @@ def test_digits(with_digits: HubServer, client: Client, tmp_path: Path):
     assert (data["datasets"], data["license"]) == (["user/digits"], "bsd-3-clause")
     (result,) = data["model-index"][0]["results"]
     assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
-        name: results[f"eval_{name}"] for name in ("accuracy", "top5_accuracy")
+        name: results[f"eval_{name}"] for name in ("accuracy", "top5_accuracy", "macro_f1")
     }
     card = files["README.md"].decode()
     assert "| teacher | `CifarResNetForImageClassification` | 78,042 |" in card
+    assert "| size | latency | accuracy |" in card
     assert "![Losses, accuracy and sizes](report.png)" in card and " | - |" not in card
 
     # A script whose push fails ends well all the same.

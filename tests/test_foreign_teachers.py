@@ -38,12 +38,12 @@ class TorchvisionResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(8)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = nn.Sequential(Block(8, 8))
-        self.layer2 = nn.Sequential(Block(8, width))
+        self.layer4 = nn.Sequential(Block(8, width))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x)))))
+        x = self.layer4(self.layer1(self.relu(self.bn1(self.conv1(x)))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
@@ -72,7 +72,7 @@ def test_factors_and_logits_are_the_modules_own(make_trainer, teacher_class, fas
     with pytest.warns(UserWarning, match="has no config.id2label: its 3 logits are taken"):
         trainer = make_trainer(
             teacher_model=teacher,
-            teacher_layers=["layer2"],
+            teacher_layers=["layer4"],
             fast_teacher=fast_teacher,
             lambda_kd=1.0,
             temperature=2.0,
@@ -83,7 +83,7 @@ def test_factors_and_logits_are_the_modules_own(make_trainer, teacher_class, fas
     pixels = torch.stack([image["pixel_values"] for image in make_images(4)])
     with torch.no_grad():
         x = teacher.layer1(teacher.relu(teacher.bn1(teacher.conv1(pixels))))
-        f_T = teacher.layer2(x)
+        f_T = teacher.layer4(x)
         z_T = teacher.fc(f_T.mean(dim=(2, 3)))
         trainer.teacher.tap.attach()
         (F_T,), logits = trainer.teacher({"pixel_values": pixels, "labels": torch.zeros(4)}, with_logits=True)
@@ -106,7 +106,7 @@ def test_the_teachers_processor_holds_for_a_module_too(make_trainer):
     teacher.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["x"]), with_kwargs=True)
     trainer = make_trainer(
         teacher_model=teacher,
-        teacher_layers=["layer2"],
+        teacher_layers=["layer4"],
         fast_teacher=False,
         processing_class=student,
         teacher_processor=own,
@@ -127,7 +127,7 @@ def test_it_can_be_cached(make_trainer):
     for cached in (True, False):
         trainer = make_trainer(
             teacher_model=settle(TorchvisionResNet()),
-            teacher_layers=["layer2"],
+            teacher_layers=["layer4"],
             train_dataset=images,
             augmentation=BatchAugmentation(mean=[0.5] * 3, std=[0.5] * 3),
             cache_teacher=cached,
@@ -141,7 +141,7 @@ def test_it_can_be_cached(make_trainer):
 
 
 def test_what_the_logit_term_cannot_use_is_refused(make_trainer, tmp_path):
-    layer = {"teacher_layers": ["layer2"]}
+    layer = {"teacher_layers": ["layer4"]}
     with pytest.raises(ValueError, match=r"3 logits of the teacher for lambda_kd > 0.*\(1, 5\) of TorchvisionResNet"):
         make_trainer(teacher_model=TorchvisionResNet(num_classes=5), lambda_kd=1.0, **layer)
     with pytest.raises(ValueError, match=r"tensor of logits or a dictionary with `logits`, got tuple"):
@@ -152,6 +152,6 @@ def test_what_the_logit_term_cannot_use_is_refused(make_trainer, tmp_path):
 def test_its_layer_must_be_named_and_can_be_listed(make_trainer, capsys):
     with pytest.raises(ValueError, match=r"last feature map is known, got TorchvisionResNet: .*list_layers"):
         make_trainer(teacher_model=TorchvisionResNet())
-    with pytest.raises(ValueError, match=r"got 'layer3'; close matches: layer[12]"):
+    with pytest.raises(ValueError, match=r"got 'layer3'; close matches: layer[14]"):
         make_trainer(teacher_model=TorchvisionResNet(), teacher_layers=["layer3"])
-    assert list_layers(TorchvisionResNet(), 32)["layer2"] == (16, 4, 4)
+    assert list_layers(TorchvisionResNet(), 32)["layer4"] == (16, 4, 4)

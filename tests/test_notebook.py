@@ -16,11 +16,6 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "iekd_in_15_minutes.ipynb"
 
 
-def text_of(cell) -> str:
-    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
-    return "\n".join(texts)
-
-
 @pytest.mark.slow
 def test_the_notebook_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
@@ -31,14 +26,15 @@ def test_the_notebook_from_top_to_bottom(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    printed = dict(re.findall(r"^(\S.*\S) +([\d.]+)%$", "\n".join(map(text_of, cells)), flags=re.MULTILINE))
+    printed = "\n".join(output.get("text", "") for cell in cells for output in cell.outputs)
+    printed = dict(re.findall(r"^(\S.*\S) +([\d.]+)%$", printed, flags=re.MULTILINE))
     assert list(printed) == ["teacher", "plain student", "distilled student", "distilled, with logits"]
     assert all(float(value) > 85 for value in printed.values()), printed
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
     # Trainer's table of a notebook has the losses of both stages.
     tables = "".join(output.get("data", {}).get("text/html", "") for cell in cells for output in cell.outputs)
     assert "Validation Loss" in tables and "Accuracy" in tables
-    label, scores = ast.literal_eval(text_of(cells[-1]).strip())
+    label, scores = ast.literal_eval(cells[-1].outputs[-1]["data"]["text/plain"])
     assert len(scores) == 3 and {score["label"] for score in scores} <= set("0123456789") and label in range(10)
     assert (tmp_path / "notebook" / "student" / "model.safetensors").is_file()
     assert (tmp_path / "notebook" / "distilled" / "_paraphraser" / "model.safetensors").is_file()

@@ -1,5 +1,9 @@
-"""Every code block of the README runs. Names on the Hub stand for small local folders of that name."""
+"""
+Every code block of the README runs. Names on the Hub stand for small local folders of that name, and torchvision,
+which does not import beside every build of torch, for a module with a network in its style.
+"""
 
+import configparser
 import os
 import re
 import shlex
@@ -62,9 +66,15 @@ def with_hub(hub: HubServer, home: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_python_blocks_in_order(stand_ins):
     script = "\n".join(block for kind, block in BLOCKS if kind == "python")
-    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (4, 1)
+    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (7, 1)
+    assert script.count("from torchvision.models import resnet50\n") == script.count("torchvision.") == 1
+    script = script.replace("from torchvision.models import", "from torchvision_stand_in import")
+    (stand_ins / "torchvision_stand_in.py").write_text(
+        "from test_foreign_teachers import TorchvisionResNet\n\n"
+        "def resnet50(weights):\n    return TorchvisionResNet(num_classes=1000)\n"
+    )
     with HubServer() as hub:
-        environment = with_hub(hub, stand_ins)
+        environment = with_hub(hub, stand_ins) | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))}
         program = [sys.executable, "-c", script]
         done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -74,6 +84,7 @@ def test_python_blocks_in_order(stand_ins):
     assert (stand_ins / "out" / "model.safetensors").is_file()
     assert len(list((stand_ins / "cached" / "_teacher_cache").glob("*/factors_0.npy"))) == 1
     assert (stand_ins / "peers" / "peer_2" / "model.safetensors").is_file()
+    assert (stand_ins / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -134,7 +145,8 @@ def test_every_command_is_one_of_those_run():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        with_tests = ["benchmarks/mutual_step.py", "benchmarks/speed.py", "export_onnx.py"]  # of their own
+        with_tests = [f"benchmarks/{name}.py" for name in ("compare_methods", "mutual_step", "speed")]
+        with_tests += ["analyze_student.py", "export_onnx.py"]  # of their own
         known = {"make": targets, "python": [f"examples/{script}" for script in with_tests]}
         assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip"), command
     # `make test` is what runs this file, and installs by the line that the README shows.
@@ -142,3 +154,16 @@ def test_every_command_is_one_of_those_run():
     (pip,) = [command for command in COMMANDS if command.startswith("pip")]
     assert '-e ".[examples]"' in pip and '-e ".[examples]"' in (ROOT / "Makefile").read_text()
     assert {kind for kind, _ in BLOCKS} <= {"console", "python", "bibtex"}
+
+
+def test_badges_say_what_setup_cfg_says():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    required = dict(line.split(">=") for line in config["options"]["install_requires"].split() if ">=" in line)
+    required["python"] = config["options"]["python_requires"].removeprefix(">=")
+    badges = dict(re.findall(r"img\.shields\.io/badge/(\w+)-(\S+)-blue", README))
+    assert badges.pop("licence").replace("--", "-") == config["metadata"]["license"]
+    assert set(badges) == {"python", "torch", "transformers"}
+    assert {name: value.removesuffix("%2B") for name, value in badges.items()} == {
+        name: required[name] for name in badges
+    }
