@@ -195,17 +195,21 @@ class HubTrainer(Trainer):
             if not self.args.hub_always_push:
                 return
             earlier = list(self.push_in_progress.jobs)
-        with_checkpoint = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-        if with_checkpoint:
-            checkpoint_folder = self._stage(checkpoint_folder)
-            self.complete_checkpoint(checkpoint_folder)
-        self.complete_output_dir()
-        super()._push_from_checkpoint(checkpoint_folder)
+        staged = None
+        try:
+            if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                checkpoint_folder = staged = self._stage(checkpoint_folder)
+                self.complete_checkpoint(staged)
+            self.complete_output_dir()
+            super()._push_from_checkpoint(checkpoint_folder)
+        except Exception as error:  # a tracker that pushes along, say; the checkpoint itself is saved
+            self._tell_failed_push(error, self.args.hub_revision)
+            return
         jobs = [job for job in self.push_in_progress.jobs if job not in earlier]
         for job in jobs:
             job.add_done_callback(lambda job: self._tell_failed_push(job.exception(), self.args.hub_revision))
-        if with_checkpoint:
-            jobs[-1].add_done_callback(lambda _: shutil.rmtree(checkpoint_folder, ignore_errors=True))
+        if staged is not None:
+            jobs[-1].add_done_callback(lambda _: shutil.rmtree(staged, ignore_errors=True))
 
     def _stage(self, checkpoint_folder: str) -> str:
         """Copy a checkpoint to push it, with the best one by its name."""

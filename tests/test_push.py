@@ -203,6 +203,14 @@ for name, failures in (("background", {"commit": 403}), ("background_cut", {"lfs
 fail()
 results["made_up_for"] = trainer.push_to_hub() is not None
 
+# A tracker that pushes along.
+class Tracker(TrainerCallback):
+    def on_push_begin(self, args, state, control, **kwargs):
+        raise RuntimeError("no such project")
+
+results["tracker"] = make("tracker", callbacks=[Tracker()], push_to_hub=True).train().global_step
+collect("tracker")
+
 # At the end.
 for name, failures in (
     ("create_401", {"create": 401}),
@@ -234,7 +242,8 @@ def test_pushes_that_fail(hub: HubServer, client: Client, tmp_path: Path):
 
     message, exists = results["refused"]
     assert "401" in message and "hf auth login" in message and not exists
-    assert results["background"] == results["background_cut"] == 2
+    assert results["background"] == results["background_cut"] == results["tracker"] == 2
+    assert "no such project" in told["tracker"][0]
     assert "403" in told["background"][0] and "user/background" in told["background"][0]
     assert told["background_cut"] and results["made_up_for"]
     for name, reason in (
