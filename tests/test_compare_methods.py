@@ -14,7 +14,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
 import comparison_report
-from comparison_cells import MultiStep, cell_folder, parse_method
+from comparison_cells import MultiStep, cell_folder
+from comparison_methods import label, parse_method
+
+from iekd_hf.methods import METHODS
 
 
 QUICK = ["--epochs", "1", "--teacher_epochs", "1", "--paraphraser_epochs", "1", "--held_out", "200", "--use_cpu"]
@@ -57,12 +60,13 @@ def test_differences_are_paired_by_seed():
 
 
 def test_the_table_has_a_row_for_each_method():
-    cells = [cell("plain", 0, 0.70), cell("plain", 1, 0.72), cell("ie-ft", 0, 0.71), cell("ie-ft", 1, 0.75)]
+    ie = label("ie-ft,inheritance_ratio=0.25")
+    cells = [cell("plain", 0, 0.70), cell("plain", 1, 0.72), cell(ie, 0, 0.71), cell(ie, 1, 0.75)]
     cells += [cell("dml", 0, None, "a+b", test_peer_1_accuracy=0.5, test_peer_2_accuracy=0.6)]
     del cells[-1]["metrics"]["test_accuracy"]
     text = comparison_report.markdown(cells)
     assert "| plain | 10 | 2 | 71.00 | 1.41 | ± 12.71 |  | 5 |" in text
-    assert "| ie-ft | 10 | 2 | 73.00 | 2.83 | ± 25.41 | +2.00 ± 12.71 | 5 |" in text
+    assert "| ie-ft,inheritance_ratio=0.25 | 10 | 2 | 73.00 | 2.83 | ± 25.41 | +2.00 ± 12.71 | 5 |" in text
     assert "### a+b, peer 2 (test)" in text and "| dml | 10 | 1 | 60.00 | - | - | 5 |" in text
 
 
@@ -73,6 +77,14 @@ def test_methods_with_arguments():
     )
     with pytest.raises(ValueError, match=r"Expected a method among plain, .*; got 'ft2'"):
         parse_method("ft2")
+
+
+def test_a_cell_is_named_by_its_weights_whatever_the_presets_are(monkeypatch):
+    before = label("ie-ft")
+    assert before == label(before)
+    monkeypatch.setitem(METHODS, "ie-ft", {**METHODS["ie-ft"], "lambda_inh": 7.0})
+    assert label("ie-ft") != before == label(before)
+    assert label("ie-ft,lambda_exp=0") == "ie-ft,lambda_inh=7,lambda_exp=0"
 
 
 def test_milestones():
@@ -92,7 +104,7 @@ def test_milestones():
 def test_the_whole_line_on_the_digits(compare, tmp_path):
     common = ["--output_dir", tmp_path, *QUICK, "--evaluate_on", "test", "--networks", "cifar-resnet-8:cifar-resnet-8"]
     printed = compare(*common, "--methods", "plain", "ie-ft+kd,lambda_inh=50", "od", "--seeds", "0", "1")
-    assert re.search(r"^\| ie-ft\+kd,lambda_inh=50 \| 50, 100, \d+ \| 2 \| ", printed, flags=re.MULTILINE), printed
+    assert re.search(r"^\| ie-ft\+kd \| 50, \d+, \d+ \| 2 \| ", printed, flags=re.MULTILINE), printed
     assert "### cifar-resnet-8:cifar-resnet-8 (test)" in printed and "(validation)" in printed
     folder = cell_folder(tmp_path, "cifar-resnet-8:cifar-resnet-8", "plain", 1)
     before = (folder / "metrics.json").stat().st_mtime_ns

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 from classification import parse_arguments
-from comparison_cells import Comparison, ScheduleArguments, parse_method
+from comparison_cells import Comparison, ScheduleArguments
+from comparison_methods import parse_method
 from comparison_report import collect, draw, draw_sweep, markdown
 from image_data import DataArguments
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import platform
-import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import datasets
 import torch
 import transformers
 from classification import build_model, build_processor
+from comparison_methods import MUTUAL, label, parse_method
 from huggingface_hub.utils import WeakFileLock
 from image_data import DataArguments, load_images
 from image_metrics import TopKAccuracy
@@ -29,8 +29,6 @@ from iekd_hf.methods import METHODS
 
 
 logger = logging.getLogger(__name__)
-
-MUTUAL = {"alone": None, "dml": "kl", "ie-dml": "ie", "ie-dml+kl": "ie+kl"}
 
 
 @dataclass
@@ -282,18 +280,9 @@ class Comparison:
         return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
 
 
-def parse_method(method: str) -> tuple[str, dict]:
-    """Split `ie-ft,lambda_inh=300` into the name and the arguments."""
-    name, *changes = method.split(",")
-    if name not in METHODS and name not in MUTUAL:
-        raise ValueError(f"Expected a method among {', '.join([*METHODS, *MUTUAL])}; got {name!r}.")
-    pairs = (change.split("=", 1) for change in changes)
-    return name, {key: json.loads(value) if re.match(r"[-\d.\[]", value) else value for key, value in pairs}
-
-
 def cell_folder(folder: Path, networks: str, method: str, seed: int) -> Path:
     """Return the folder of a cell."""
-    return folder / "cells" / networks.replace(":", "-to-") / method / f"seed-{seed}"
+    return folder / "cells" / networks.replace(":", "-to-") / label(method) / f"seed-{seed}"
 
 
 def made() -> dict[str, str]:

@@ -12,10 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
+from comparison_methods import LAMBDAS, label
 
 
 BASELINES = ("plain", "kd", "ft", "alone", "dml")
-LAMBDAS = ("lambda_inh", "lambda_exp", "lambda_kd", "lambda_kl")
+WEIGHTS = (*LAMBDAS, "lambda_kl")
 
 
 def collect(folder: Path) -> list[dict]:
@@ -122,6 +123,12 @@ def paired(values: dict[int, float], baseline: dict[int, float]) -> str:
     return f"{mean:+.2f}" + ("" if math.isnan(half) else f" \u00b1 {half:.2f}")
 
 
+def without_weights(method: str) -> str:
+    """Return a method's name, with what differs from it beside the weights."""
+    name, *changes = method.split(",")
+    return ",".join([name, *(change for change in changes if change.split("=")[0] not in LAMBDAS)])
+
+
 def markdown(cells: list[dict]) -> str:
     """
     Write the tables: for each pair and part, a row for each method.
@@ -136,25 +143,24 @@ def markdown(cells: list[dict]) -> str:
     lines = []
     for part in ("test", "validation"):
         for networks, methods in accuracies(cells, part).items():
-            baselines = [name for name in BASELINES if name in methods and len(methods) > 1]
+            baselines = {name: label(name) for name in BASELINES if label(name) in methods and len(methods) > 1}
             lines += [f"### {networks} ({part})", ""]
             titles = ["method", "weights", "seeds", "accuracy", "sd", "95 % interval", *(f"- {b}" for b in baselines)]
             lines += [
                 "| " + " | ".join([*titles, "seconds"]) + " |",
                 "|---|---|" + "---:|" * (len(titles) - 1),
             ]
-            order = sorted(
-                methods, key=lambda method: (method not in BASELINES, np.mean(list(methods[method].values())))
-            )
+            means = {method: np.mean(list(values.values())) for method, values in methods.items()}
+            order = sorted(methods, key=lambda method: (method not in baselines.values(), means[method]))
             for method in order:
                 of_method = [c for c in cells if c["method"] == method and c["networks"] == networks.split(",")[0]]
                 used = of_method[0]["arguments"]
-                weights = ", ".join(f"{used[name]:g}" for name in LAMBDAS if used.get(name)) or "-"
+                weights = ", ".join(f"{used[name]:g}" for name in WEIGHTS if used.get(name)) or "-"
                 mean, deviation, half = interval(list(methods[method].values()))
                 seconds = np.mean([cell["metrics"]["train_runtime"] for cell in of_method])
-                row = [method, weights, str(len(methods[method])), f"{mean:.2f}"]
+                row = [without_weights(method), weights, str(len(methods[method])), f"{mean:.2f}"]
                 row += ["-", "-"] if math.isnan(half) else [f"{deviation:.2f}", f"\u00b1 {half:.2f}"]
-                row += ["" if b == method else paired(methods[method], methods[b]) for b in baselines]
+                row += ["" if b == method else paired(methods[method], methods[b]) for b in baselines.values()]
                 lines.append("| " + " | ".join([*row, f"{seconds:.0f}"]) + " |")
             lines.append("")
     return "\n".join(lines)
@@ -182,7 +188,7 @@ def draw(cells: list[dict], path: str) -> None:
         for y, method in enumerate(order):
             values = list(methods[method].values())
             mean, _, half = interval(values)
-            colour = "C7" if method in BASELINES else "C0"
+            colour = "C7" if method in map(label, BASELINES) else "C0"
             panel.plot(values, [y] * len(values), ".", color=colour, alpha=0.5)
             panel.errorbar(mean, y, xerr=None if math.isnan(half) else half, fmt="o", color=colour, capsize=3)
         panel.set_yticks(range(len(order)), order)
