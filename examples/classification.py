@@ -121,7 +121,10 @@ def build_model(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **labels)
         if from_scratch:
-            return AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+            # float32, whatever type the weights that are left out were saved in
+            return AutoModelForImageClassification.from_config(
+                config, trust_remote_code=trust_remote_code, dtype=torch.float32
+            )
         return AutoModelForImageClassification.from_pretrained(
             name,
             config=config,
