@@ -127,7 +127,10 @@ def build_model(
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **labels)
         if from_scratch:
             config.name_or_path = ""  # its weights are not that model's
-            return AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+            # float32, whatever type the weights that are left out were saved in
+            return AutoModelForImageClassification.from_config(
+                config, trust_remote_code=trust_remote_code, dtype=torch.float32
+            )
         return AutoModelForImageClassification.from_pretrained(
             name,
             config=config,

@@ -1,5 +1,6 @@
 """Models by name: which revision, as whom, in which type, and whose code runs."""
 
+import functools
 import json
 import os
 import subprocess
@@ -94,6 +95,15 @@ def test_a_student_is_loaded_in_float32_a_teacher_as_it_is(make_trainer, tmp_pat
         train_dataset=[{**image, "pixel_values": image["pixel_values"].bfloat16()} for image in make_images()],
     )
     assert (trainer.student.dtype, trainer.teacher.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_the_scripts_load_in_float32_too(tmp_path):
+    from classification import build_model
+
+    make_resnet(8).to(torch.bfloat16).save_pretrained(tmp_path)
+    build = functools.partial(build_model, str(tmp_path), "--student", ["ant", "bee", "cat"], trust_remote_code=False)
+    assert build(from_scratch=False).dtype == build(from_scratch=True).dtype == torch.float32
+    assert build(from_scratch=False, dtype="auto", revision="main", token=None).dtype == torch.bfloat16
 
 
 def test_keywords_for_a_model_that_is_there_are_refused(make_trainer, tmp_path):
