@@ -204,6 +204,8 @@ class HubTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
         except Exception as error:  # a tracker that pushes along, say; the checkpoint itself is saved
             self._tell_failed_push(error, self.args.hub_revision)
+            if staged is not None:
+                shutil.rmtree(staged, ignore_errors=True)
             return
         jobs = [job for job in self.push_in_progress.jobs if job not in earlier]
         for job in jobs:
