@@ -34,7 +34,8 @@ def test_the_notebook_from_top_to_bottom(tmp_path, monkeypatch):
     # Trainer's table of a notebook has the losses of both stages.
     tables = "".join(output.get("data", {}).get("text/html", "") for cell in cells for output in cell.outputs)
     assert "Validation Loss" in tables and "Accuracy" in tables
-    label, scores = ast.literal_eval(cells[-1].outputs[-1]["data"]["text/plain"])
+    (result,) = (output for output in cells[-1].outputs if output.output_type == "execute_result")
+    label, scores = ast.literal_eval(result["data"]["text/plain"])
     assert len(scores) == 3 and {score["label"] for score in scores} <= set("0123456789") and label in range(10)
     assert (tmp_path / "notebook" / "student" / "model.safetensors").is_file()
     assert (tmp_path / "notebook" / "distilled" / "_paraphraser" / "model.safetensors").is_file()
