@@ -15,6 +15,11 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "get_base_model")
 
 
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Return the model that PEFT has wrapped, which holds the adapters in its layers; any other as it is."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
 def check_adapted(model: nn.Module) -> None:
     """
     Refuse what an adapter's file would not hold after training.

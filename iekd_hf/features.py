@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
+from .adapters import without_adapters
 from .timm_layers import last_features_layer
 
 
@@ -179,11 +180,6 @@ def match_sizes(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Ten
 
 def _suggest_layers() -> str:
     return " iekd_hf.list_layers(model, image_size) prints the layers that can be named."
-
-
-def without_adapters(model: nn.Module) -> nn.Module:
-    """Return the model that PEFT has wrapped, which holds the adapters in its layers; any other as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _default_layer(model: nn.Module) -> str:

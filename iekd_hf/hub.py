@@ -9,12 +9,14 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import ModelCard, create_branch
+from torch import nn
 from transformers import Trainer
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from .adapters import is_adapted
 from .model_card import write_card
 from .run_facts import Network, hub_id, last_metrics, numbers
 
@@ -52,6 +54,7 @@ class HubTrainer(Trainer):
         Raises:
             `ValueError`: the Hub refuses, or cannot be reached.
         """
+        check_base_is_public(self.model)
         try:
             super().init_hf_repo(token, private)
             self._make_branch(self.args.hub_revision, token)
@@ -253,6 +256,26 @@ class HubTrainer(Trainer):
             f"{self.args.output_dir}. To push it later, with a token that may write (`hf auth login`), run\n"
             f"    {shlex.join(command)}"
         )
+
+
+def check_base_is_public(model: nn.Module) -> None:
+    """
+    Refuse to push an adapter whose file would name a folder of this machine as its base.
+
+    Args:
+        model (`nn.Module`):
+            What is to be pushed.
+
+    Raises:
+        `ValueError`: an adapter of PEFT on a model that was loaded from a folder.
+    """
+    for config in model.peft_config.values() if is_adapted(model) else ():
+        base = config.base_model_name_or_path
+        if base and hub_id(base) is None:
+            raise ValueError(
+                f"Expected an adapter of a model of the Hub to push, got one of the folder {os.path.basename(base)!r}: "
+                "nobody else could load it. Load the base by its name on the Hub, or push model.merge_and_unload()."
+            )
 
 
 def _link(source: str, target: str) -> None:

@@ -5,7 +5,8 @@ import contextlib
 import torch
 from torch import nn
 
-from .features import count_prefix_tokens, first_tensor, to_map, without_adapters
+from .adapters import without_adapters
+from .features import count_prefix_tokens, first_tensor, to_map
 
 
 def list_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> dict[str, tuple[int, int, int]]:

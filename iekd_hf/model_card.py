@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
+from .adapters import is_adapted, without_adapters
 from .run_facts import Network, curve, hub_id, link, recipe
 
 
@@ -102,7 +103,8 @@ def write_card(
         picture (`str`, *optional*):
             Name of an image in `output_dir`.
     """
-    model, own = trainer.model, [network for network in networks if network.is_here]
+    model, own = without_adapters(trainer.model), [network for network in networks if network.is_here]
+    adapted = is_adapted(trainer.model)
     task = next(iter(_listed(summary.tasks)), None)
     task = task or next((tag for end, tag in _TASKS.items() if type(model).__name__.endswith(end)), None)
     ids = [tag for tag in _listed(summary.dataset_tags) if hub_id(tag)]
@@ -125,11 +127,11 @@ def write_card(
         if task
     ]
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapted else "transformers",
         license=summary.license,
         pipeline_tag=task,
         base_model=bases[0] if len(bases) == 1 else bases or None,
-        base_model_relation="finetune" if bases else None,
+        base_model_relation=("adapter" if adapted else "finetune") if bases else None,
         teacher=next((network.source for network in networks if not network.is_here), None),
         language=summary.language,
         datasets=ids or None,
@@ -179,7 +181,14 @@ def _describe(network: Network, task: str | None, images: str) -> str:
 
 def _how_to_load(trainer: Trainer, task: str | None) -> str:
     """Return code that loads the model: with what the repository holds, as a pipeline."""
-    name, model = trainer.hub_model_id or ".", trainer.model
+    name, model = trainer.hub_model_id or ".", without_adapters(trainer.model)
+    if is_adapted(trainer.model):
+        loader, base = type(model).__name__, hub_id(model.config._name_or_path) or "<the base model>"
+        return (
+            f"from peft import PeftModel\nfrom transformers import {loader}\n\n"
+            f'base = {loader}.from_pretrained(\n    "{base}", num_labels={model.config.num_labels}, '
+            f'ignore_mismatched_sizes=True\n)\nmodel = PeftModel.from_pretrained(base, "{name}")'
+        )
     trust = ", trust_remote_code=True" if getattr(model, "_auto_class", None) is not None else ""
     if task and trainer.processing_class is not None:
         return (

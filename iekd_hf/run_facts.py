@@ -10,6 +10,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.modelcard import make_markdown_table
 
+from .adapters import without_adapters
+
 
 # What Trainer measures beside the metrics.
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
@@ -84,10 +86,11 @@ class Network:
     @classmethod
     def of(cls, role: str, model: nn.Module, metrics: dict | None = None) -> "Network":
         """Describe a model; of the metrics, numbers are kept."""
-        tensors, config = [*model.parameters(), *model.buffers()], getattr(model, "config", None)
+        tensors, bare = [*model.parameters(), *model.buffers()], without_adapters(model)
+        config = getattr(bare, "config", None)
         return cls(
             role,
-            type(model).__name__,
+            type(bare).__name__,
             hub_id(getattr(config, "_name_or_path", None)),
             sum(parameter.numel() for parameter in model.parameters()),
             sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20,
@@ -191,7 +194,7 @@ def recipe(args: TrainingArguments) -> list[tuple[str, str, str]]:
     ours = {name for cls in type(args).__mro__ if cls.__module__.startswith("iekd_hf.") for name in vars(cls)}
     values = args.to_dict()
     return [
-        (f.name, str(values[f.name]), f.metadata.get("help", "").rstrip("."))
+        (f.name, str(values[f.name]), f.metadata.get("help", "").replace(" Default: the method's.", "").rstrip("."))
         for f in fields(args)
         if f.name in ours - known - _ONLY_SPEED and values[f.name] is not None
     ] + [("seed", str(args.seed), "Seed of the encoders, the data's order and augmentation")]

@@ -163,3 +163,36 @@ def test_a_teacher_can_have_adapters_too(make_trainer, family):
     pixels = torch.stack([image["pixel_values"] for image in make_images(4, seed=7)])
     _, seen = trainer.teacher({"pixel_values": pixels}, with_logits=True)
     torch.testing.assert_close(seen, logits(teacher), rtol=1e-4, atol=1e-5)
+
+
+def test_the_card_says_how_to_put_the_adapter_on_its_base(make_trainer, tmp_path):
+    from huggingface_hub import ModelCard
+
+    base = make_base("vit")
+    base.name_or_path = base.config._name_or_path = "user/base"
+    student = peft.get_peft_model(base, peft.LoraConfig(r=2, **CONFIGURATIONS["vit"]))
+    trainer = make_trainer(student)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    data = card.data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"]) == ("peft", "image-classification")
+    assert (data["base_model"], data["base_model_relation"]) == ("user/base", "adapter")
+    code = card.text.split("```python\n")[1].split("```")[0]
+    make_base("vit").save_pretrained(tmp_path / "user" / "base")
+    code = code.replace('"user/base"', repr(str(tmp_path / "user" / "base"))).replace(
+        '"."', repr(str(tmp_path / "out"))
+    )
+    names = {}
+    exec(code, names)
+    assert torch.equal(logits(names["model"]), logits(student))
+
+
+def test_an_adapter_of_a_folder_is_not_pushed(make_trainer, tmp_path):
+    """Its file names the base: a path of this machine."""
+    make_base("vit").save_pretrained(tmp_path / "base")
+    base = type(make_base("vit")).from_pretrained(tmp_path / "base")
+    student = peft.get_peft_model(base, peft.LoraConfig(r=2, **CONFIGURATIONS["vit"]))
+    with pytest.raises(ValueError, match=r"adapter of a model of the Hub to push, got one of the folder 'base'"):
+        make_trainer(student, push_to_hub=True, hub_token="hf_test")
