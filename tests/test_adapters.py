@@ -181,9 +181,8 @@ def test_the_card_says_how_to_put_the_adapter_on_its_base(make_trainer, tmp_path
     assert (data["base_model"], data["base_model_relation"]) == ("user/base", "adapter")
     code = card.text.split("```python\n")[1].split("```")[0]
     make_base("vit").save_pretrained(tmp_path / "user" / "base")
-    code = code.replace('"user/base"', repr(str(tmp_path / "user" / "base"))).replace(
-        '"."', repr(str(tmp_path / "out"))
-    )
+    for name, folder in (("user/base", tmp_path / "user" / "base"), (".", tmp_path / "out")):
+        code = code.replace(f'"{name}"', repr(str(folder)))
     names = {}
     exec(code, names)
     assert torch.equal(logits(names["model"]), logits(student))
