@@ -273,8 +273,9 @@ def check_base_is_public(model: nn.Module) -> None:
         base = config.base_model_name_or_path
         if base and hub_id(base) is None:
             raise ValueError(
-                f"Expected an adapter of a model of the Hub to push, got one of the folder "
-                f"{os.path.basename(base)!r}, which nobody else could load: load the base by its name on the Hub, or push model.merge_and_unload()."
+                "Expected an adapter of a model of the Hub to push, got one of the folder "
+                f"{os.path.basename(base)!r}, which nobody else could load: load the base by its name on the Hub, or "
+                "push model.merge_and_unload()."
             )
 
 
