@@ -194,7 +194,9 @@ def draw(cells: list[dict], path: str) -> None:
         panel.set_yticks(range(len(order)), order)
         panel.set_title(networks, fontsize="medium")
         panel.grid(axis="x", alpha=0.3)
-    panels[-1, 0].set_xlabel("accuracy, %; mean of the seeds with its 95 % interval, a small dot for each seed")
+    figure.supxlabel(
+        "accuracy, %: the mean of the seeds, its 95 % interval, and a small dot for each seed", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -202,7 +204,7 @@ def draw(cells: list[dict], path: str) -> None:
 
 def draw_sweep(cells: list[dict], path: str) -> None:
     """
-    Draw accuracy on the validation part over lambda_inh, a line for each lambda_exp, and what the weights amount to.
+    Draw accuracy on the validation part over lambda_inh, a line for each share of lambda_exp, and what they amount to.
 
     Args:
         cells (`list[dict]`):
@@ -215,11 +217,12 @@ def draw_sweep(cells: list[dict], path: str) -> None:
     shares = defaultdict(list)
     for cell in cells:
         used, metrics = cell["arguments"], cell["metrics"]
-        if used.get("knowledge") != "factors" or "validation_accuracy" not in metrics:
-            continue
+        if used.get("knowledge") != "factors" or "validation_accuracy" not in metrics or "test_accuracy" in metrics:
+            continue  # chosen by those cells alone that the test split was not read for
         kd = " + KD" if used["lambda_kd"] else ""
         if used["lambda_inh"] > 0:
-            kind = "FT" if used["inheritance_ratio"] == 1 else f"IE-FT, lambda_exp {used['lambda_exp']:g}"
+            ratio = used["lambda_exp"] / used["lambda_inh"]
+            kind = "FT" if used["inheritance_ratio"] == 1 else f"IE-FT, lambda_exp {ratio:.2g} of lambda_inh"
             lines[kind + kd][used["lambda_inh"]].append(100 * metrics["validation_accuracy"])
         for loss, weight in (("inheritance", "lambda_inh"), ("exploration", "lambda_exp")):
             if f"{loss}_loss_gradient_share" in metrics:
@@ -227,11 +230,13 @@ def draw_sweep(cells: list[dict], path: str) -> None:
     for colour, (name, points) in enumerate(sorted(lines.items())):
         xs = sorted(points)
         left.plot(xs, [np.mean(points[x]) for x in xs], "o-", color=f"C{colour}", label=name)
-    plain = [100 * c["metrics"]["validation_accuracy"] for c in cells if c["method"] == "plain"]
+    plain = [c["metrics"] for c in cells if c["method"] == "plain" and "test_accuracy" not in c["metrics"]]
+    plain = [100 * metrics["validation_accuracy"] for metrics in plain if "validation_accuracy" in metrics]
     if plain:
         left.axhline(np.mean(plain), color="C7", linestyle="--", label="plain")
     left.set(xscale="log", xlabel="lambda_inh", ylabel="accuracy on held-out training images, %")
-    left.legend(fontsize="small")
+    if left.has_data():
+        left.legend(fontsize="small")
     for loss, points in shares.items():
         right.plot(*zip(*sorted(points), strict=True), ".", label=loss)
     right.axhline(0.01, color="C7", linestyle="--", label="a warning is given below")
