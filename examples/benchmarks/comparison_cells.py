@@ -79,7 +79,7 @@ class ScheduleArguments:
             "bf16": self.mixed_precision == "bf16",
             "fp16": self.mixed_precision == "fp16",
             "channels_last": True,
-            "use_cpu": self.use_cpu,
+            "use_cpu": self.use_cpu or not torch.cuda.is_available(),  # else bf16 is refused there
             "save_strategy": "no",
             "logging_strategy": "epoch",
             "report_to": "none",
