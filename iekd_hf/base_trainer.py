@@ -108,9 +108,7 @@ class DistillationTrainer(HubTrainer):
 
     def sample_batch(self) -> dict:
         """Return the first training example as a batch on the device, to find shapes with."""
-        dataset = self.train_dataset
-        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
-            dataset = self._remove_unused_columns(dataset)
+        dataset = self.columns_in_use(self.train_dataset)
         hint = "if a transform makes it from other columns, set remove_unused_columns=False in the arguments"
         try:
             example = dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
@@ -122,11 +120,14 @@ class DistillationTrainer(HubTrainer):
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         return self._prepare_inputs(batch)
 
+    def columns_in_use(self, dataset):
+        """Leave out a data set's columns that Trainer would leave out."""
+        named = hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns")
+        return self._remove_unused_columns(dataset) if named else dataset
+
     def some_batches(self, count: int) -> Iterator[dict]:
         """Yield some training batches, the same on all ranks, without a part in the order of training."""
-        dataset, batch_size = self.train_dataset, self.args.train_batch_size
-        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
-            dataset = self._remove_unused_columns(dataset)
+        dataset, batch_size = self.columns_in_use(self.train_dataset), self.args.train_batch_size
         if hasattr(dataset, "__len__"):
             batch_size = min(batch_size, len(dataset))
             most = min(count, len(dataset) // batch_size) * batch_size

@@ -68,6 +68,8 @@ def measure_gradient_shares(trainer: Trainer) -> dict[str, float]:
         `dict[str, float]`: `inheritance_loss_gradient_share` and so on.
     """
     side, weights = trainer.student_side, trainer.weights_in_use()
+    if not weights:
+        return {}
     side.tap.attach()
     side.train()
     with frozen_statistics(side):

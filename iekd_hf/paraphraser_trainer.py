@@ -139,10 +139,8 @@ class ParaphraserTrainer(DistillationTrainer):
 
     def _maps_of(self, dataset: Dataset):
         # The plain loader of this rank: every rank sees the same images, so all report (and warn) alike.
-        if hasattr(dataset, "column_names"):
-            dataset = self._remove_unused_columns(dataset)
         loader = torch.utils.data.DataLoader(
-            dataset,
+            self.columns_in_use(dataset),
             batch_size=self.args.eval_batch_size,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
             num_workers=self.args.dataloader_num_workers,
