@@ -203,7 +203,6 @@ class ImageRun:
         if data_args.uses_digits:
             for name in args.undecided:
                 setattr(args, name, DIGITS_EPOCHS[name])
-            data_args.image_size = data_args.image_size or 16  # 8x8 scans leave no room for three stages
         self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
 
     def prepare_images(self, network: str, from_scratch: bool, **hub) -> None:

@@ -90,6 +90,8 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
         image.
     """
     splits = _load(args)
+    if args.uses_digits:
+        args.image_size = args.image_size or 16  # 8x8 scans leave no room for three stages
     splits = datasets.DatasetDict({name: _rename_columns(split, args, name) for name, split in splits.items()})
     for name, split in splits.items():
         if len(split) == 0:

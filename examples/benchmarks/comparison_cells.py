@@ -126,8 +126,6 @@ class Comparison:
             few = train.train_test_split(train_size=schedule.student_samples, seed=0, stratify_by_column="label")
             few = few["train"]
         self.names = train.features["label"].names
-        if data_args.uses_digits:
-            data_args.image_size = data_args.image_size or 16  # 8x8 scans leave no room for three stages
         self.processor = build_processor("cifar-resnet-", data_args.image_size, train[0]["image"])
         parts = datasets.DatasetDict(train=train, validation=held_out["test"], test=test)
         self.images, self.augmentation = prepare(parts, self.processor, data_args, seed=0)
