@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from captum.attr import LayerGradCam
-from classification import build_processor, parse_arguments
+from classification import build_processor
+from example_run import parse_arguments
 from image_data import DataArguments, load_images
 from safetensors import safe_open
 from torch import nn

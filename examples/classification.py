@@ -1,102 +1,32 @@
-"""What the classification examples share: their arguments, networks by name, and runs to compare with."""
+"""What the classification examples share: networks by name, images as they take them, and what is measured."""
 
 import copy
-import json
 import logging
-import os
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 import evaluate
-import torch
-import transformers
+from example_run import ExampleRun, label_maps, load_for_classes
 from image_data import DataArguments, load_images
 from image_metrics import MacroF1, TopKAccuracy
 from image_transforms import prepare
-from latency import median_milliseconds
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     BaseImageProcessor,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     TrainingArguments,
     ViTImageProcessorPil,
-    set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from iekd_hf import CifarResNetConfig
 from iekd_hf.base_trainer import DistillationTrainer
-from iekd_hf.checkpoints import load_weights
-from iekd_hf.loading import explain_unreachable, find_processor
+from iekd_hf.loading import find_processor
 
 
 logger = logging.getLogger(__name__)
 
 PICTURE = "report.png"
-# The digits are small and learnt in a few epochs.
-DIGITS_EPOCHS = {"num_train_epochs": 6.0, "paraphraser_epochs": 4.0}
-OTHER_EPOCHS = 30.0
-
-
-@dataclass
-class ScriptArguments:
-    """Change those defaults of a trainer's arguments that suit a script; each can be set on the command line."""
-
-    output_dir: str | None = field(default="out", metadata={"help": "Where the results and checkpoints go."})
-    do_train: bool = field(default=True, metadata={"help": "Train; otherwise measure the models as they are."})
-    num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs. Default: 6 for the digits, otherwise 30."}
-    )
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size of each device."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Batch size of each device in evaluation."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate. Default: 0.1 for students from scratch, otherwise 0.01."}
-    )
-    optim: str = field(default="sgd", metadata={"help": "Optimizer, as in TrainingArguments; the papers use SGD."})
-    optim_args: str | None = field(
-        default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}
-    )
-    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in the papers, for none."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log the losses."})
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "Pin the batches' memory, which serves a GPU only."}
-    )
-    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..., or none."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: transforms need the images."})
-    seed: int = field(default=42, metadata={"help": "Seed of everything."})
-    license: str | None = field(
-        default=None,
-        metadata={"help": "Licence of what is pushed, as the Hub names it (mit, ...). Default: the pretrained one's."},
-    )
-
-    def __post_init__(self):
-        # Which default holds is known when the data is.
-        self.undecided = [name for name in DIGITS_EPOCHS if getattr(self, name, 0) is None]
-        for name in self.undecided:
-            setattr(self, name, OTHER_EPOCHS)
-        super().__post_init__()
-
-
-def parse_arguments(kinds: tuple[type, ...], description: str) -> tuple:
-    """Read flags, or one JSON or YAML file."""
-    parser = HfArgumentParser(kinds, description=description)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(sys.argv[1])
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(sys.argv[1])
-    return parser.parse_args_into_dataclasses()
 
 
 def build_model(
@@ -120,28 +50,12 @@ def build_model(
     Returns:
         `PreTrainedModel`: with a new head where its classes were others.
     """
-    labels = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
     if match := re.fullmatch(r"cifar-resnet-(\d+)", name):
-        return AutoModelForImageClassification.from_config(CifarResNetConfig.from_depth(int(match[1]), **labels))
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **labels)
-        if from_scratch:
-            config.name_or_path = ""  # its weights are not that model's
-            # float32, whatever type the weights that are left out were saved in
-            return AutoModelForImageClassification.from_config(
-                config, trust_remote_code=trust_remote_code, dtype=torch.float32
-            )
-        return AutoModelForImageClassification.from_pretrained(
-            name,
-            config=config,
-            ignore_mismatched_sizes=True,  # the head of other classes
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            **hub,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(explain_unreachable(name, role, error)) from error
+        config = CifarResNetConfig.from_depth(int(match[1]), **label_maps(names))
+        return AutoModelForImageClassification.from_config(config)
+    return load_for_classes(
+        AutoModelForImageClassification, name, role, names, from_scratch, trust_remote_code, dtype, **hub
+    )
 
 
 def is_shorthand(name: str | None) -> bool:
@@ -163,21 +77,7 @@ def build_processor(student: str, image_size: int | None, first_image, **hub) ->
     return ViTImageProcessorPil(size={"height": height, "width": width}, **mean_and_std)
 
 
-def check_output_dir(args: TrainingArguments) -> str | bool | None:
-    """Return what to resume from; refuse to mix a new run into an old one's checkpoints."""
-    resume = args.resume_from_checkpoint
-    if resume is not None and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true" or None
-    if args.do_train and not resume and os.path.isdir(args.output_dir) and get_last_checkpoint(args.output_dir):
-        raise ValueError(
-            f"Expected an output_dir without checkpoints, got {args.output_dir!r} with "
-            f"{os.path.basename(get_last_checkpoint(args.output_dir))}: add --resume_from_checkpoint true to continue "
-            "that run, or choose another --output_dir."
-        )
-    return resume
-
-
-class ImageRun:
+class ImageRun(ExampleRun):
     """
     Hold the data, and what the trainers of one script share.
 
@@ -189,20 +89,13 @@ class ImageRun:
     """
 
     def __init__(self, data_args: DataArguments, args: TrainingArguments):
-        logging.basicConfig(
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            level=logging.WARNING if args.should_log else logging.ERROR,
-        )
-        transformers.utils.logging.disable_progress_bar()  # those of loading and saving; training keeps its own
-        self.data_args, self.args = data_args, args
-        self.resume = check_output_dir(args)
-        set_seed(args.seed)
+        super().__init__(args)
+        self.data_args = data_args
         with args.main_process_first(desc="loading images"):  # the others find them in the cache
             self.splits = load_images(data_args, args.seed)
         self.names = self.splits["train"].features["label"].names
         if data_args.uses_digits:
-            for name in args.undecided:
-                setattr(args, name, DIGITS_EPOCHS[name])
+            args.use_own_epochs()
         self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
 
     def prepare_images(self, network: str, from_scratch: bool, **hub) -> None:
@@ -240,51 +133,6 @@ class ImageRun:
             "compute_metrics": self.compute_metrics,
         }
 
-    def train_beside(
-        self, name: str, epochs: float, models: dict[str, PreTrainedModel], make_trainer: Callable
-    ) -> tuple[float, list[dict]]:
-        """
-        Train what the result is compared with, in a folder that is never pushed; a resumed run finds it there.
-
-        Args:
-            name (`str`):
-                What to call it and its folder.
-            epochs (`float`):
-                How long.
-            models (`dict[str, PreTrainedModel]`):
-                The models by the folder, inside of that one, that the trainer saves them in; changed in place.
-            make_trainer (`Callable`):
-                Makes the trainer from its arguments.
-
-        Returns:
-            `tuple`: seconds, and the log history.
-        """
-        folder = Path(self.args.output_dir) / f"_{re.sub('[^a-z0-9]+', '_', name.lower())}"
-        done = folder / "done.json"
-        if self.resume and done.is_file():
-            for subfolder, model in models.items():
-                load_weights(model, str(folder / subfolder))
-            content = json.loads(done.read_text())
-            return content["seconds"], content["log_history"]
-        args = copy.copy(self.args)
-        args.output_dir, args.num_train_epochs, args.push_to_hub = str(folder), epochs, False
-        args.report_to = []  # trackers would mix it with the run that it is compared with
-        args.load_best_model_at_end, args.metric_for_best_model = False, None
-        trainer = make_trainer(args)
-        logger.warning("Training the %s for %g epochs.", name, epochs)
-        output = trainer.train(get_last_checkpoint(folder) if self.resume and folder.is_dir() else None)
-        seconds = output.metrics["train_runtime"]
-        trainer.save_model()
-        if trainer.is_world_process_zero():
-            done.write_text(json.dumps({"seconds": seconds, "log_history": trainer.state.log_history}))
-        return seconds, trainer.state.log_history
-
-    def train_alone(self, model: PreTrainedModel, name: str, epochs: float) -> tuple[float, list[dict]]:
-        """Train a model on its own loss, as [`train_beside`]."""
-        return self.train_beside(
-            name, epochs, {"": model}, lambda args: DistillationTrainer(model=model, args=args, **self.common())
-        )
-
     def evaluate(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> dict[str, float]:
         """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
         args = copy.copy(self.args)
@@ -296,13 +144,6 @@ class ImageRun:
             common["eval_dataset"] = images["validation"]
         metrics = DistillationTrainer(model=model, args=args, **common).evaluate()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
-
-    def ask_the_hub(self, model: PreTrainedModel) -> None:
-        """Let a Hub that refuses the repository say so now, and not after the networks to compare with are trained."""
-        if self.args.push_to_hub:
-            args = copy.copy(self.args)
-            args.report_to = []
-            DistillationTrainer(model=model, args=args, **self.common())
 
     def for_the_card(self) -> dict:
         """Return what the model card says of the data and the run."""
@@ -316,11 +157,3 @@ class ImageRun:
             "tasks": "image-classification",
             "picture": PICTURE if self.args.do_train else None,
         }
-
-    def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
-        """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""
-        image = self.splits["validation"][0]["image"].convert("RGB")
-        pixels = (processor or self.processor)(image, return_tensors="pt")["pixel_values"]
-        on_cpu = copy.deepcopy(model).to("cpu", torch.float32).eval()
-        with torch.inference_mode():
-            return median_milliseconds(lambda: on_cpu(pixel_values=pixels))

@@ -13,7 +13,8 @@ import logging
 import os
 from dataclasses import dataclass, field
 
-from classification import PICTURE, ImageRun, ScriptArguments, build_model, is_shorthand, parse_arguments
+from classification import PICTURE, ImageRun, build_model, is_shorthand
+from example_run import ScriptArguments, parse_arguments
 from image_data import DataArguments
 from report import Result, draw, table
 from transformers import PreTrainedModel

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
-from classification import parse_arguments
 from comparison_cells import Comparison, ScheduleArguments
 from comparison_methods import parse_method
 from comparison_report import collect, draw, draw_sweep, markdown
+from example_run import parse_arguments
 from image_data import DataArguments
 
 
