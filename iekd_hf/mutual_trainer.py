@@ -8,11 +8,11 @@ from transformers.trainer_utils import TrainOutput
 from .arguments import MutualTrainingArguments
 from .checkpoints import check_made_by, load_encoders, save_encoders
 from .checks import check_models
-from .features import FeatureTap
+from .features import FeatureTap, default_layers
 from .loading import load_if_named
 from .losses import kd_loss, reconstruction_loss
 from .model_card import taught_each_other
-from .modeling import PeerGroup, frozen_statistics
+from .modeling import PeerGroup, check_trainable, frozen_statistics
 from .objective import factor_losses, weighted_sum
 from .partwise_optimizer import PartwiseOptimizer
 from .peers_trainer import PeersTrainer
@@ -230,6 +230,8 @@ class MutualTrainer(PeersTrainer):
                     f"{', '.join(outputs)} for a batch of {', '.join(self._sample)}: pass a model with a head for the "
                     "task, or compute_loss_func."
                 )
+            if tap.layers:
+                check_trainable(tap, self.inputs_of(i, self._sample))
             widths.append(channels[0] if channels else 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)  # the same encoders whatever was built before them
@@ -291,5 +293,5 @@ def _tap(models: list[PreTrainedModel], args: MutualTrainingArguments) -> list[F
     layers = args.peer_layers or [None] * len(models)
     if "ie" not in args.mutual_loss:
         return [FeatureTap(model, []) for model in models]
-    taps = [FeatureTap(model, layer and [layer]) for model, layer in zip(models, layers, strict=True)]
-    return [FeatureTap(tap.model, tap.layers * (len(models) - 1)) for tap in taps]
+    own = [layer or default_layers(model)[-1] for model, layer in zip(models, layers, strict=True)]
+    return [FeatureTap(model, [layer] * (len(models) - 1)) for model, layer in zip(models, own, strict=True)]

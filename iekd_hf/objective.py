@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from .features import match_sizes
 from .losses import exploration_loss, inheritance_loss
+from .padding import match_sizes
 from .shared_arguments import IETrainingArguments
 
 

@@ -14,8 +14,9 @@ from transformers.utils import logging
 from .arguments import IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
 from .losses import reconstruction_loss
-from .modeling import FrozenTeacher, ParaphraserStack
+from .modeling import ParaphraserStack
 from .shared_arguments import PARAPHRASER_SGD
+from .teacher import FrozenTeacher
 
 
 logger = logging.get_logger(__name__)

@@ -10,16 +10,16 @@ from .arguments import IEKDTrainingArguments
 from .checkpoints import fingerprint
 from .checks import check_logits, check_student
 from .factors import Paraphraser
-from .features import FeatureTap
+from .features import FeatureTap, pair_layers
 from .gradient_shares import measure_gradient_shares
 from .loading import find_processor, load_if_named
 from .losses import kd_loss
-from .modeling import FrozenTeacher
 from .objective import factor_losses, weighted_sum
 from .paraphraser_stage import ParaphraserStage
 from .pixels import TeacherPixels
 from .run_facts import Network
 from .student_trainer import StudentTrainer
+from .teacher import FrozenTeacher
 from .teacher_cache import TeacherCache, check_cacheable
 
 
@@ -107,14 +107,17 @@ class IEKDTrainer(StudentTrainer):
         if isinstance(name, str):
             teacher_processor = teacher_processor or find_processor(name, **(teacher_model_init_kwargs or {}))
         model = load_if_named(model, "model", model_init_kwargs, dtype="float32")
-        before_activation = args.knowledge == "preactivation"
-        teacher_tap = FeatureTap(teacher_model, args.teacher_layers, before_activation)
+        FeatureTap(teacher_model, args.teacher_layers)  # a layer that does not exist is told of first
         if model is not None:
             check_student(model, teacher_model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         if model is None:
             check_student(self.model, teacher_model, args, kwargs)
 
+        self.student_layers, teacher_layers = pair_layers(
+            self.model, teacher_model, args.student_layers, args.teacher_layers
+        )
+        teacher_tap = FeatureTap(teacher_model, teacher_layers, args.knowledge == "preactivation")
         teacher_pixels = TeacherPixels.between(self.processing_class, teacher_processor)
         self.teacher = FrozenTeacher(teacher_model, teacher_tap, teacher_pixels).to(args.device)
         self.teacher_row = Network.of("teacher", teacher_model)  # as given, before it is made faster

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from iekd_hf import list_layers
-from iekd_hf.features import FeatureTap, match_sizes
-from iekd_hf.modeling import FrozenTeacher
+from iekd_hf.features import FeatureTap
+from iekd_hf.padding import match_sizes
+from iekd_hf.teacher import FrozenTeacher
 
 
 def maps_of(model, pixels, layers=None, **kwargs):
