@@ -33,8 +33,9 @@ def refuse_logit_term(models: Iterable[nn.Module], term: str, way_out: str) -> N
     for model in map(without_adapters, models):
         if is_detector(model):
             raise ValueError(
-                f"Expected no {term} with a detector, got it with {type(model).__name__}: the queries of two detectors "
-                f"do not correspond, so there are no logits to compare. {way_out}; the feature losses do not need it."
+                f"Expected no {term} with a detector, got it with {type(model).__name__}: the queries of two "
+                "detectors do not correspond, so there are no logits to compare. "
+                f"{way_out}; the feature losses do not need it."
             )
 
 

@@ -7,10 +7,8 @@ import PIL.Image
 import pytest
 import torch
 import transformers as t
-from conftest import make_resnet, same
+from conftest import same
 from transformers import AutoModelForObjectDetection
-
-from iekd_hf.features import default_layers
 
 
 LEVELS = {"out_features": ["stage2", "stage3", "stage4"]}
@@ -18,7 +16,14 @@ LAST = {"out_features": ["stage4"]}
 ATTENTION = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
 DETR = {**ATTENTION, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5}
 DETR |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-DEFORMABLE = {**DETR, "d_model": 64, "decoder_layers": 2, "num_feature_levels": 4, "encoder_n_points": 2, "decoder_n_points": 2}
+DEFORMABLE = {
+    **DETR,
+    "d_model": 64,
+    "decoder_layers": 2,
+    "num_feature_levels": 4,
+    "encoder_n_points": 2,
+    "decoder_n_points": 2,
+}
 DAB = {name: value for name, value in DETR.items() if name != "d_model"} | {"hidden_size": 16}
 
 
@@ -38,6 +43,7 @@ def hgnet(width: int) -> t.HGNetV2Config:
     return t.HGNetV2Config(
         **stages(width),
         **LEVELS,
+        initializer_range=0.5,  # the default is for pretrained weights: behind frozen norms it gives zeros
         stem_channels=[3, 8, 8],
         stage_in_channels=[8, 8, 8, 8],
         stage_mid_channels=[8, 8, 8, 8],
