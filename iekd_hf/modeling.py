@@ -91,7 +91,7 @@ def check_trainable(tap: FeatureTap, inputs: dict) -> None:
     Raises:
         `ValueError`: nothing that trains before a map, as in a DETR, whose backbone Transformers builds frozen.
     """
-    if frozen := tap.frozen_layers(inputs):
+    if tap.layers and (frozen := tap.frozen_layers(inputs)):
         raise ValueError(
             f"Expected the student's feature map at {frozen[0]!r} to carry a gradient, got one without: all "
             f"parameters of {type(tap.model).__name__} before it are frozen, as Transformers builds the backbones of "

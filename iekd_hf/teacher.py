@@ -7,7 +7,7 @@ from torch import nn
 
 from .fast_teacher import copy_fast
 from .features import FeatureTap
-from .pixels import TeacherPixels
+from .pixels import TeacherPixels, mask_at
 
 
 def logits_of(outputs: torch.Tensor | dict) -> torch.Tensor:
@@ -114,7 +114,10 @@ class FrozenTeacher(nn.Module):
         """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
         pixels = inputs[self.main_input_name if self.main_input_name in inputs else "pixel_values"]
         if self.teacher_pixels is not None:
-            pixels = self.teacher_pixels(pixels)
+            mask = inputs.get("pixel_mask")
+            pixels = self.teacher_pixels(pixels, mask)
+            if mask is not None:
+                inputs = {**inputs, "pixel_mask": mask_at(mask, pixels.shape[-2:]).to(mask.dtype)}
         inputs = {name: value for name, value in inputs.items() if name in self._arguments}
         return {**inputs, self.main_input_name: pixels.to(self.dtype)}
 

@@ -168,14 +168,15 @@ class IEKDTrainer(StudentTrainer):
         labels = self.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
-        components = self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits)
+        components = self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits, inputs.get("pixel_mask"))
         self.components.record(components, self.state.global_step + 1)
         loss = weighted_sum(components, self.loss_weights())
         return (loss, outputs) if return_outputs else loss
 
-    def _losses(self, outputs, F_inh, F_exp, labels, F_T, teacher_logits) -> dict[str, torch.Tensor]:
+    def _losses(self, outputs, F_inh, F_exp, labels, F_T, teacher_logits, pixel_mask) -> dict[str, torch.Tensor]:
         losses = {"task_loss": self.task_loss(self.model, outputs, labels)}
-        losses |= factor_losses(F_inh, F_exp, F_T, self.args, normalize=self.args.knowledge != "preactivation")
+        by_direction = self.args.knowledge != "preactivation"
+        losses |= factor_losses(F_inh, F_exp, F_T, self.args, by_direction, pixel_mask)
         if self.args.lambda_kd > 0:
             losses["kd_loss"] = kd_loss(outputs["logits"], teacher_logits, self.args.temperature)
         return losses
@@ -236,7 +237,7 @@ class IEKDTrainer(StudentTrainer):
         with self.accelerator.autocast():
             outputs, feature_maps = self.student_side.tap.run(inputs)
             F_inh, F_exp = self.student_side.factors(feature_maps)
-        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits)
+        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits, inputs.get("pixel_mask"))
 
     # ---- The teacher's side ----
 

@@ -178,6 +178,6 @@ def test_list_layers(capsys):
 
 def test_match_sizes_averages():
     student, teacher = torch.arange(16.0).view(1, 1, 4, 4), torch.zeros(1, 1, 2, 4)
-    matched, same_teacher = match_sizes(student, teacher)
+    matched, same_teacher, _ = match_sizes(student, teacher)
     assert matched.tolist() == [[[[2.0, 3.0, 4.0, 5.0], [10.0, 11.0, 12.0, 13.0]]]]
     assert same_teacher is teacher
