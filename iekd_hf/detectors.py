@@ -12,6 +12,16 @@ from .adapters import without_adapters
 _BARE_BACKBONES = ("backbone.model", "backbone.conv_encoder.model")
 
 
+# What detectors return beside loss, logits and boxes. Kept, it would be more than the images that it was made of.
+NOT_PREDICTIONS = (
+    *("last_hidden_state", "encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"),
+    *("encoder_attentions", "decoder_attentions", "cross_attentions", "auxiliary_outputs", "backbone_features"),
+    *("intermediate_hidden_states", "intermediate_logits", "intermediate_predicted_corners"),
+    *("intermediate_reference_points", "init_reference_points", "initial_reference_points"),
+    *("enc_outputs_class", "enc_outputs_coord_logits", "enc_topk_logits", "enc_topk_bboxes", "denoising_meta_values"),
+)
+
+
 def is_detector(model: nn.Module) -> bool:
     """Tell whether a model of Transformers predicts boxes."""
     return type(model).__name__.endswith("ForObjectDetection")

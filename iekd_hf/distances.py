@@ -40,15 +40,13 @@ class Valid:
 
     def cut(self, maps: torch.Tensor) -> torch.Tensor:
         """Set the padding of `(batch_size, channels, height, width)` to zero, whatever is there."""
-        return maps if self.mask is None else maps.masked_fill(~self.mask[:, None], 0.0)
+        # In place of a copy, which keeps the memory format, and with it the order in which a mean sums.
+        return maps if self.mask is None else maps.clone().masked_fill_(~self.mask[:, None], 0.0)
 
-    def scaled(self, per_element: torch.Tensor) -> torch.Tensor:
-        """Scale the elements of each sample so that a mean over all counts as one over those that are no padding."""
-        if self.mask is None:
-            return per_element
+    def weights(self, dtype: torch.dtype) -> torch.Tensor:
+        """Weigh each sample so that a mean over all of it counts as one over what is no padding: `(batch_size,)`."""
         counts = self.mask.flatten(1).sum(dim=1)
-        scale = self.mask[0].numel() / counts.clamp_min(1).to(per_element.dtype)
-        return per_element * scale.view(-1, *[1] * (per_element.ndim - 1))
+        return self.mask[0].numel() / counts.clamp_min(1).to(dtype)
 
     def rows_mean(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the mean of `(batch_size * height * width, channels)` over the positions that count."""
@@ -67,7 +65,9 @@ class Valid:
 
 def _reduce(per_element: torch.Tensor, reduction: str, valid: Valid) -> torch.Tensor:
     """Reduce `(batch_size, N)`: the mean over each sample's N, or the sum over it, averaged over the batch."""
-    return valid.scaled(per_element).mean() if reduction == "mean" else per_element.sum(dim=1).mean()
+    if reduction == "sum":
+        return per_element.sum(dim=1).mean()
+    return (per_element if valid.mask is None else per_element * valid.weights(per_element.dtype)[:, None]).mean()
 
 
 def _l1(student: torch.Tensor, teacher: torch.Tensor, reduction: str, valid: Valid) -> torch.Tensor:

@@ -188,7 +188,9 @@ def reconstruction_loss(
     error, valid = F.l1_loss if distance == "l1" else F.mse_loss, Valid(mask)
 
     def compare(reconstruction, target):
-        return valid.scaled(error(valid.cut(reconstruction), valid.cut(target), reduction="none")).mean()
+        weights = valid.weights(target.dtype).view(-1, 1, 1, 1)
+        weights = weights if distance == "l1" else weights.sqrt()  # they are squared with the difference
+        return error(valid.cut(reconstruction) * weights, valid.cut(target) * weights)
 
     return _in_full_precision(error if mask is None else compare, reconstruction, target)
 

@@ -42,16 +42,18 @@ def first_tensor(output) -> torch.Tensor | None:
     """Pick `last_hidden_state`, or else the first tensor of a module's output."""
     if isinstance(output, torch.Tensor):
         return output
-    if getattr(output, "last_hidden_state", None) is not None:
+    if isinstance(getattr(output, "last_hidden_state", None), torch.Tensor):
         return output.last_hidden_state
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
     return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
 def several_maps(output) -> list[torch.Tensor]:
-    """Return the `feature_maps` of a backbone of Transformers, or a list of maps, as timm's give; or none."""
-    maps = getattr(output, "feature_maps", output if isinstance(output, list) else None) or ()
-    return [*maps] if all(isinstance(each, torch.Tensor) and each.ndim == 4 for each in maps) else []
+    """Return a backbone's `feature_maps`, an encoder's levels in `last_hidden_state`, or a list of maps; or none."""
+    for maps in (getattr(output, "feature_maps", None), getattr(output, "last_hidden_state", None), output):
+        if isinstance(maps, list) or (isinstance(maps, tuple) and maps is not output):
+            return [*maps] if all(isinstance(each, torch.Tensor) and each.ndim == 4 for each in maps) else []
+    return []
 
 
 def pick_tensor(output, index: int | None) -> torch.Tensor | None:

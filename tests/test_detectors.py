@@ -1,4 +1,4 @@
-"""Detectors as students and as teachers: where their maps are, padding, what is refused, and what is saved."""
+"""Detectors as students and as teachers: where their maps are, what is refused, and what is saved."""
 
 import copy
 
@@ -7,8 +7,13 @@ import PIL.Image
 import pytest
 import torch
 import transformers as t
-from conftest import same
+from conftest import make_resnet, same
+from torch import nn
 from transformers import AutoModelForObjectDetection
+from transformers.backbone_utils import BackboneMixin
+
+from iekd_hf import list_layers
+from iekd_hf.features import FeatureTap, default_layers, pair_layers
 
 
 LEVELS = {"out_features": ["stage2", "stage3", "stage4"]}
@@ -84,6 +89,26 @@ def yolos(width: int) -> dict:
     }
 
 
+GROUPS = {"d_model": 16, "num_queries": 5, "decoder_layers": 2, "decoder_ffn_dim": 16, "decoder_n_points": 2}
+GROUPS |= {"decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 2, "group_detr": 2}
+LW = {**GROUPS, "projector_scale_factors": [1.0]}
+
+
+def windows(family: str, width: int):
+    of_family = {"LwDetrViT": {"pretrain_image_size": 64, "num_windows": 4}, "RfDetrDinov2": {"num_windows": 2}}
+    module = {"LwDetrViT": t.models.lw_detr, "RfDetrDinov2": t.models.rf_detr}[family]
+    return getattr(module, f"{family}Config")(
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=8,
+        window_block_indices=[0],
+        out_indices=[1, 2],
+        **of_family[family],
+    )
+
+
 # name: (family, its configuration by the width of the last map, family of the image processor)
 FAMILIES = {
     "DETR": ("Detr", lambda w: {"backbone_config": resnet(w, LAST), **DETR}, "Detr"),
@@ -103,6 +128,8 @@ FAMILIES = {
     "RT-DETRv2": ("RTDetrV2", lambda w: {"backbone_config": rt_detr_resnet(w), **pyramid(w)}, "RTDetr"),
     "D-FINE": ("DFine", lambda w: {"backbone_config": hgnet(w), **pyramid(w)}, "RTDetr"),
     "DEIMv2": ("Deimv2", lambda w: {"backbone_config": hgnet(w), **pyramid(w)}, "RTDetr"),
+    "LW-DETR": ("LwDetr", lambda w: {"backbone_config": windows("LwDetrViT", w), **LW}, "RTDetr"),
+    "RF-DETR": ("RfDetr", lambda w: {"backbone_config": windows("RfDetrDinov2", w), **GROUPS}, "RTDetr"),
     "YOLOS": ("Yolos", yolos, "Yolos"),
 }
 PYRAMIDS = ("RT-DETR", "RT-DETRv2", "D-FINE", "DEIMv2")
@@ -201,3 +228,96 @@ def test_two_steps_with_no_layer_named(make_detection, tmp_path, name, role):
     loaded, info = AutoModelForObjectDetection.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(loaded) is type(student) and not any(info.values())
     assert same(loaded.state_dict(), student.state_dict())
+
+
+def run_tap(model, pixels, layers=None, **kwargs):
+    tap = FeatureTap(model.eval(), layers, **kwargs)
+    tap.attach()
+    try:
+        with torch.no_grad():
+            return tap.run({"pixel_values": pixels})[1]
+    finally:
+        tap.detach()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_maps_are_the_backbones_own(name):
+    model, pixels = build(name).eval(), torch.randn(2, 3, 64, 64 if name.endswith("-DETR") else 96)
+    maps = run_tap(model, pixels)
+    assert len(maps) == (3 if name in PYRAMIDS else 1)
+    if name == "YOLOS":
+        with torch.no_grad():
+            tokens = model.vit(pixels).last_hidden_state  # class, 8 x 12 patches, 5 detections
+        assert tokens.shape[1] == 1 + 96 + 5
+        assert torch.equal(maps[0].flatten(2).transpose(1, 2), tokens[:, 1:-5])
+        return
+    backbone = next(module for module in model.modules() if isinstance(module, BackboneMixin))
+    with torch.no_grad():
+        expected = backbone(pixels).feature_maps[-len(maps) :]
+    assert all(torch.equal(got, own) for got, own in zip(maps, expected, strict=True))
+
+
+def test_maps_can_be_named_by_their_index_and_are_listed(capsys):
+    model, pixels = build("RT-DETR"), torch.randn(1, 3, 64, 64)
+    own, first = run_tap(model, pixels, ["model.backbone.model[-1]", "model.backbone.model[0]"])
+    assert own.shape[1:] == (8, 2, 2) and first.shape[1:] == (8, 8, 8)
+    layers = list_layers(model, 64)
+    assert {f"model.backbone.model[{i}]" for i in (-3, -2, -1)} <= set(layers)
+    assert layers["model.backbone.model[-3]"] == (8, 8, 8)
+    assert "model.backbone.model[-1]" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"'model.backbone.model\[3\]' to give a map.*got None"):
+        run_tap(model, pixels, ["model.backbone.model[3]"])
+    with pytest.raises(ValueError, match=r"got 'model.backbon\[-1\]'; close matches: model.backbone\b"):
+        FeatureTap(model, ["model.backbon[-1]"])
+
+
+@pytest.mark.parametrize("name", ["DETR", "Table Transformer"])
+def test_a_timm_model_within_a_detr_is_found(name):
+    """DETR keeps it bare of the backbone's class; its maps are a list. A stand-in, as timm is not needed."""
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, kernel_size=32, stride=32)
+
+        def forward(self, pixels):
+            return [self.conv(pixels)]
+
+    model, pixels = build(name), torch.randn(2, 3, 64, 64)
+    (layer,) = default_layers(model)
+    path = layer.removesuffix("[-1]")
+    model.set_submodule(path, Bare())
+    assert default_layers(model) == [layer]
+    (feature_map,) = run_tap(model, pixels)
+    assert torch.equal(feature_map, model.get_submodule(path).conv(pixels))
+
+
+def test_pairs_are_made_from_the_last_map_backwards():
+    levels = [f"model.backbone.model[{i}]" for i in (-3, -2, -1)]
+    pyramid, detr, classifier = build("RT-DETR"), build("DETR"), make_resnet(8)
+    assert pair_layers(pyramid, build("D-FINE"), None, None) == (levels, levels)
+    assert pair_layers(pyramid, detr, None, None) == (levels[-1:], levels[-1:])
+    assert pair_layers(detr, pyramid, None, None) == (levels[-1:], levels[-1:])
+    assert pair_layers(pyramid, classifier, None, None) == (levels[-1:], ["resnet"])
+    assert pair_layers(pyramid, pyramid, levels[:2], None) == (levels[:2], levels[1:])
+    with pytest.raises(ValueError, match="as many student_layers as teacher_layers, got 1 and 2"):
+        pair_layers(detr, pyramid, None, levels[:2])
+
+
+def test_fewer_levels_than_the_student(make_detection):
+    """A backbone with two levels teaches the last two of three."""
+    torch.manual_seed(2)
+    two = {"encoder_in_channels": [8, 16], "decoder_in_channels": [16, 16], "feat_strides": [16, 32]}
+    two |= {"encode_proj_layers": [1], "num_feature_levels": 2}
+    backbone = rt_detr_resnet(16)
+    backbone.out_features = ["stage3", "stage4"]
+    config = t.RTDetrConfig(**{**pyramid(16), **two, "backbone_config": backbone}, **LABELS)
+    trainer = make_detection(build("RT-DETR"), t.RTDetrForObjectDetection(config), processor_of("RT-DETR"))
+    assert (
+        trainer.teacher.tap.layers
+        == trainer.student_side.tap.layers
+        == [f"model.backbone.model[{i}]" for i in (-2, -1)]
+    )
+    trainer.train()
+    assert len(trainer.teacher.paraphrasers) == len(trainer.student_side.splits) == 2
+    assert [p.in_channels for p in trainer.teacher.paraphrasers] == [8, 16]
