@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import PIL.Image
 import torch
 import transformers
 from latency import median_milliseconds
@@ -250,10 +251,13 @@ class ExampleRun:
             args.report_to = []
             self.trainer_class(model=model, args=args, **self.common())
 
+    def first_image(self) -> PIL.Image.Image:
+        """Return the first validation image, in RGB."""
+        return self.splits["validation"][0]["image"].convert("RGB")
+
     def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
         """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""
-        image = self.splits["validation"][0]["image"].convert("RGB")
-        pixels = (processor or self.processor)(image, return_tensors="pt")["pixel_values"]
+        pixels = (processor or self.processor)(self.first_image(), return_tensors="pt")["pixel_values"]
         on_cpu = copy.deepcopy(model).to("cpu", torch.float32).eval()
         with torch.inference_mode():
             return median_milliseconds(lambda: on_cpu(pixel_values=pixels))

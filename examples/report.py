@@ -58,8 +58,32 @@ def table(results: list[Result]) -> str:
                 ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()) or "-",
             ]
         )
+    return align(rows)
+
+
+def align(rows: list[list[str]]) -> str:
+    """
+    Lay a table out as text, its first and last column to the left, others to the right.
+
+    Args:
+        rows (`list[list[str]]`):
+            The cells, of the head first.
+
+    Returns:
+        `str`: a line for each row, and one under the head.
+
+    Example:
+
+    ```python
+    >>> print(align([["model", "mAP", "note"], ["teacher", "8.1", "-"]]))
+    model    mAP  note
+    -------  ---  ----
+    teacher  8.1  -
+
+    ```
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     last = len(widths) - 1
     lines = [
         "  ".join(

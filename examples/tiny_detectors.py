@@ -31,14 +31,16 @@ def is_tiny(name: str | None) -> bool:
     return name is not None and _NAME.fullmatch(name) is not None
 
 
-def tiny_config(name: str, **labels) -> PreTrainedConfig:
+def tiny_config(name: str, most_objects: int = 10, **labels) -> PreTrainedConfig:
     """
     Make the configuration of an RT-DETR (Zhao et al., CVPR 2024, arXiv 2304.08069) in small.
 
     Args:
         name (`str`):
-            `tiny-rt-detr-<width>`: a ResNet of `width` to 8 * `width` channels, at strides 4 to 32, and a hybrid
-            encoder and two decoder layers of 64 channels, the same for every width.
+            `tiny-rt-detr-<width>`: a ResNet of `width` to 4 * `width` channels, at strides 4 to 16, and a hybrid
+            encoder over the last two and two decoder layers, of 64 channels whatever the width.
+        most_objects (`int`, *optional*, defaults to 10):
+            How many objects an image may have; there are twice as many queries.
         labels (`id2label`, `label2id`):
             The classes.
 
@@ -52,8 +54,9 @@ def tiny_config(name: str, **labels) -> PreTrainedConfig:
 
     ```python
     >>> from tiny_detectors import tiny_config
-    >>> tiny_config("tiny-rt-detr-16").encoder_in_channels
-    [32, 64, 128]
+    >>> config = tiny_config("tiny-rt-detr-16")
+    >>> config.encoder_in_channels, config.num_queries
+    ([32, 64], 20)
 
     ```
     """
@@ -61,29 +64,32 @@ def tiny_config(name: str, **labels) -> PreTrainedConfig:
     width = int(match[1]) if match else 0
     if width < 4 or width % 4:
         raise ValueError(f"Expected tiny-rt-detr-<width> with a width of 4, 8, 12, ..., got {name!r}.")
-    channels = [width, 2 * width, 4 * width, 8 * width]
+    channels = [width, 2 * width, 4 * width]
     backbone = RTDetrResNetConfig(
         embedding_size=width,
         hidden_sizes=channels,
-        depths=[1, 1, 1, 1],
+        depths=[1, 1, 1],
         layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
+        out_features=["stage2", "stage3"],
     )
     return RTDetrConfig(
         backbone_config=backbone,
         freeze_backbone_batch_norms=False,  # there are no statistics of a pretraining to keep
         encoder_in_channels=channels[1:],
+        feat_strides=[8, 16],
+        encode_proj_layers=[1],
         encoder_hidden_dim=64,
         encoder_ffn_dim=128,
         encoder_attention_heads=4,
-        decoder_in_channels=[64, 64, 64],
+        decoder_in_channels=[64, 64],
+        num_feature_levels=2,
         d_model=64,
         decoder_ffn_dim=128,
         decoder_layers=2,
         decoder_attention_heads=4,
         hidden_expansion=0.5,
-        num_queries=30,
-        num_denoising=30,
+        num_queries=2 * most_objects,
+        num_denoising=2 * most_objects,
         **labels,
     )
 
