@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import datasets
-import numpy as np
 import PIL.Image
+from boxes import clean
 from image_source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
 from shapes import make_shapes
 
@@ -14,7 +14,7 @@ from shapes import make_shapes
 logger = logging.getLogger(__name__)
 
 # Images of shapes, where no others are given: for training, and for validation.
-_SHAPES = {"train": 800, "validation": 200}
+_SHAPES = {"train": 1000, "validation": 200}
 
 
 @dataclass
@@ -41,11 +41,11 @@ class DetectionDataArguments(SourceArguments):
         metadata={"help": "Resize the longer side to this many pixels and pad to a square, instead of --image_size."},
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Flip training images at random."})
-    scale_jitter: float = field(
-        default=1.5,
+    scale_jitter: float | None = field(
+        default=None,
         metadata={
             "help": "Zoom training images in (a crop) or out (with a border) by up to this factor at random; 1 for "
-            "neither."
+            "neither. Default: 1.5, but 1 for the shapes."
         },
     )
 
@@ -55,6 +55,8 @@ class DetectionDataArguments(SourceArguments):
             raise ValueError(f"Expected image_size to be height and width, got {self.image_size}.")
         if self.image_size is not None and self.image_square_size is not None:
             raise ValueError("Expected image_size or image_square_size, got both: keep one.")
+        if self.scale_jitter is None:
+            self.scale_jitter = 1.5 if self.is_given else 1.0
         if not self.scale_jitter >= 1:
             raise ValueError(f"Expected scale_jitter of at least 1, got {self.scale_jitter}.")
 
@@ -192,95 +194,12 @@ def fields_of(split: datasets.Dataset, name: str, column: str) -> dict:
 
 
 def _objects(split: datasets.Dataset) -> Iterator[dict[str, list]]:
-    """Yield each image's objects as lists by field."""
+    """Yield each image's objects as lists by field, empty where it has none."""
     for example in split.select_columns("objects"):
-        objects = example["objects"]
-        if isinstance(objects, dict):
-            yield objects
-        else:
-            keys = ("bbox", "category", "area", "iscrowd")
-            yield {key: [entry[key] for entry in objects] for key in keys if not objects or key in objects[0]}
-
-
-def clean(objects: list[dict], sizes: list[tuple[int, int]], name: str) -> tuple[list[dict], str]:
-    """
-    Clip boxes to their images and leave out those without area.
-
-    Args:
-        objects (`list[dict]`):
-            Of each image: `bbox`, `category`, perhaps `area` and `iscrowd`.
-        sizes (`list[tuple[int, int]]`):
-            (height, width) of each image.
-        name (`str`):
-            What the split is called.
-
-    Returns:
-        `tuple[list[dict], str]`: the objects that are kept, all with `area` and `iscrowd`; and what was done, empty
-        where that is nothing.
-
-    Raises:
-        `ValueError`: boxes that are not [x, y, width, height] in pixels.
-
-    Example:
-
-    ```python
-    >>> from detection_data import clean
-    >>> boxes = [[2.0, 2.0, 4.0, 4.0], [6.0, 6.0, 8.0, 2.0], [1.0, 1.0, 0.0, 3.0]]
-    >>> clean([{"bbox": boxes, "category": [0, 1, 1]}], [(10, 10)], "train")[0][0]["bbox"]
-    [[2.0, 2.0, 4.0, 4.0], [6.0, 6.0, 4.0, 2.0]]
-    >>> clean([{"bbox": boxes, "category": [0, 1, 1]}], [(10, 10)], "train")[1]
-    'of 3 in the train split 1 is clipped to it, 1 without area inside of it is left out'
-
-    ```
-    """
-    boxes = [_as_array(image["bbox"], row, name) for row, image in enumerate(objects)]
-    _check_form(boxes, sizes, name)
-    kept, clipped, dropped = [], 0, 0
-    for image, found, (height, width) in zip(objects, boxes, sizes, strict=True):
-        start = found[:, :2].clip(0, [width, height])
-        end = (found[:, :2] + found[:, 2:]).clip(0, [width, height])
-        inside = np.concatenate([start, end - start], axis=1)
-        keep = (inside[:, 2:] > 0).all(axis=1)
-        changed = keep & (np.abs(inside - found) > 0.01).any(axis=1)
-        clipped, dropped = clipped + int(changed.sum()), dropped + int((~keep).sum())
-        area = np.where(changed, inside[:, 2] * inside[:, 3], image.get("area") or found[:, 2] * found[:, 3])
-        columns = {"bbox": inside.tolist(), "category": image["category"], "area": area.tolist()}
-        columns["iscrowd"] = image.get("iscrowd") or [0] * len(found)
-        kept.append(
-            {key: [v for v, good in zip(values, keep, strict=True) if good] for key, values in columns.items()}
-        )
-    parts = [f"{clipped} {'is' if clipped == 1 else 'are'} clipped to it"] if clipped else []
-    parts += [f"{dropped} without area inside of it {'is' if dropped == 1 else 'are'} left out"] if dropped else []
-    return kept, f"of {sum(map(len, boxes))} in the {name} split {', '.join(parts)}" if parts else ""
-
-
-def _as_array(boxes: list, row: int, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(boxes, dtype=np.float64).reshape(len(boxes), 4)
-    except (TypeError, ValueError):
-        array = None
-    if array is None or not np.isfinite(array).all():
-        raise ValueError(
-            f"Expected each bbox to be [x, y, width, height] in pixels, got {boxes} in row {row} of the {name} split: "
-            "mend or remove it."
-        )
-    return array
-
-
-def _check_form(boxes: list[np.ndarray], sizes: list[tuple[int, int]], name: str) -> None:
-    """Refuse boxes that must be meant otherwise than [x, y, width, height] in pixels."""
-    found = np.concatenate(boxes)
-    if not len(found):
-        return
-    ends = np.repeat([(width, height) for height, width in sizes], list(map(len, boxes)), axis=0)
-    outside = (found[:, :2] + found[:, 2:] > ends + 1).any(axis=1)
-    what = ""
-    if found.max() <= 1 and ends.min() > 1:
-        what = "numbers from 0 to 1: multiply them with the image's width and height"
-    elif outside.mean() > 0.5 and (found[:, 2:] > found[:, :2]).all() and (found[:, 2:] <= ends + 1).all():
-        what = "what looks like corners [x0, y0, x1, y1]: subtract the first corner from the second"
-    if what:
-        raise ValueError(f"Expected bbox as [x, y, width, height] in pixels in the {name} split, got {what}.")
+        objects = example["objects"] or []
+        if not isinstance(objects, dict):
+            objects = {key: [entry[key] for entry in objects] for key in (objects[0] if objects else ())}
+        yield {"bbox": [], "category": [], **{key: values for key, values in objects.items() if values is not None}}
 
 
 def _class_names(split: datasets.Dataset) -> list[str]:

@@ -13,7 +13,7 @@ _VISIBLE = 0.5
 
 def make_shapes(count: int, seed: int, size: int = 96) -> datasets.Dataset:
     """
-    Draw images of one to seven shapes that may overlap and reach over the edge, on clutter and noise.
+    Draw images of one to six shapes that may overlap and reach over the edge, on clutter and noise.
 
     Args:
         count (`int`):
@@ -89,7 +89,7 @@ def draw_image(generator: np.random.Generator, size: int) -> tuple[PIL.Image.Ima
             pen.ellipse([x, y, x + 3, y + 3], colour)
 
     drawn: list[tuple[np.ndarray, np.ndarray, int]] = []  # of each shape: its pixels, those to be seen, what it is
-    wanted = int(generator.integers(1, 8))
+    wanted = int(generator.integers(1, 7))
     for _ in range(3 * wanted):
         category = int(generator.integers(len(NAMES)))
         mask = draw_mask(category, generator, size)
@@ -114,7 +114,7 @@ def draw_mask(category: int, generator: np.random.Generator, size: int) -> PIL.I
         category (`int`):
             Index into the names.
         generator (`np.random.Generator`):
-            Draws where, how large (a seventh to two fifths of the image) and how it is turned.
+            Draws where, how large (a fifth to two fifths of the image) and how it is turned.
         size (`int`):
             Height and width in pixels.
 
@@ -133,7 +133,7 @@ def draw_mask(category: int, generator: np.random.Generator, size: int) -> PIL.I
     """
     mask = PIL.Image.new("L", (size, size))
     pen = PIL.ImageDraw.Draw(mask)
-    radius = generator.uniform(size / 14, size / 5)
+    radius = generator.uniform(size / 10, size / 5)
     centre = generator.uniform(radius / 2, size - radius / 2, 2)
     turn = generator.uniform(0, 2 * np.pi)
 
