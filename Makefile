@@ -9,7 +9,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 # Images for the second half of `make evidence`: any arguments of run_iekd.py that say where they are.
 CIFAR10 ?= --dataset_name uoft-cs/cifar10
 
-.PHONY: demo demo-mutual evidence test style quality clean
+.PHONY: demo demo-mutual demo-detection evidence test style quality clean
 
 demo: .venv/examples
 	rm -rf demo
@@ -18,6 +18,10 @@ demo: .venv/examples
 demo-mutual: .venv/examples
 	rm -rf demo-mutual
 	$(LAUNCH) examples/run_mutual.py --output_dir demo-mutual
+
+demo-detection: .venv/examples
+	rm -rf demo-detection
+	$(LAUNCH) examples/run_iekd_detection.py --output_dir demo-detection
 
 evidence: .venv/examples
 	$(COMPARE) --output_dir evidence/digits --networks cifar-resnet-20:cifar-resnet-8 --held_out 300 \
@@ -51,4 +55,4 @@ quality: .venv/test
 	touch $@ .venv/examples
 
 clean:
-	rm -rf .venv demo demo-mutual evidence build *.egg-info
+	rm -rf .venv demo demo-mutual demo-detection evidence build *.egg-info

@@ -11,7 +11,7 @@ from detection_data import Annotated, DetectionDataArguments, load_annotated
 from detection_trainers import BoxMetrics, DetectionTrainer, to_boxes
 from detection_transforms import DetectionImages, collate
 from example_run import ExampleRun, ScriptArguments, label_maps, load_for_classes
-from tiny_detectors import is_tiny, tiny_config, tiny_processor
+from tiny_detectors import is_tiny, tiny_detector, tiny_processor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForObjectDetection, BaseImageProcessor, PreTrainedModel, TrainingArguments
 
@@ -96,8 +96,7 @@ def build_detector(
     ```
     """
     if is_tiny(name):
-        config = tiny_config(name, max(most_objects, 5), **label_maps(names))
-        return AutoModelForObjectDetection.from_config(config)
+        return tiny_detector(name, max(most_objects, 5), **label_maps(names))
     model = load_for_classes(
         AutoModelForObjectDetection, name, role, names, from_scratch, trust_remote_code, **keywords
     )

@@ -2,7 +2,15 @@
 
 import re
 
-from transformers import PreTrainedConfig, RTDetrConfig, RTDetrImageProcessorPil, RTDetrResNetConfig
+from torch import nn
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessorPil,
+    RTDetrResNetConfig,
+)
 
 
 _NAME = re.compile(r"tiny-rt-detr-(\d+)")
@@ -90,8 +98,37 @@ def tiny_config(name: str, most_objects: int = 10, **labels) -> PreTrainedConfig
         hidden_expansion=0.5,
         num_queries=2 * most_objects,
         num_denoising=2 * most_objects,
+        initializer_range=0.1,  # as 64 channels want it; the default, 0.01, is for models that start from weights
         **labels,
     )
+
+
+def tiny_detector(name: str, most_objects: int = 10, **labels) -> PreTrainedModel:
+    """
+    Make a tiny detector that starts from scratch.
+
+    Args:
+        name (`str`), most_objects (`int`, *optional*, defaults to 10), labels (`id2label`, `label2id`):
+            As in [`tiny_config`].
+
+    Returns:
+        [`~transformers.RTDetrForObjectDetection`]
+
+    Example:
+
+    ```python
+    >>> from tiny_detectors import tiny_detector
+    >>> tiny_detector("tiny-rt-detr-8", id2label={0: "cat", 1: "dog"}).num_parameters()
+    325924
+
+    ```
+    """
+    model = RTDetrForObjectDetection(tiny_config(name, most_objects, **labels))
+    for module in model.modules():
+        # Transformers draws them around 0 (`RTDetrPreTrainedModel._init_weights`), where hardly anything gets through.
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    return model
 
 
 def tiny_processor(height: int, width: int) -> RTDetrImageProcessorPil:
