@@ -66,7 +66,8 @@ class StudentWithEncoders(nn.Module):
     def factors(self, feature_maps: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return F_inh and F_exp of each map."""
         for name, f_S in zip(self.tap.layers, feature_maps, strict=True):
-            if torch.is_grad_enabled() and not f_S.requires_grad:
+            used = self.inheritance_encoders or self.exploration_encoders
+            if used and torch.is_grad_enabled() and not f_S.requires_grad:
                 raise ValueError(
                     f"Expected the student's feature map at {name!r} to carry a gradient, got one without: gradient "
                     'checkpointing is reentrant (set gradient_checkpointing_kwargs={"use_reentrant": False}), or its '
