@@ -95,7 +95,7 @@ def check_trainable(tap: FeatureTap, inputs: dict) -> None:
     if tap.layers and (frozen := tap.frozen_layers(inputs)):
         raise ValueError(
             f"Expected the student's feature map at {frozen[0]!r} to carry a gradient, got one without: all "
-            f"parameters of {type(tap.model).__name__} before it are frozen, as Transformers builds the backbones of "
+            f"parameters of {type(tap.model).__name__} before it are frozen, as Transformers builds a ResNet in "
             "DETR and its kin. Call requires_grad_(True) on the student, or on its backbone, or name a layer that "
             "trains; no feature loss would reach the student."
         )

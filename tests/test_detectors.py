@@ -1,6 +1,8 @@
 """Detectors as students and as teachers: where their maps are, what is refused, and what is saved."""
 
 import copy
+import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -605,3 +607,9 @@ def test_two_detectors_teach_each_other(make_mutual, tmp_path, name):
     peers[1].model.backbone.requires_grad_(False)
     with pytest.raises(ValueError, match="to carry a gradient"):
         make_mutual(peers, mutual_loss="ie", **keywords)
+
+
+def test_the_readme_lists_the_families():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    listed = re.search(r"^Detectors whose.*?:\n\n(.+?)\n\n", readme, flags=re.DOTALL | re.MULTILINE)[1]
+    assert [name.strip(" .\n") for name in listed.replace("\n", " ").split(",")] == sorted(FAMILIES, key=str.lower)
