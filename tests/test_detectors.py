@@ -16,9 +16,13 @@ from torch import nn
 from transformers import AutoModelForObjectDetection
 from transformers.backbone_utils import BackboneMixin
 
-from iekd_hf import Paraphraser, list_layers
+from iekd_hf import Paraphraser, list_layers, reconstruction_loss
 from iekd_hf.checks import check_dataset
 from iekd_hf.features import FeatureTap, default_layers, pair_layers
+from iekd_hf.modeling import ParaphraserStack
+from iekd_hf.objective import factor_losses
+from iekd_hf.paraphraser_trainer import ParaphraserTrainer
+from iekd_hf.pixels import mask_at
 
 
 LEVELS = {"out_features": ["stage2", "stage3", "stage4"]}
@@ -152,11 +156,11 @@ def build(name: str, width: int = 8, seed: int = 1):
 
 def processor_of(name: str):
     family = FAMILIES[name][2]
-    size = {"height": 64, "width": 64} if family == "RTDetr" else {"shortest_edge": 48, "longest_edge": 64}
+    size = {"height": 64, "width": 64} if family == "RTDetr" else {"shortest_edge": 48, "longest_edge": 96}
     return getattr(t, f"{family}ImageProcessorPil")(size=size)
 
 
-SIZES = [(48, 64), (64, 48), (48, 48), (40, 64)]
+SIZES = [(48, 96), (64, 48), (48, 48), (40, 64)]
 
 
 def pictures(count: int = 8) -> list[dict]:
@@ -367,7 +371,7 @@ def test_a_detector_teacher_sees_the_mask_and_no_boxes(make_detection):
         build("DETR", 16),
         processor_of("Conditional DETR"),
         teacher_processor=t.DetrImageProcessorPil(
-            size={"shortest_edge": 96, "longest_edge": 128}, image_mean=[0.1] * 3, image_std=[0.2] * 3
+            size={"shortest_edge": 96, "longest_edge": 192}, image_mean=[0.1] * 3, image_std=[0.2] * 3
         ),
         train_sampling_strategy="sequential",
     )
@@ -379,7 +383,7 @@ def test_a_detector_teacher_sees_the_mask_and_no_boxes(make_detection):
         assert mask.shape == pixels.shape[:1] + pixels.shape[2:] and mask.dtype == torch.int64
         assert not pixels.masked_select(mask[:, None] == 0).any()
     batch = seen[-1]["pixel_mask"]
-    assert batch.shape == (4, 128, 128) and batch.flatten(1).sum(1).min() < 128 * 128
+    assert batch.shape == (4, 128, 192) and not batch.all()
 
 
 @pytest.mark.parametrize("name", ["DETR", "RT-DETR", "YOLOS"])
@@ -595,6 +599,17 @@ def test_two_detectors_teach_each_other(make_mutual, tmp_path, name):
         path = trainer.taps[peers.index(peer)].layers[0].removesuffix("[-1]")
         moved = [not torch.equal(v, start[f"{path}.{k}"]) for k, v in peer.get_submodule(path).named_parameters()]
         assert all(moved)
+    if name == "DETR":  # whose batches are padded, which the peers' losses leave out
+        collate = keywords["data_collator"]
+        whole = {"data_collator": lambda rows: {**collate(rows), "pixel_mask": None}}
+        fresh = [[build(name, 8, seed=1), build(name, 16, seed=2)] for _ in range(2)]
+        once = {**keywords, "max_steps": 1, "train_sampling_strategy": "sequential"}
+        let_in, left_out = make_mutual(fresh[0], **(once | whole)), make_mutual(fresh[1], **once)
+        let_in.train()
+        left_out.train()
+        first, second = (run.state.log_history[0] for run in (let_in, left_out))
+        for loss in ("peer_1/reconstruction_loss", "peer_2/inheritance_loss"):
+            assert first[loss] != second[loss]
     trainer.save_model()
     for i, peer in enumerate(peers, start=1):
         loaded, info = AutoModelForObjectDetection.from_pretrained(
@@ -613,3 +628,31 @@ def test_the_readme_lists_the_families():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     listed = re.search(r"^Detectors whose.*?:\n\n(.+?)\n\n", readme, flags=re.DOTALL | re.MULTILINE)[1]
     assert [name.strip(" .\n") for name in listed.replace("\n", " ").split(",")] == sorted(FAMILIES, key=str.lower)
+
+
+def test_both_stages_leave_padding_out(make_detection, tmp_path):
+    trainer = make_detection(build("DETR"), build("RT-DETR", 16), processor_of("DETR"), paraphraser=Paraphraser(16, 8))
+    batch = trainer._prepare_inputs(trainer.data_collator(pictures()[:4]))
+    assert not batch["pixel_mask"].all()
+    trainer.teacher.tap.attach()
+    trainer.student_side.tap.attach()
+    with torch.no_grad():
+        trainer.student_side.eval()
+        feature_maps, losses = trainer.maps_and_losses(dict(batch))
+        F_inh, F_exp = trainer.student_side.factors(feature_maps)
+        F_T, _ = trainer.teacher(batch)
+        left_out, let_in = (
+            factor_losses(F_inh, F_exp, F_T, trainer.args, pixel_mask=mask) for mask in (batch["pixel_mask"], None)
+        )
+        for name in left_out:
+            assert losses[name] == left_out[name] != let_in[name]
+
+        stack = ParaphraserStack([Paraphraser(16, 8)]).eval()
+        keywords = {"output_dir": str(tmp_path / "stage_1"), "train_dataset": pictures(), "held_out": None}
+        keywords |= {"data_collator": trainer.data_collator, "augmentation": None}
+        stage_1 = ParaphraserTrainer(stack, trainer.teacher, trainer.args, **keywords)
+        (f_T,), _ = trainer.teacher.feature_maps(batch)
+        mask = mask_at(batch["pixel_mask"], f_T.shape[2:])
+        (reconstruction,) = stack([f_T])
+        left_out, let_in = (reconstruction_loss(reconstruction, f_T, mask=m) for m in (mask, None))
+        assert stage_1.compute_loss(stack, batch) == left_out != let_in

@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers as t
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from iekd_hf import exploration_loss, inheritance_loss, reconstruction_loss
 from iekd_hf.knowledge import MarginReLU
@@ -178,3 +179,15 @@ def test_margins_and_mean_maps_are_those_of_the_images():
     total = summed(feature_map, pixel_mask) / 2
     assert total.flatten().tolist() == [-2.0, -1.0, -2.0, -1.0]
     assert torch.equal(summed(feature_map, None), feature_map.sum(dim=0))
+
+
+@pytest.mark.parametrize("loss, distance", [*DISTANCES, (reconstruction_loss, "l1"), (reconstruction_loss, "l2")])
+def test_no_mask_makes_anybody_wait_for_the_device(loss, distance):
+    """Tensors without values: whatever has to know one, to go on, fails."""
+    with FakeTensorMode():
+        student, teacher, pixel_mask = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.ones(2, 64, 64)
+        if loss is not reconstruction_loss:
+            student, teacher, _ = match_sizes(student, torch.randn(2, 4, 16, 16), pixel_mask)
+        assert loss(student.requires_grad_(), teacher, distance, mask=mask_at(pixel_mask, (8, 8))).shape == ()
+        with pytest.raises(DataDependentOutputException):
+            pixel_mask.all().item()
