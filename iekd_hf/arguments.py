@@ -52,8 +52,9 @@ class IEKDTrainingArguments(IETrainingArguments):
         inheritance_ratio (`float`, *optional*):
             Share of the student's channels that inherit, in [0, 1].
         teacher_layers (`list[str]`, *optional*):
-            Dotted paths of the teacher's layers. By default its last feature map, or the levels of a detector's
-            pyramid; of these the last ones, where the student has fewer.
+            Dotted paths of the teacher's layers; an index picks one of a backbone's maps, as in
+            `"model.backbone.model[-1]"`. By default its last feature map, or the levels of a detector's pyramid; of
+            these the last ones, where the student has fewer.
         student_layers (`list[str]`, *optional*):
             Dotted paths of the student's layers, as many as of the teacher's. By default as the teacher's.
         paraphraser_epochs (`float`, *optional*, defaults to 30.0):
@@ -102,10 +103,12 @@ class IEKDTrainingArguments(IETrainingArguments):
     exploration_distance: str | None = _of_method("Distance of the exploration loss.", EXPLORATION_DISTANCES)
     inheritance_ratio: float | None = _of_method("Share of the student's channels that inherit, in [0, 1].")
     teacher_layers: list[str] | None = field(
-        default=None, metadata={"help": "Dotted paths of the teacher's layers. Default: its last feature map."}
+        default=None,
+        metadata={"help": "Dotted paths of the teacher's layers. Default: its last map, or a detector's levels."},
     )
     student_layers: list[str] | None = field(
-        default=None, metadata={"help": "Dotted paths of the student's layers. Default: its last feature map."}
+        default=None,
+        metadata={"help": "Dotted paths of the student's layers. Default: its last map, or a detector's levels."},
     )
     paraphraser_epochs: float = field(
         default=30.0, metadata={"help": "Epochs of stage 1, when no paraphraser is given."}

@@ -66,7 +66,8 @@ class StudentWithEncoders(nn.Module):
     def factors(self, feature_maps: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return F_inh and F_exp of each map."""
         for name, f_S in zip(self.tap.layers, feature_maps, strict=True):
-            if torch.is_grad_enabled() and not f_S.requires_grad:
+            used = self.inheritance_encoders or self.exploration_encoders
+            if used and torch.is_grad_enabled() and not f_S.requires_grad:
                 raise ValueError(
                     f"Expected the student's feature map at {name!r} to carry a gradient, got one without: gradient "
                     'checkpointing is reentrant (set gradient_checkpointing_kwargs={"use_reentrant": False}), or its '
@@ -94,7 +95,7 @@ def check_trainable(tap: FeatureTap, inputs: dict) -> None:
     if tap.layers and (frozen := tap.frozen_layers(inputs)):
         raise ValueError(
             f"Expected the student's feature map at {frozen[0]!r} to carry a gradient, got one without: all "
-            f"parameters of {type(tap.model).__name__} before it are frozen, as Transformers builds the backbones of "
+            f"parameters of {type(tap.model).__name__} before it are frozen, as Transformers builds a ResNet in "
             "DETR and its kin. Call requires_grad_(True) on the student, or on its backbone, or name a layer that "
             "trains; no feature loss would reach the student."
         )

@@ -160,7 +160,7 @@ class ParaphraserStage:
         """Let the margins of OD be measured on the first batches, instead of a training."""
         trainer, start = self.trainer, time.monotonic()
         with trainer.accelerator.autocast():
-            maps = [_without_padding(trainer.teacher, inputs) for inputs in trainer.some_batches(_MARGIN_BATCHES)]
+            maps = [maps_without_padding(trainer.teacher, inputs) for inputs in trainer.some_batches(_MARGIN_BATCHES)]
         margins = [MarginReLU(channels).to(trainer.args.device) for channels in self.teacher_channels]
         for margin_relu, of_layer in zip(margins, zip(*maps, strict=True), strict=True):
             margin_relu.measure(of_layer)
@@ -197,7 +197,7 @@ class ParaphraserStage:
         self.trainer.teacher.set_paraphrasers([paraphraser.to(args.device) for paraphraser in paraphrasers])
 
 
-def _without_padding(teacher: FrozenTeacher, inputs: dict) -> list[torch.Tensor]:
+def maps_without_padding(teacher: FrozenTeacher, inputs: dict) -> list[torch.Tensor]:
     """Return the teacher's maps with the padding at zero, which no margin is measured on."""
     maps, pixel_mask = teacher.feature_maps(inputs)[0], inputs.get("pixel_mask")
     if pixel_mask is None:

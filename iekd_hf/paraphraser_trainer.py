@@ -114,7 +114,7 @@ class ParaphraserTrainer(DistillationTrainer):
         self.model.eval()
         mean_maps, count = None, 0
         for feature_maps, pixel_mask in self._maps_of(self.train_dataset):
-            sums = [_sum(f_T.float(), pixel_mask) for f_T in feature_maps]
+            sums = [summed(f_T.float(), pixel_mask) for f_T in feature_maps]
             mean_maps = (
                 sums if mean_maps is None else [m + _resize(s, m) for m, s in zip(mean_maps, sums, strict=True)]
             )
@@ -167,7 +167,7 @@ class _ReportAtTheEnd(TrainerCallback):
         self.trainer.reported = self.trainer.report()
 
 
-def _sum(feature_map: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
+def summed(feature_map: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
     """Sum maps over a batch; where an image is padded, the mean of the others stands for it."""
     if pixel_mask is None:
         return feature_map.sum(dim=0)

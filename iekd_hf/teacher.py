@@ -66,7 +66,9 @@ class FrozenTeacher(nn.Module):
         self.paraphrasers = nn.ModuleList(paraphrasers).eval()
 
     @torch.no_grad()
-    def speed_up(self, sample: dict, dtype: torch.dtype | None = None, compiled: bool = False) -> None:
+    def speed_up(
+        self, sample: dict, dtype: torch.dtype | None = None, compiled: bool = False, with_logits: bool = True
+    ) -> None:
         """
         Go on with a copy of the teacher that gives the same maps in less time; the user's own stays as it was.
 
@@ -77,6 +79,8 @@ class FrozenTeacher(nn.Module):
                 What to cast the copy to.
             compiled (`bool`, *optional*, defaults to `False`):
                 Whether to compile the layers that give the maps.
+            with_logits (`bool`, *optional*, defaults to `True`):
+                Whether the logits will be needed; otherwise nothing behind the last layer is looked at.
         """
         sample = self.adapt(sample)
 
@@ -84,7 +88,7 @@ class FrozenTeacher(nn.Module):
             tap = FeatureTap(model, self.tap.layers, self.tap.before_activation)
             tap.attach()
             try:
-                return tap.run(sample)[1]
+                return tap.run(sample, stop_after_last=not with_logits)[1]
             finally:
                 tap.detach()
 

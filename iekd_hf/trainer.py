@@ -42,7 +42,8 @@ class IEKDTrainer(StudentTrainer):
             The student: a model that returns a loss, or a Hub id or folder. Omit it for `model_init`.
         teacher_model (`nn.Module` or `str`):
             The teacher, which is never changed: a model, or a Hub id or folder. One that is not of Transformers takes
-            the pixels first, needs `teacher_layers`, and, for `lambda_kd`, returns its logits.
+            the pixels first, needs `teacher_layers`, and, for `lambda_kd`, returns its logits. It need not do the
+            student's task: a classifier may teach a detector's backbone.
         args (`IEKDTrainingArguments`):
             The arguments.
         train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, ...:
@@ -53,7 +54,8 @@ class IEKDTrainer(StudentTrainer):
             Makes the student's input of the raw pixels of [`DecodedImages`], on the device.
         teacher_processor (`BaseImageProcessor`, *optional*):
             The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
-            resized for the teacher on the device. Read from the Hub id or folder if the teacher is given as one.
+            resized for the teacher on the device, a `pixel_mask` along with it. Read from the Hub id or folder if the
+            teacher is given as one.
         model_init_kwargs (`dict`, *optional*), teacher_model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` for a model given by name: `revision`, `token`, `dtype`,
             `trust_remote_code`, ... A student is loaded in float32 unless they say otherwise. They are no part of
@@ -131,7 +133,7 @@ class IEKDTrainer(StudentTrainer):
                 check_logits(self.model, teacher_model, logits)
             if args.fast_teacher:
                 dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
-                self.teacher.speed_up(self._sample, dtype, args.compile_teacher)
+                self.teacher.speed_up(self._sample, dtype, args.compile_teacher, with_logits=args.lambda_kd > 0)
             self.stage_1 = ParaphraserStage(self, teacher_channels, paraphraser)
             self._build_student_side()
 
