@@ -35,7 +35,7 @@ class DetectionScriptArguments(ScriptArguments):
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Batch size of each device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Batch size of each device in evaluation."})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate. Default: 0.0015 for tiny detectors, otherwise 0.0001."}
+        default=None, metadata={"help": "Peak learning rate. Default: 0.002 for tiny detectors, otherwise 0.0001."}
     )
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer, as in TrainingArguments."})
     optim_args: str | None = field(default=None, metadata={"help": "Arguments of the optimizer."})
@@ -175,7 +175,7 @@ class DetectionRun(ExampleRun):
     def prepare_images(self, network: str, **hub) -> None:
         """Let the images come as a network takes them, and choose the learning rate that goes with it."""
         if self.args.learning_rate is None:
-            self.args.learning_rate = 1.5e-3 if is_tiny(network) else 1e-4
+            self.args.learning_rate = 2e-3 if is_tiny(network) else 1e-4
         first = self.splits["train"].images[0]["image"]
         self.processor = build_processor(network, self.data_args, (first.height, first.width), **hub)
         jitter = {"horizontal_flip": self.data_args.horizontal_flip, "scale_jitter": self.data_args.scale_jitter}

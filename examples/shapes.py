@@ -8,7 +8,7 @@ import PIL.ImageDraw
 
 NAMES = ("circle", "square", "triangle", "cross")
 # A shape is drawn where each other one stays visible by at least this share of its pixels.
-_VISIBLE = 0.5
+_VISIBLE = 0.6
 
 
 def make_shapes(count: int, seed: int, size: int = 96) -> datasets.Dataset:
@@ -100,7 +100,7 @@ def draw_image(generator: np.random.Generator, size: int) -> tuple[PIL.Image.Ima
         drawn = [(whole, seen & ~pixels, kind) for whole, seen, kind in drawn] + [(pixels, pixels, category)]
         if len(drawn) == wanted:
             break
-    noisy = np.asarray(image) + generator.normal(0, generator.uniform(2, 14), (size, size, 3))
+    noisy = np.asarray(image) + generator.normal(0, generator.uniform(2, 10), (size, size, 3))
     objects = {"bbox": [box_of(whole) for whole, _, _ in drawn], "category": [kind for _, _, kind in drawn]}
     objects["area"] = [width * height for _, _, width, height in objects["bbox"]]
     return PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), objects
@@ -190,5 +190,5 @@ def box_of(pixels: np.ndarray) -> list[float]:
 def _contrasting(generator: np.random.Generator, background: np.ndarray) -> tuple[int, ...]:
     while True:
         colour = generator.integers(0, 256, 3)
-        if np.abs(colour - background).max() > 60:
+        if np.abs(colour - background).max() > 80:
             return tuple(map(int, colour))

@@ -17,6 +17,8 @@ import PIL.Image
 import pytest
 from conftest import make_resnet
 from hub_server import HubServer
+from shapes import make_shapes
+from tiny_detectors import tiny_detector, tiny_processor
 from transformers import ViTImageProcessorPil
 
 
@@ -28,7 +30,7 @@ COMMANDS = [line[2:] for kind, block in BLOCKS if kind == "console" for line in 
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
-    """Make `microsoft/resnet-18`, `microsoft/resnet-50` and `uoft-cs/cifar10` folders of the working directory."""
+    """Make what the README takes from the Hub folders of the working directory."""
     import datasets
 
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -45,6 +47,13 @@ def stand_ins(tmp_path, monkeypatch):
         folder = tmp_path / "uoft-cs" / "cifar10"
         folder.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    for name, width in (("rtdetr_r18vd", 4), ("rtdetr_r50vd", 8)):
+        tiny_detector(f"tiny-rt-detr-{width}").save_pretrained(tmp_path / "PekingU" / name)
+        tiny_processor(64, 64).save_pretrained(tmp_path / "PekingU" / name)
+    for split in ("train", "test"):
+        folder = tmp_path / "rishitdagli" / "cppe-5"
+        folder.mkdir(parents=True, exist_ok=True)
+        make_shapes(8, seed=0).to_parquet(folder / f"{split}.parquet")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -90,7 +99,11 @@ def test_python_blocks_in_order(stand_ins):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script, row, folders",
-    [("run_iekd", "distilled student", [""]), ("run_mutual", "peer 2, IE-DML", ["peer_1/", "peer_2/"])],
+    [
+        ("run_iekd", "distilled student", [""]),
+        ("run_mutual", "peer 2, IE-DML", ["peer_1/", "peer_2/"]),
+        ("run_iekd_detection", "distilled student", [""]),
+    ],
 )
 def test_the_accelerate_line(stand_ins, script, row, folders):
     (command,) = [c for c in COMMANDS if c.startswith(f"accelerate launch examples/{script}.py")]
@@ -141,12 +154,22 @@ def test_make_demo(tmp_path, target, rows):
     assert (tmp_path / "copy" / target / "report.png").is_file()
 
 
+def test_make_demo_detection_is_the_script_as_it_is():
+    """It takes some minutes; the script has tests of its own."""
+    if not (ROOT / ".venv" / "bin").is_dir():
+        pytest.skip("needs the virtual environment that the Makefile makes")
+    make = ["make", "-n", "-o", ".venv/examples", "demo-detection"]
+    lines = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[-1].endswith(" examples/run_iekd_detection.py --output_dir demo-detection")
+    assert "make demo-detection" in COMMANDS
+
+
 def test_every_command_is_one_of_those_run():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
         with_tests = [f"benchmarks/{name}.py" for name in ("compare_methods", "mutual_step", "speed")]
-        with_tests += ["analyze_student.py", "export_onnx.py"]  # of their own
+        with_tests += ["analyze_student.py", "export_onnx.py", "run_iekd_detection.py"]  # of their own
         known = {"make": targets, "python": [f"examples/{script}" for script in with_tests]}
         assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip"), command
     # `make test` is what runs this file, and installs by the line that the README shows.
