@@ -79,6 +79,10 @@ class Annotated:
     def __len__(self) -> int:
         return len(self.images)
 
+    def select(self, indices: list[int]) -> "Annotated":
+        """Return some rows as a split of their own."""
+        return Annotated(self.images.select(indices), self.objects.select(indices))
+
     def rows(self, indices: list[int]) -> Iterator[tuple[int, PIL.Image.Image, dict[str, list]]]:
         """Yield the index, the image in RGB and the objects of some rows."""
         images = self.images[indices]["image"]

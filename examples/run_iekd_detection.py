@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detection import PICTURE, DetectionRun, DetectionScriptArguments, build_detector, build_processor
+from detection import PICTURE, DetectionRun, DetectionScriptArguments, build_detector
 from detection_data import DetectionDataArguments
 from detection_report import draw_detections, table
 from detection_trainers import DetectionTrainer, IEKDDetectionTrainer
@@ -94,8 +94,7 @@ def get_teacher(
         teacher = build_detector(name, "--teacher", run.names, run.most_objects, False, dtype=dtype, **hub)
     else:  # its features teach, whatever its head is for
         teacher = load_model(name, "--teacher", dtype=dtype, **hub)
-        if find_processor(name, **hub) is not None:
-            processor = build_processor(name, run.data_args, (0, 0), **hub)
+        processor = find_processor(name, **hub)
     result = Result("teacher", teacher.num_parameters())
     if epochs > 0:
         seconds, result.log_history = run.train_alone(teacher, "teacher", epochs)
@@ -125,10 +124,11 @@ def write_results(results: list[Result], args: RunArguments) -> None:
 def draw_samples(run: DetectionRun, models: dict[str, PreTrainedModel]) -> None:
     """Draw what the models find in some validation images."""
     split, count = run.splits["validation"], min(run.args.picture_images, len(run.splits["validation"]))
-    rows = [index * len(split) // count for index in range(count)]
-    sample = type(split)(split.images.select(rows), split.objects.select(rows))
+    sample = split.select([index * len(split) // count for index in range(count)])
     images = [image for _, image, _ in sample.rows(range(count))]
-    found = {name: list(run.detect(model, sample, None, run.args.picture_threshold)) for name, model in models.items()}
+    found = {
+        name: list(run.detect(model, sample, threshold=run.args.picture_threshold)) for name, model in models.items()
+    }
     path = os.path.join(run.args.output_dir, PICTURE)
     draw_detections(images, sample.truth(range(count)), found, run.names, path)
 

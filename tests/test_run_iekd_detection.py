@@ -5,6 +5,7 @@ import gc
 import json
 import re
 import shutil
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -12,12 +13,13 @@ import pytest
 import run_iekd_detection
 import torch
 from conftest import make_resnet, same
+from detection_case import NAMES, PROCESSOR, make_case, make_trainer
 from detection_metrics import CocoDetection
-from detection_trainers import BoxMetrics, DetectionTrainer, to_boxes
-from detection_transforms import DetectionImages, collate
+from detection_transforms import DetectionImages
 from shapes import make_shapes
 from test_detection_transforms import split_of
-from tiny_detectors import tiny_config, tiny_processor
+from test_distributed import torchrun
+from tiny_detectors import tiny_detector, tiny_processor
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
@@ -26,7 +28,6 @@ from transformers import (
     DetrImageProcessorPil,
     ResNetConfig,
     TrainerCallback,
-    TrainingArguments,
 )
 
 
@@ -107,7 +108,7 @@ def test_parquet_yaml_padding_and_saved_models(run, tmp_path):
     datasets.concatenate_datasets([shapes, odd]).to_parquet(tmp_path / "train.parquet")
     datasets.concatenate_datasets([odd, make_shapes(7, seed=1, size=64)]).to_parquet(tmp_path / "validation.parquet")
     names = dict(enumerate(shapes.features["objects"]["category"].feature.names))
-    teacher = AutoModelForObjectDetection.from_config(tiny_config("tiny-rt-detr-8", id2label=names))
+    teacher = tiny_detector("tiny-rt-detr-8", id2label=names)
     teacher.save_pretrained(tmp_path / "teacher")
     tiny_processor(64, 64).save_pretrained(tmp_path / "teacher")
     make_detr().save_pretrained(tmp_path / "student")  # of other classes: gets a new head
@@ -181,49 +182,35 @@ class TensorsInMemory(TrainerCallback):
 
 def test_evaluation_takes_the_same_memory_however_many_images(tmp_path):
     """And says what the boxes give that the model finds one by one; images without boxes do no harm."""
-    torch.manual_seed(0)
-    names, processor = ["a", "b"], tiny_processor(32, 32)
-    model = AutoModelForObjectDetection.from_config(tiny_config("tiny-rt-detr-4", id2label=dict(enumerate(names))))
-    images = [PIL.Image.new("RGB", (32 + i % 2, 24), (5 * i, 0, 0)) for i in range(48)]
-    without = DetectionImages(split_of(images, [[]] * 48), processor)
-    found = []
-    with torch.no_grad():
-        for example in without:
-            outputs = model.eval()(pixel_values=example["pixel_values"][None])
-            found += to_boxes(outputs.logits, outputs.pred_boxes, example["labels"]["frame"][None], processor)
-    # In two of three images the truth is the fourth guess, moved a little.
-    boxes = [[[value + 0.1 for value in image["boxes"][3]]] if i % 3 else [] for i, image in enumerate(found)]
-    labels = [image["labels"][3:4] if i % 3 else [] for i, image in enumerate(found)]
-    split, counter = split_of(images, boxes, labels), TensorsInMemory()
-    trainer = DetectionTrainer(
-        model=model,
-        args=TrainingArguments(
-            str(tmp_path),
-            per_device_eval_batch_size=6,
-            batch_eval_metrics=True,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            max_steps=2,
-            save_strategy="no",
-        ),
-        train_dataset=without,
-        eval_dataset=DetectionImages(split, processor),
-        data_collator=collate,
-        compute_metrics=BoxMetrics(split, processor, names),
-        callbacks=[counter],
-    )
+    model, split, found = make_case(48)
+    counter = TensorsInMemory()
+    without = DetectionImages(split_of(list(split.images["image"]), [[]] * 48), PROCESSOR)
+    trainer = make_trainer(str(tmp_path), model, split, callbacks=[counter], train_dataset=without)
     result = trainer.evaluate()
     assert len(counter.bytes) == 8
     # The last step has no next batch; the maps of one batch alone are 30 KiB.
     assert max(counter.bytes[1:-1]) - min(counter.bytes[1:-1]) < 2048
-    expected = CocoDetection(keep_in_memory=True).compute(
-        predictions=found, references=split.truth(list(range(48))), class_names=names
-    )
+    expected = metrics_of(found, split)
     assert 0 < expected["map"] < expected["mar_100"] < 1
     for name in ("map", "map_50", "mar_100", "mar_1"):
         assert result[f"eval_{name}"] == pytest.approx(expected[name])
     assert trainer.evaluate()["eval_map"] == result["eval_map"]  # nothing is left of the first time
     trainer.train()
     assert trainer.state.global_step == 2 and all(p.isfinite().all() for p in model.parameters())
+
+
+def metrics_of(found, split):
+    truth = split.truth(list(range(len(split))))
+    return CocoDetection(keep_in_memory=True).compute(predictions=found, references=truth, class_names=NAMES)
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_each_image_once(tmp_path):
+    """47 images are not as many on each rank: one comes twice, and must count once."""
+    torchrun(str(Path(__file__).with_name("detection_case.py")), str(tmp_path))
+    _, split, found = make_case(47)
+    expected = metrics_of(found, split)
+    for rank in (0, 1):
+        metrics = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        for name in ("map", "map_50", "mar_100", "mar_1"):
+            assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-3)
