@@ -5,8 +5,13 @@ import os
 from dataclasses import dataclass, field
 
 import datasets
+import PIL.ExifTags
 import PIL.Image
 from tqdm.auto import tqdm
+
+
+# Orientations of EXIF at which a camera has been held upright.
+_TURNED = (5, 6, 7, 8)
 
 
 @dataclass
@@ -183,7 +188,7 @@ def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
             What the split is called.
 
     Returns:
-        `list[tuple[int, int]]`: the (height, width) of each.
+        `list[tuple[int, int]]`: the (height, width) of each, turned as its EXIF data say, as `datasets` decodes it.
 
     Raises:
         `ValueError`: the first row that holds no image.
@@ -194,7 +199,8 @@ def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
         image = example["image"]
         try:
             with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
-                sizes.append((opened.height, opened.width))
+                turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) in _TURNED
+                sizes.append((opened.width, opened.height) if turned else (opened.height, opened.width))
         except (OSError, TypeError, AttributeError, ValueError) as error:
             where = f" ({os.path.basename(image['path'])})" if image and image.get("path") else ""
             raise ValueError(

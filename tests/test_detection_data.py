@@ -5,6 +5,7 @@ import logging
 import datasets
 import detection_data
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 import shapes
@@ -148,6 +149,18 @@ def test_empty_splits_and_files_that_are_no_image(tmp_path):
     broken = datasets.Dataset.from_dict(broken, rows().features)
     with pytest.raises(ValueError, match=r"image in row 1 of the train split \(b.png\), got something that cannot"):
         load(tmp_path, broken)
+
+
+def test_a_photograph_taken_upright_is_as_high_as_it_is_decoded(tmp_path):
+    """Its pixels are stored lying, and turned by its EXIF data; boxes are in the turned image."""
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    PIL.Image.new("RGB", (60, 40)).save(tmp_path / "photo.jpg", exif=exif)
+    split = rows([[[2.0, 30.0, 10.0, 28.0]]], size=(40, 60)).remove_columns("image")
+    split = split.add_column("image", [str(tmp_path / "photo.jpg")]).cast_column("image", datasets.Image())
+    splits, _ = load(tmp_path, split)
+    ((_, image, objects),) = splits["train"].rows([0])
+    assert image.size == (40, 60) and objects["boxes"] == [[2.0, 30.0, 10.0, 28.0]]
 
 
 def test_a_part_of_the_training_split_validates(tmp_path):
