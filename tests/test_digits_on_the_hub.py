@@ -99,7 +99,7 @@ def test_digits(with_digits: HubServer, client: Client, tmp_path: Path):
     card = files["README.md"].decode()
     assert "| teacher | `CifarResNetForImageClassification` | 78,042 |" in card
     assert "| size | latency | accuracy |" in card
-    assert "![Losses, accuracy and sizes](report.png)" in card and " | - |" not in card
+    assert "![What came of the run](report.png)" in card and " | - |" not in card
 
     # A script whose push fails ends well all the same.
     hub.failures = {"commit": 403}
