@@ -44,9 +44,8 @@ class DetectionScriptArguments(ScriptArguments):
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of a linear warm-up, or their share of all steps where below 1."}
     )
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate during training."})
-    eval_steps: float | None = field(
-        default=0.2, metadata={"help": "Steps between evaluations, or their share of all steps where below 1."}
+    eval_strategy: str = field(
+        default="no", metadata={"help": "When to evaluate while training; at the end that is done anyway."}
     )
     batch_eval_metrics: bool = field(
         default=True, metadata={"help": "Must stay on: predictions are not kept, but for their boxes."}

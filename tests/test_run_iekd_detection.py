@@ -32,7 +32,7 @@ from transformers import (
 
 
 QUICK = ["--num_train_epochs", "1", "--paraphraser_epochs", "1", "--teacher", "tiny-rt-detr-8"]
-QUICK += ["--student", "tiny-rt-detr-4", "--disable_tqdm", "true", "--use_cpu", "--eval_strategy", "no"]
+QUICK += ["--student", "tiny-rt-detr-4", "--disable_tqdm", "true", "--use_cpu"]
 FEW = ["--max_train_samples", "16", "--max_eval_samples", "6"]
 
 
@@ -121,7 +121,6 @@ def test_parquet_yaml_padding_and_saved_models(run, tmp_path):
         "output_dir": str(tmp_path / "out"),
         "num_train_epochs": 1,
         "paraphraser_epochs": 1,
-        "eval_strategy": "no",
         "disable_tqdm": True,
         "use_cpu": True,
     }
