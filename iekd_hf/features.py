@@ -108,10 +108,12 @@ class FeatureTap:
                 self.detach()
 
     def _make_hook(self, index: int):
+        which = split_index(self.layers[index])[1]
+
         def keep(module, args, output):
             # Gradient checkpointing runs a module once more in the backward pass: that output is not wanted.
             if self._active:
-                picked = pick_tensor(output, split_index(self.layers[index])[1])
+                picked = pick_tensor(output, which)
                 if self.before_activation and picked is not None:
                     picked = self._before.get(picked, picked)
                 self._outputs[index] = picked
