@@ -52,9 +52,11 @@ class IEKDTrainingArguments(IETrainingArguments):
         inheritance_ratio (`float`, *optional*):
             Share of the student's channels that inherit, in [0, 1].
         teacher_layers (`list[str]`, *optional*):
-            Dotted paths of the teacher's layers. By default its last feature map.
+            Dotted paths of the teacher's layers; an index picks one of a backbone's maps, as in
+            `"model.backbone.model[-1]"`. By default its last feature map, or the levels of a detector's pyramid; of
+            these the last ones, where the student has fewer.
         student_layers (`list[str]`, *optional*):
-            Dotted paths of the student's layers, as many as of the teacher's. By default its last feature map.
+            Dotted paths of the student's layers, as many as of the teacher's. By default as the teacher's.
         paraphraser_epochs (`float`, *optional*, defaults to 30.0):
             Epochs of stage 1, when no paraphraser is given; its learning rate falls along a cosine.
         fast_teacher (`bool`, *optional*, defaults to `True`):
@@ -101,10 +103,12 @@ class IEKDTrainingArguments(IETrainingArguments):
     exploration_distance: str | None = _of_method("Distance of the exploration loss.", EXPLORATION_DISTANCES)
     inheritance_ratio: float | None = _of_method("Share of the student's channels that inherit, in [0, 1].")
     teacher_layers: list[str] | None = field(
-        default=None, metadata={"help": "Dotted paths of the teacher's layers. Default: its last feature map."}
+        default=None,
+        metadata={"help": "Dotted paths of the teacher's layers. Default: its last map, or a detector's levels."},
     )
     student_layers: list[str] | None = field(
-        default=None, metadata={"help": "Dotted paths of the student's layers. Default: its last feature map."}
+        default=None,
+        metadata={"help": "Dotted paths of the student's layers. Default: its last map, or a detector's levels."},
     )
     paraphraser_epochs: float = field(
         default=30.0, metadata={"help": "Epochs of stage 1, when no paraphraser is given."}
@@ -211,11 +215,10 @@ class MutualTrainingArguments(IETrainingArguments):
 
 
 def _check_layer_pairs(teacher_layers: list[str] | None, student_layers: list[str] | None) -> None:
-    """Refuse layer lists that cannot be paired one to one; one side may stay automatic against a single layer."""
-    num_teacher = 1 if teacher_layers is None else len(teacher_layers)
-    num_student = 1 if student_layers is None else len(student_layers)
-    if num_teacher != num_student or num_teacher == 0:
+    """Refuse layer lists that cannot be paired one to one; how many a side has that is not named, its model says."""
+    counts = [len(layers) for layers in (teacher_layers, student_layers) if layers is not None]
+    if 0 in counts or len(set(counts)) > 1:
         raise ValueError(
-            f"Expected as many teacher_layers as student_layers, got {num_teacher} and {num_student}: they are paired "
-            "in order, and None stands for one layer, the last feature map."
+            f"Expected as many teacher_layers as student_layers, got {' and '.join(map(str, counts))}: they are "
+            "paired in order, and None stands for the last feature map, or the levels of a detector's pyramid."
         )

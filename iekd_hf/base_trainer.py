@@ -1,4 +1,4 @@
-"""What every trainer here shares, without any algorithm: component logs, the finite-loss guard, strict loads."""
+"""What every trainer here shares, without any algorithm: logs, the finite-loss guard, strict loads."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,8 @@ from transformers.utils import logging
 
 from .adapters import is_adapted
 from .checkpoints import load_weights
+from .component_log import ComponentLog
+from .detectors import NOT_PREDICTIONS as NOT_PREDICTED_BY_DETECTORS
 from .hub import HubTrainer
 
 
@@ -20,42 +22,6 @@ logger = logging.get_logger(__name__)
 
 # Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
 _NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
-
-
-class ComponentLog:
-    """
-    Sum a loss's components on the device, without a synchronisation per step, and remember the first step that was
-    not finite.
-    """
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.names: tuple[str, ...] = ()
-        self.count = 0
-
-    def record(self, components: dict[str, torch.Tensor], step: int) -> None:
-        """Add one micro-batch's scalars, which belong to optimizer step `step`."""
-        values = torch.stack([value.detach().float() for value in components.values()])
-        if not self.count:
-            self.names = tuple(components)
-            self.sums = torch.zeros_like(values)
-            self.first_bad_step = torch.full_like(values, -1)
-        unseen = (self.first_bad_step < 0) & ~values.isfinite()
-        self.first_bad_step = torch.where(unseen, step, self.first_bad_step)
-        self.sums += values
-        self.count += 1
-
-    def means(self, accelerator) -> tuple[dict[str, float], dict[str, int]]:
-        """Return the means over micro-batches and ranks, and the first bad step of each component that has one."""
-        if not self.count:
-            return {}, {}
-        gathered = accelerator.gather(torch.stack([self.sums / self.count, self.first_bad_step])[None]).cpu()
-        steps = gathered[:, 1].masked_fill(gathered[:, 1] < 0, torch.inf).amin(dim=0)
-        bad = {name: int(step) for name, step in zip(self.names, steps.tolist(), strict=True) if step != torch.inf}
-        return dict(zip(self.names, gathered[:, 0].mean(dim=0).tolist(), strict=True)), bad
 
 
 class DistillationTrainer(HubTrainer):
@@ -244,7 +210,11 @@ class DistillationTrainer(HubTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Predict with the bare model, of whose output only predictions are kept."""
         if ignore_keys is None:
-            ignore_keys = [*getattr(self.model.config, "keys_to_ignore_at_inference", []), *_NOT_PREDICTIONS]
+            ignore_keys = [
+                *getattr(self.model.config, "keys_to_ignore_at_inference", []),
+                *_NOT_PREDICTIONS,
+                *NOT_PREDICTED_BY_DETECTORS,
+            ]
         with self.accelerator.autocast():  # where the bare model was not prepared by accelerate
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 

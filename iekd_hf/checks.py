@@ -11,7 +11,8 @@ from transformers.utils import find_labels
 
 from .adapters import check_adapted, is_adapted
 from .decoded_images import DecodedImages
-from .features import FeatureTap
+from .detectors import refuse_logit_term
+from .features import FeatureTap, pair_layers
 
 
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
@@ -122,8 +123,10 @@ def check_student(student: PreTrainedModel, teacher: nn.Module, args: TrainingAr
         `ValueError`: a layer that does not exist, other labels with a logit term, data that do not fit.
     """
     check_adapted(student)
-    FeatureTap(student, args.student_layers)
+    student_layers, _ = pair_layers(student, teacher, args.student_layers, args.teacher_layers)
+    FeatureTap(student, student_layers)
     if args.lambda_kd > 0:
+        refuse_logit_term([student, teacher], "lambda_kd > 0", "Set lambda_kd=0, or a method without '+kd'")
         check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
     check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
 
@@ -213,5 +216,6 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
         )
     if "kl" in args.mutual_loss:
         term = f"mutual_loss={args.mutual_loss!r}"
+        refuse_logit_term(models, term, "Set mutual_loss='ie'")
         for i, model in enumerate(models):
             check_label_maps(models[0], model, f"models[0] and models[{i}]", term, "mutual_loss='ie'")

@@ -1,21 +1,19 @@
-"""Where a feature map is taken in any vision model: layer names, forward hooks, tokens to maps, sizes matched."""
+"""Where feature maps are taken in any vision model: the layers by name or by default, and forward hooks on them."""
 
 import difflib
-import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
 from .adapters import without_adapters
+from .detectors import backbone_layers, is_detector
+from .layer_list import find_layers
+from .maps import count_extra_tokens, pick_tensor, split_index, suggest_layers, to_map
 from .timm_layers import last_features_layer
 
-
-# Parameters that put extra tokens in front of the patches: ViT, DeiT, DINOv2 and v3, CLIP, PVT, and timm's names.
-_PREFIX_TOKENS = ("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token")
-_REGISTER_TOKENS = ("register_tokens", "reg_token")
 
 # Some entries are a class with its arguments.
 _ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
@@ -29,15 +27,18 @@ class FeatureTap:
     """
     Read feature maps out of a model's forward pass with hooks, whatever the family.
 
-    CNNs give `(batch_size, channels, height, width)` as they are; token sequences lose their class and register tokens
-    and are laid out on the image's grid, which need not be square; channels-last maps are brought to channels first.
+    CNNs give `(batch_size, channels, height, width)` as they are; token sequences lose their class, register and
+    detection tokens and are laid out on the image's grid, which need not be square; channels-last maps are brought to
+    channels first.
 
     Args:
         model (`nn.Module`):
             The model. Its hooks exist only between [`attach`] and [`detach`].
         layers (`list[str]`, *optional*):
-            Dotted module paths. By default the output of the model's `base_model`, i.e. after the final norm or last
-            convolution that `hidden_states[-1]` lacks in ViT, Swin, DINOv2 and MobileNetV2.
+            Dotted module paths; an index picks one of several maps that a backbone gives, as in
+            `"model.backbone.model[-1]"`. By default, in a model around a backbone (a detector), the maps that
+            [`~iekd_hf.detectors.backbone_layers`] names; otherwise the output of the model's `base_model`, i.e. after
+            the final norm or last convolution that `hidden_states[-1]` lacks in ViT, Swin, DINOv2 and MobileNetV2.
         before_activation (`bool`, *optional*, defaults to `False`):
             Whether a layer that ends in an activation gives what went into that, as OD compares.
 
@@ -48,12 +49,15 @@ class FeatureTap:
     def __init__(self, model: nn.Module, layers: list[str] | None = None, before_activation: bool = False):
         self.model, self.before_activation = model, before_activation
         named = without_adapters(model)
-        self.layers = [_default_layer(named)] if layers is None else list(layers)
+        self.layers = list(layers) if layers is not None else default_layers(named)
         self.modules = [_find_layer(named, name) for name in self.layers]
-        self.num_prefix_tokens = count_prefix_tokens(model)
+        self.extra_tokens = count_extra_tokens(model)
         self._handles: list = []
         self._outputs: dict[int, torch.Tensor] = {}
-        self._activation: tuple = (None, None)  # what went into the last activation, and what came out
+        # What went into an activation, by what came out of it; all of a backbone that gives several maps at its end.
+        self._before: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._several = any(split_index(name)[1] is not None for name in self.layers)
+        self._going_in: torch.Tensor | None = None
         self._active = False
         self._stop_after_last = False
 
@@ -77,30 +81,42 @@ class FeatureTap:
 
     def _forget(self) -> None:
         self._outputs.clear()
-        self._activation = (None, None)
+        self._before.clear()
+        self._going_in = None
 
     def probe(self, inputs: dict, stop_after_last: bool = True) -> tuple[dict | None, list[int]]:
         """Return the model's output (or `None`) and each map's channels, by one forward pass that leaves no trace."""
+        with torch.no_grad():
+            outputs, maps = self._run_once(inputs, stop_after_last)
+        return outputs, [feature_map.shape[1] for feature_map in maps]
+
+    def frozen_layers(self, inputs: dict) -> list[str]:
+        """Return the layers whose map carries no gradient, as nothing before it trains, by a pass as in [`probe`]."""
+        with torch.enable_grad():
+            _, maps = self._run_once(inputs, stop_after_last=True)
+        return [name for name, feature_map in zip(self.layers, maps, strict=True) if not feature_map.requires_grad]
+
+    def _run_once(self, inputs: dict, stop_after_last: bool):
         was_attached, was_training = bool(self._handles), self.model.training
         self.model.eval()
         self.attach()
         try:
-            with torch.no_grad():
-                outputs, maps = self.run(inputs, stop_after_last)
-                return outputs, [feature_map.shape[1] for feature_map in maps]
+            return self.run(inputs, stop_after_last)
         finally:
             self.model.train(was_training)
             if not was_attached:
                 self.detach()
 
     def _make_hook(self, index: int):
+        which = split_index(self.layers[index])[1]
+
         def keep(module, args, output):
             # Gradient checkpointing runs a module once more in the backward pass: that output is not wanted.
             if self._active:
-                self._outputs[index] = first_tensor(output)
-                before, after = self._activation
-                if after is not None and self._outputs[index] is after:
-                    self._outputs[index] = before
+                picked = pick_tensor(output, which)
+                if self.before_activation and picked is not None:
+                    picked = self._before.get(picked, picked)
+                self._outputs[index] = picked
                 if self._stop_after_last and len(self._outputs) == len(self.modules):
                     raise _LastLayerReached
 
@@ -108,11 +124,13 @@ class FeatureTap:
 
     def _before_activation(self, module, args):
         if self._active:
-            self._activation = (args[0].clone() if getattr(module, "inplace", False) else args[0], None)
+            self._going_in = args[0].clone() if getattr(module, "inplace", False) else args[0]
 
     def _after_activation(self, module, args, output):
         if self._active:
-            self._activation = (self._activation[0], output)
+            if not self._several:
+                self._before.clear()  # the one that ends a layer is the last one
+            self._before[output], self._going_in = self._going_in, None
 
     def run(self, inputs: dict, stop_after_last: bool = False):
         """
@@ -144,90 +162,102 @@ class FeatureTap:
             if index not in self._outputs:
                 raise ValueError(
                     f"Expected layer {name!r} of {type(self.model).__name__} to run in its forward pass and to give a "
-                    f"tensor, which it did not.{_suggest_layers()}"
+                    f"tensor, which it did not.{suggest_layers()}"
                 )
-            maps.append(to_map(self._outputs[index], image_size, self.num_prefix_tokens, name))
+            maps.append(to_map(self._outputs[index], image_size, self.extra_tokens, name))
         self._forget()
         return outputs, maps
 
 
-def match_sizes(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def default_layers(model: nn.Module) -> list[str]:
     """
-    Bring two tensors to the smaller height and the smaller width of both by adaptive average pooling.
+    Name the layers whose maps are taken where none is named, the last one last.
 
     Args:
-        student (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Factors of the student.
-        teacher (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Factors of the teacher, of any height and width.
+        model (`nn.Module`):
+            A vision model.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: both with the same height and width.
+        `list[str]`: one layer, or the levels of a detector's pyramid.
 
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.features import match_sizes
-    >>> [x.shape[2:] for x in match_sizes(torch.randn(2, 8, 7, 7), torch.randn(2, 8, 14, 6))]
-    [torch.Size([7, 6]), torch.Size([7, 6])]
-
-    ```
+    Raises:
+        `ValueError`: a model whose last feature map is not known.
     """
-    size = tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
-    return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
-
-
-def _suggest_layers() -> str:
-    return " iekd_hf.list_layers(model, image_size) prints the layers that can be named."
-
-
-def _default_layer(model: nn.Module) -> str:
     if hasattr(model, "timm_model"):  # of Transformers, around a timm model with its head
-        return f"timm_model.{last_features_layer(model.timm_model)}"
+        return [f"timm_model.{last_features_layer(model.timm_model)}"]
     if hasattr(model, "forward_features"):
-        return last_features_layer(model)
+        return [last_features_layer(model)]
+    if layers := backbone_layers(model):
+        return layers
+    if is_detector(model) and not count_extra_tokens(model)[1]:
+        raise ValueError(
+            f"Expected a detector with a backbone, got {type(model).__name__} without one that is known: name its "
+            f"layer in teacher_layers, student_layers or peer_layers, {_candidates(model)}.{suggest_layers()}"
+        )
     base_model = getattr(model, "base_model", model)
     if base_model is not model:
-        return next(name for name, module in model.named_modules() if module is base_model)
+        return [next(name for name, module in model.named_modules() if module is base_model)]
     # Some heads hold the parts of their body themselves: SigLIP and CLIP `vision_model`, HGNet-V2 `encoder`.
     for name in ("vision_model", "encoder"):
         if isinstance(model, PreTrainedModel) and isinstance(getattr(model, name, None), nn.Module):
-            return name
+            return [name]
     raise ValueError(
         f"Expected a model whose last feature map is known, got {type(model).__name__}: name its layer in "
-        f"teacher_layers, student_layers or peer_layers.{_suggest_layers()}"
+        f"teacher_layers, student_layers or peer_layers.{suggest_layers()}"
     )
 
 
+def pair_layers(
+    student: nn.Module, teacher: nn.Module, student_layers: list[str] | None, teacher_layers: list[str] | None
+) -> tuple[list[str], list[str]]:
+    """
+    Say which layers of student and teacher are compared.
+
+    Where one side has more layers by default than the other side has, as an RT-DETR's three levels against the one map
+    of a DETR or a classifier, the last ones are taken: pairs are made from the last map backwards.
+
+    Args:
+        student (`nn.Module`), teacher (`nn.Module`):
+            The models.
+        student_layers (`list[str]`, *optional*), teacher_layers (`list[str]`, *optional*):
+            Layers that were named, all of which are taken, in order. By default [`default_layers`].
+
+    Returns:
+        `tuple[list[str], list[str]]`: as many of the student as of the teacher.
+
+    Raises:
+        `ValueError`: more layers named on one side than the other side has.
+    """
+    named = (student_layers, teacher_layers)
+    found = [
+        list(layers) if layers is not None else default_layers(without_adapters(model))
+        for model, layers in zip((student, teacher), named, strict=True)
+    ]
+    count = min(map(len, found))
+    if any(layers is not None and len(layers) > count for layers in named):
+        raise ValueError(
+            f"Expected as many student_layers as teacher_layers, got {len(found[0])} and {len(found[1])}: they are "
+            "paired in order, and None stands for the last feature map, or the levels of a detector's pyramid."
+        )
+    return found[0][-count:], found[1][-count:]
+
+
+def _candidates(model: nn.Module) -> str:
+    """Name the last layers that give a map, if an image of the usual size goes through the model."""
+    try:
+        found = list(find_layers(model))
+    except Exception:  # a model that nothing is known of, such as which size it takes
+        found = []
+    return f"such as {' or '.join(map(repr, found[-5:]))}" if found else "whichever gives its last feature map"
+
+
 def _find_layer(model: nn.Module, name: str) -> nn.Module:
-    modules = dict(model.named_modules())
-    if name not in modules or not name:
-        close = difflib.get_close_matches(name, modules, n=5, cutoff=0.5)
+    modules, (path, _) = dict(model.named_modules()), split_index(name)
+    if path not in modules or not path:
+        close = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)
         hint = f"; close matches: {', '.join(close)}" if close else ""
-        raise ValueError(f"Expected a layer of {type(model).__name__}, got {name!r}{hint}.{_suggest_layers()}")
-    return modules[name]
-
-
-def first_tensor(output) -> torch.Tensor | None:
-    """Pick `last_hidden_state`, or else the first tensor of a module's output."""
-    if isinstance(output, torch.Tensor):
-        return output
-    if getattr(output, "last_hidden_state", None) is not None:
-        return output.last_hidden_state
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)
-
-
-def count_prefix_tokens(model: nn.Module) -> int:
-    count = 0
-    for name, parameter in model.named_parameters():
-        last = name.rpartition(".")[2]
-        if last in _PREFIX_TOKENS:
-            count += 1
-        elif last in _REGISTER_TOKENS:
-            count += parameter.shape[-2]
-    return count
+        raise ValueError(f"Expected a layer of {type(model).__name__}, got {name!r}{hint}.{suggest_layers()}")
+    return modules[path]
 
 
 def _image_size(inputs: dict, model: nn.Module) -> tuple[int, int]:
@@ -235,38 +265,3 @@ def _image_size(inputs: dict, model: nn.Module) -> tuple[int, int]:
     if pixels is None:
         pixels = next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim == 4)
     return tuple(pixels.shape[-2:])
-
-
-def _mismatch(grid: tuple[int, int], image_size: tuple[int, int]) -> float:
-    """Compare the aspect of a grid with the image's; 0 where they agree."""
-    return abs(math.log(grid[0] / grid[1]) - math.log(image_size[0] / image_size[1]))
-
-
-def _grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Find height and width of `num_tokens` patches: the factors whose aspect is nearest to the image's."""
-    heights = (h for h in range(1, num_tokens + 1) if num_tokens % h == 0)
-    return min(((h, num_tokens // h) for h in heights), key=lambda grid: _mismatch(grid, image_size))
-
-
-def to_map(
-    feature: torch.Tensor | None, image_size: tuple[int, int], num_prefix_tokens: int, name: str
-) -> torch.Tensor:
-    """Lay a layer's output out as `(batch_size, channels, height, width)`."""
-    if feature is not None and feature.ndim == 4:
-        # Channels last where the last two axes have the image's aspect less than the middle two have.
-        if _mismatch(feature.shape[1:3], image_size) < _mismatch(feature.shape[2:4], image_size):
-            return feature.movedim(3, 1)
-        return feature
-    if feature is not None and feature.ndim == 3:
-        # Hierarchical models (PVT) may add their class token in the last stage only, so none is tried as well.
-        candidates = {
-            n: _grid(feature.shape[1] - n, image_size) for n in (num_prefix_tokens, 0) if feature.shape[1] > n
-        }
-        skip, grid = min(candidates.items(), key=lambda item: _mismatch(item[1], image_size))
-        if _mismatch(grid, image_size) < math.log(2):
-            return feature[:, skip:].transpose(1, 2).unflatten(2, grid)
-    raise ValueError(
-        f"Expected layer {name!r} to give a map (batch_size, channels, height, width) or the patches (batch_size, "
-        f"sequence_length, hidden_size) of a {image_size[0]}x{image_size[1]} image, got "
-        f"{None if feature is None else tuple(feature.shape)}: name another layer.{_suggest_layers()}"
-    )

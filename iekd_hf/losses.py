@@ -4,85 +4,13 @@ Every function computes in float32 (float64 stays float64) outside autocast: in 
 and a norm's epsilon rounds to zero.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
+from .distances import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES, RECONSTRUCTION_DISTANCES, Valid, unit
+
 
 REDUCTIONS = ("mean", "sum")
-RECONSTRUCTION_DISTANCES = ("l1", "l2")
-
-
-def _nonzero(value: torch.Tensor) -> torch.Tensor:
-    """Replace zeros by ones, to divide by; NaN stays NaN."""
-    return torch.where(value == 0, 1.0, value)
-
-
-def _unit(factors: torch.Tensor) -> torch.Tensor:
-    """Flatten each sample and divide it by its L2 norm; a sample of zeros stays zero, with a finite gradient."""
-    flat = factors.flatten(1)
-    # Scaling by the largest entry first keeps the squares of very small and very large factors inside float32's range.
-    flat = flat / _nonzero(flat.detach().abs().amax(dim=1, keepdim=True))
-    # Only the norm of a sample of zeros is below 1 now, so the clamp acts on it alone.
-    return flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp_min(0.5)
-
-
-def _safe_sqrt(value: torch.Tensor) -> torch.Tensor:
-    """Take the square root with gradient 0, instead of infinity, at 0."""
-    return torch.where(value == 0, 0.0, _nonzero(value).sqrt())
-
-
-def _reduce(per_element: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Reduce `(batch_size, N)`: the mean over everything, or the sum over N averaged over the batch."""
-    return per_element.mean() if reduction == "mean" else per_element.sum(dim=1).mean()
-
-
-def _l1(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
-    return _reduce((student.flatten(1) - teacher.flatten(1)).abs(), reduction)
-
-
-def _l2(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
-    return _safe_sqrt(_reduce((student.flatten(1) - teacher.flatten(1)).square(), reduction))
-
-
-def _partial_l2(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
-    student, teacher = student.flatten(1), teacher.flatten(1)
-    already_below = (teacher <= 0) & (student <= teacher)
-    return _reduce((student - teacher).square().masked_fill(already_below, 0.0), reduction)
-
-
-def _cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    return (student * teacher).sum(dim=1)
-
-
-def _cka(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    # Each position of each image is one sample, the factor's channels are its variables. With whole images as samples
-    # there are far fewer samples than variables, and linear CKA is then close to 1 whatever the factors are.
-    def centred(factors):
-        rows = (factors / _nonzero(factors.detach().abs().amax())).movedim(1, -1).flatten(0, -2)
-        return (rows - rows.mean(dim=0)) / math.sqrt(rows.shape[0])
-
-    student, teacher = centred(student), centred(teacher)
-    cross = (student.T @ teacher).square().sum()
-    scale = _safe_sqrt((student.T @ student).square().sum()) * _safe_sqrt((teacher.T @ teacher).square().sum())
-    return cross / _nonzero(scale)
-
-
-# Between factors that were divided by their norms, but for CKA, which has a scale of its own.
-INHERITANCE_DISTANCES = {
-    "l1": _l1,
-    "l2": _l2,
-    "cosine": lambda student, teacher, reduction: (1 - _cosine(student, teacher)).mean(),
-    "partial_l2": _partial_l2,
-}
-EXPLORATION_DISTANCES = {
-    "l1": lambda student, teacher, reduction: -_l1(student, teacher, reduction),
-    "l2": lambda student, teacher, reduction: -_l2(student, teacher, reduction),
-    "partial_l2": lambda student, teacher, reduction: -_partial_l2(student, teacher, reduction),
-    "orthogonal": lambda student, teacher, reduction: _cosine(student, teacher).abs().mean(),
-    "cka": lambda student, teacher, reduction: _cka(student, teacher),
-}
 
 
 def inheritance_loss(
@@ -91,6 +19,7 @@ def inheritance_loss(
     distance: str = "l1",
     reduction: str = "mean",
     normalize: bool = True,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     Measure how far the inheritance half's factors are from the teacher's: \(L_{inh}\) of the paper, section 3.2.
@@ -118,12 +47,16 @@ def inheritance_loss(
         normalize (`bool`, *optional*, defaults to `True`):
             Whether the factors are divided by their norms. Without, `"partial_l2"` is the loss of Heo et al. between
             responses as they are; `"cosine"` needs it.
+        mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+            1 or `True` where an image is, 0 or `False` where a batch is padded. What is padded does not count: the
+            loss is the mean of those of the images alone (but for `"l2"` and `"cka"`, which are over a batch), and an
+            image without a position that counts adds 0. By default all positions count.
 
     Returns:
         `torch.Tensor`: a scalar, not negative, 0 for equal directions.
 
     Raises:
-        `ValueError`: unknown distance or reduction, factors of different shapes, or a cosine without norms.
+        `ValueError`: unknown distance or reduction, factors or a mask of different shapes, or a cosine without norms.
 
     Example:
 
@@ -136,22 +69,35 @@ def inheritance_loss(
     0.02492
     >>> print(f"{inheritance_loss(teacher_factors, 2 * teacher_factors):.5f}")
     0.00000
+    >>> mask = torch.zeros(4, 8, 8)
+    >>> mask[:, :6, :5] = 1  # images of 6x5, padded to 8x8
+    >>> print(f"{inheritance_loss(student_factors, teacher_factors, mask=mask):.5f}")
+    0.03600
+    >>> print(f"{inheritance_loss(student_factors[..., :6, :5], teacher_factors[..., :6, :5]):.5f}")
+    0.03600
 
     ```
     """
-    _check(student_factors, teacher_factors, "inheritance_distance", distance, INHERITANCE_DISTANCES, reduction)
+    _check(student_factors, teacher_factors, "inheritance_distance", distance, INHERITANCE_DISTANCES, reduction, mask)
     if distance == "cosine" and not normalize:
         raise ValueError("Expected normalize=True with the distance 'cosine', got False: choose another distance.")
 
+    valid = Valid(mask)
+
     def compare(student, teacher):
-        student, teacher = (_unit(student), _unit(teacher)) if normalize else (student, teacher)
-        return INHERITANCE_DISTANCES[distance](student, teacher, reduction)
+        student, teacher = valid.cut(student), valid.cut(teacher)
+        student, teacher = (unit(student), unit(teacher)) if normalize else (student, teacher)
+        return INHERITANCE_DISTANCES[distance](student, teacher, reduction, valid)
 
     return _in_full_precision(compare, student_factors, teacher_factors)
 
 
 def exploration_loss(
-    student_factors: torch.Tensor, teacher_factors: torch.Tensor, distance: str = "l1", reduction: str = "mean"
+    student_factors: torch.Tensor,
+    teacher_factors: torch.Tensor,
+    distance: str = "l1",
+    reduction: str = "mean",
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     Measure how alike the exploration half's factors and the teacher's are: \(L_{exp}\) of the paper, section 3.2.
@@ -172,12 +118,14 @@ def exploration_loss(
               `reduction` does not act.
         reduction (`str`, *optional*, defaults to `"mean"`):
             `"mean"` or `"sum"`.
+        mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+            As in [`inheritance_loss`].
 
     Returns:
         `torch.Tensor`: a scalar; not positive for the negative distances, within [0, 1] for the others.
 
     Raises:
-        `ValueError`: unknown distance or reduction, or factors of different shapes.
+        `ValueError`: unknown distance or reduction, or factors or a mask of different shapes.
 
     Example:
 
@@ -193,16 +141,20 @@ def exploration_loss(
 
     ```
     """
-    _check(student_factors, teacher_factors, "exploration_distance", distance, EXPLORATION_DISTANCES, reduction)
+    _check(student_factors, teacher_factors, "exploration_distance", distance, EXPLORATION_DISTANCES, reduction, mask)
+    valid = Valid(mask)
 
     def compare(student, teacher):
-        student, teacher = (student, teacher) if distance == "cka" else (_unit(student), _unit(teacher))
-        return EXPLORATION_DISTANCES[distance](student, teacher, reduction)
+        student, teacher = valid.cut(student), valid.cut(teacher)
+        student, teacher = (student, teacher) if distance == "cka" else (unit(student), unit(teacher))
+        return EXPLORATION_DISTANCES[distance](student, teacher, reduction, valid)
 
     return _in_full_precision(compare, student_factors, teacher_factors)
 
 
-def reconstruction_loss(reconstruction: torch.Tensor, target: torch.Tensor, distance: str = "l1") -> torch.Tensor:
+def reconstruction_loss(
+    reconstruction: torch.Tensor, target: torch.Tensor, distance: str = "l1", mask: torch.Tensor | None = None
+) -> torch.Tensor:
     r"""
     Compare a paraphraser's reconstruction with the feature map it was made from: \(L_{rec} = \|f_T - R(f_T)\|\).
 
@@ -213,12 +165,14 @@ def reconstruction_loss(reconstruction: torch.Tensor, target: torch.Tensor, dist
             The teacher's feature map.
         distance (`str`, *optional*, defaults to `"l1"`):
             `"l1"`, the mean absolute error of the authors' code, or `"l2"`, the mean squared error of the paper.
+        mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+            As in [`inheritance_loss`].
 
     Returns:
         `torch.Tensor`: a scalar, not negative.
 
     Raises:
-        `ValueError`: unknown distance, or tensors of different shapes.
+        `ValueError`: unknown distance, or tensors or a mask of different shapes.
 
     Example:
 
@@ -230,9 +184,15 @@ def reconstruction_loss(reconstruction: torch.Tensor, target: torch.Tensor, dist
 
     ```
     """
-    _check(reconstruction, target, "reconstruction_distance", distance, RECONSTRUCTION_DISTANCES, "mean")
-    error = F.l1_loss if distance == "l1" else F.mse_loss
-    return _in_full_precision(error, reconstruction, target)
+    _check(reconstruction, target, "reconstruction_distance", distance, RECONSTRUCTION_DISTANCES, "mean", mask)
+    error, valid = F.l1_loss if distance == "l1" else F.mse_loss, Valid(mask)
+
+    def compare(reconstruction, target):
+        weights = valid.weights(target.dtype).view(-1, 1, 1, 1)
+        weights = weights if distance == "l1" else weights.sqrt()  # they are squared with the difference
+        return error(valid.cut(reconstruction) * weights, valid.cut(target) * weights)
+
+    return _in_full_precision(error if mask is None else compare, reconstruction, target)
 
 
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0) -> torch.Tensor:
@@ -283,7 +243,15 @@ def _in_full_precision(function, student: torch.Tensor, teacher: torch.Tensor) -
         return function(student, teacher)
 
 
-def _check(student: torch.Tensor, teacher: torch.Tensor, argument: str, distance: str, known, reduction: str) -> None:
+def _check(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    argument: str,
+    distance: str,
+    known,
+    reduction: str,
+    mask: torch.Tensor | None,
+) -> None:
     if distance not in known:
         raise ValueError(f"Expected {argument} to be one of {', '.join(known)}; got {distance!r}.")
     if reduction not in REDUCTIONS:
@@ -292,4 +260,9 @@ def _check(student: torch.Tensor, teacher: torch.Tensor, argument: str, distance
         raise ValueError(
             f"Expected two tensors of one shape (batch_size, channels, height, width), got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}: bring both to the same channels and size first."
+        )
+    if mask is not None and mask.shape != (student.shape[0], *student.shape[2:]):
+        raise ValueError(
+            f"Expected a mask of shape (batch_size, height, width) for {tuple(student.shape)}, got "
+            f"{tuple(mask.shape)}: bring it to the height and width of the factors first."
         )

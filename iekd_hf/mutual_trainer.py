@@ -8,14 +8,15 @@ from transformers.trainer_utils import TrainOutput
 from .arguments import MutualTrainingArguments
 from .checkpoints import check_made_by, load_encoders, save_encoders
 from .checks import check_models
-from .features import FeatureTap
+from .features import FeatureTap, default_layers
 from .loading import load_if_named
 from .losses import kd_loss, reconstruction_loss
 from .model_card import taught_each_other
-from .modeling import PeerGroup, frozen_statistics
+from .modeling import PeerGroup, check_trainable, frozen_statistics
 from .objective import factor_losses, weighted_sum
 from .partwise_optimizer import PartwiseOptimizer
 from .peers_trainer import PeersTrainer
+from .pixels import mask_at
 from .run_facts import Network
 from .shared_arguments import PARAPHRASER_SGD
 
@@ -125,20 +126,21 @@ class MutualTrainer(PeersTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         labels = self.take_labels(inputs)
-        order = [*range(1, len(self.models)), 0]
+        order, pixel_mask = [*range(1, len(self.models)), 0], inputs.get("pixel_mask")
         components, losses, runs, targets = {}, [], {}, {}
 
         # Update 1. Those that teach before they learn, as they are; their graphs wait for their own updates.
         for i in order[1:]:
             runs[i] = self._wrapped_peers[i](**self.inputs_of(i, inputs))
             outputs, _, _, f = runs[i]
-            targets[i] = self._as_target(i, f, outputs["logits"].detach() if self.with_logits else None, components)
+            logits = outputs["logits"].detach() if self.with_logits else None
+            targets[i] = self._as_target(i, f, logits, components, pixel_mask)
         for i in order:
             # Updates 2 and 4.
             run = runs.pop(i) if i in runs else self._wrapped_peers[i](**self.inputs_of(i, inputs))
             outputs, F_inh, F_exp, _ = run
             others = [targets[j] for j in range(len(self.models)) if j != i]
-            losses.append(self._objective(i, outputs, F_inh, F_exp, labels, others, components))
+            losses.append(self._objective(i, outputs, F_inh, F_exp, labels, others, components, pixel_mask))
             self.accelerator.backward(losses[-1])
             if i != order[-1]:
                 self._update(model.peers[i])
@@ -146,30 +148,31 @@ class MutualTrainer(PeersTrainer):
                 unlabelled = {name: x for name, x in self.inputs_of(i, inputs).items() if name not in self.label_names}
                 with self.accelerator.autocast():
                     f, logits = model.peers[i].teach(unlabelled, self.with_logits)
-                targets[i] = self._as_target(i, f, logits, components)
+                targets[i] = self._as_target(i, f, logits, components, pixel_mask)
         self.components.record(dict(sorted(components.items())), self.state.global_step + 1)
         return torch.stack([loss.detach() for loss in losses]).mean()
 
-    def _objective(self, i: int, outputs, F_inh, F_exp, labels, others: list[tuple], components: dict) -> torch.Tensor:
+    def _objective(
+        self, i: int, outputs, F_inh, F_exp, labels, others: list[tuple], components: dict, pixel_mask
+    ) -> torch.Tensor:
         r"""Return \(L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kl} L_{kl}\) of peer `i`."""
         args = self.args
         own = {"task_loss": self.task_loss(self.models[i], outputs, labels)}
-        own |= factor_losses(F_inh, F_exp, [F_T for F_T, _ in others], args)
+        own |= factor_losses(F_inh, F_exp, [F_T for F_T, _ in others], args, pixel_mask=pixel_mask)
         if self.with_logits and args.lambda_kl > 0:
             divergences = [kd_loss(outputs["logits"], logits, args.temperature) for _, logits in others]
             own["kl_loss"] = torch.stack(divergences).mean()
         components |= {f"peer_{i + 1}/{name}": value for name, value in own.items()}
         return weighted_sum(own, self.loss_weights())
 
-    def _as_target(self, i: int, f: torch.Tensor | None, logits: torch.Tensor | None, components: dict) -> tuple:
+    def _as_target(self, i: int, f, logits, components: dict, pixel_mask) -> tuple:
         """Return what the others learn from peer `i`: its factor, by the updated paraphraser, and its logits."""
         if f is None:
             return None, logits
         name = f"peer_{i + 1}/reconstruction_loss"
         if name not in components:
-            components[name] = reconstruction_loss(
-                self._wrapped_paraphrasers[i](f), f, self.args.reconstruction_distance
-            )
+            reconstruction, mask = self._wrapped_paraphrasers[i](f), mask_at(pixel_mask, f.shape[2:])
+            components[name] = reconstruction_loss(reconstruction, f, self.args.reconstruction_distance, mask)
             self.accelerator.backward(components[name])
             self._update(self.group.paraphrasers[i])
         with torch.no_grad(), self.accelerator.autocast(), frozen_statistics(self.group.paraphrasers[i]):
@@ -230,6 +233,7 @@ class MutualTrainer(PeersTrainer):
                     f"{', '.join(outputs)} for a batch of {', '.join(self._sample)}: pass a model with a head for the "
                     "task, or compute_loss_func."
                 )
+            check_trainable(tap, self.inputs_of(i, self._sample))
             widths.append(channels[0] if channels else 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)  # the same encoders whatever was built before them
@@ -287,9 +291,9 @@ class MutualTrainer(PeersTrainer):
 
 
 def _tap(models: list[PreTrainedModel], args: MutualTrainingArguments) -> list[FeatureTap]:
-    """Say where the peers' maps are taken: each other peer makes a pair with the one layer, logits make none."""
+    """Say where the peers' maps are taken: each other peer makes a pair with the last one, logits make none."""
     layers = args.peer_layers or [None] * len(models)
     if "ie" not in args.mutual_loss:
         return [FeatureTap(model, []) for model in models]
-    taps = [FeatureTap(model, layer and [layer]) for model, layer in zip(models, layers, strict=True)]
-    return [FeatureTap(tap.model, tap.layers * (len(models) - 1)) for tap in taps]
+    own = [layer or default_layers(model)[-1] for model, layer in zip(models, layers, strict=True)]
+    return [FeatureTap(model, [layer] * (len(models) - 1)) for model, layer in zip(models, own, strict=True)]

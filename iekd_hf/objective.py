@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from .features import match_sizes
 from .losses import exploration_loss, inheritance_loss
+from .padding import match_sizes
 from .shared_arguments import IETrainingArguments
 
 
@@ -24,6 +24,7 @@ def factor_losses(
     factors_T: list[torch.Tensor],
     args: IETrainingArguments,
     normalize: bool = True,
+    pixel_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     r"""
     Return \(L_{inh}\) and \(L_{exp}\), each the mean over the pairs (of layers, or of peers).
@@ -38,6 +39,8 @@ def factor_losses(
         normalize (`bool`, *optional*, defaults to `True`):
             Whether what inherits is compared by its direction. What explores always is: a distance to be made larger
             needs a bound.
+        pixel_mask (`torch.Tensor` of shape `(batch_size, image_height, image_width)`, *optional*):
+            1 where the images are in a padded batch; the padding does not enter the losses.
 
     Returns:
         `dict[str, torch.Tensor]`: the losses before their weights, without those of an unused half.
@@ -49,8 +52,8 @@ def factor_losses(
         ("exploration_loss", exploration_loss, factors_exp, args.exploration_distance),
     ):
         if factors_S:
-            pairs = [match_sizes(F_S, F_T) for F_S, F_T in zip(factors_S, factors_T, strict=True)]
-            losses = [loss(F_S, F_T, distance, args.loss_reduction) for F_S, F_T in pairs]
+            pairs = [match_sizes(F_S, F_T, pixel_mask) for F_S, F_T in zip(factors_S, factors_T, strict=True)]
+            losses = [loss(F_S, F_T, distance, args.loss_reduction, mask=mask) for F_S, F_T, mask in pairs]
             components[name] = torch.stack(losses).mean()
     return components
 

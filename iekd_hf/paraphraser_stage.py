@@ -15,6 +15,8 @@ from .factors import Paraphraser
 from .knowledge import AttentionMap, MarginReLU, kept_as, width_of
 from .modeling import ParaphraserStack
 from .paraphraser_trainer import ParaphraserTrainer
+from .pixels import mask_at
+from .teacher import FrozenTeacher
 
 
 logger = logging.get_logger(__name__)
@@ -158,7 +160,7 @@ class ParaphraserStage:
         """Let the margins of OD be measured on the first batches, instead of a training."""
         trainer, start = self.trainer, time.monotonic()
         with trainer.accelerator.autocast():
-            maps = [trainer.teacher.feature_maps(inputs)[0] for inputs in trainer.some_batches(_MARGIN_BATCHES)]
+            maps = [maps_without_padding(trainer.teacher, inputs) for inputs in trainer.some_batches(_MARGIN_BATCHES)]
         margins = [MarginReLU(channels).to(trainer.args.device) for channels in self.teacher_channels]
         for margin_relu, of_layer in zip(margins, zip(*maps, strict=True), strict=True):
             margin_relu.measure(of_layer)
@@ -193,6 +195,14 @@ class ParaphraserStage:
                     f"{paraphraser.factor_channels}: leave factor_channels at None, or pass another paraphraser."
                 )
         self.trainer.teacher.set_paraphrasers([paraphraser.to(args.device) for paraphraser in paraphrasers])
+
+
+def maps_without_padding(teacher: FrozenTeacher, inputs: dict) -> list[torch.Tensor]:
+    """Return the teacher's maps with the padding at zero, which no margin is measured on."""
+    maps, pixel_mask = teacher.feature_maps(inputs)[0], inputs.get("pixel_mask")
+    if pixel_mask is None:
+        return maps
+    return [f_T.masked_fill(~mask_at(pixel_mask, f_T.shape[2:])[:, None], 0.0) for f_T in maps]
 
 
 def _remove_checkpoints(folder: Path) -> None:

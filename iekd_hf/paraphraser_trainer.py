@@ -14,8 +14,10 @@ from transformers.utils import logging
 from .arguments import IEKDTrainingArguments
 from .base_trainer import DistillationTrainer
 from .losses import reconstruction_loss
-from .modeling import FrozenTeacher, ParaphraserStack
+from .modeling import ParaphraserStack
+from .pixels import mask_at
 from .shared_arguments import PARAPHRASER_SGD
+from .teacher import FrozenTeacher
 
 
 logger = logging.get_logger(__name__)
@@ -77,19 +79,23 @@ class ParaphraserTrainer(DistillationTrainer):
         # may call the pixels otherwise, the data do not.
         if self._signature_columns is None:
             parameters = inspect.signature(self.teacher.teacher.forward).parameters
-            self._signature_columns = [*parameters, "pixel_values", "label", "label_ids"]
+            self._signature_columns = [*parameters, "pixel_values", "pixel_mask", "label", "label_ids"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return L_rec, averaged over the layers."""
         with self.accelerator.autocast():
             feature_maps, _ = self.teacher.feature_maps(inputs)
-        loss = self._reconstruction(model(feature_maps), feature_maps)
+        loss = self._reconstruction(model(feature_maps), feature_maps, inputs.get("pixel_mask"))
         self.components.record({"reconstruction_loss": loss}, self.state.global_step + 1)
         return loss
 
-    def _reconstruction(self, reconstructions: list[torch.Tensor], feature_maps: list[torch.Tensor]) -> torch.Tensor:
-        distance = self.args.reconstruction_distance
-        losses = [reconstruction_loss(r, f_T, distance) for r, f_T in zip(reconstructions, feature_maps, strict=True)]
+    def _reconstruction(
+        self, reconstructions: list[torch.Tensor], feature_maps: list[torch.Tensor], pixel_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        losses = []
+        for r, f_T in zip(reconstructions, feature_maps, strict=True):
+            mask = mask_at(pixel_mask, f_T.shape[2:])
+            losses.append(reconstruction_loss(r, f_T, self.args.reconstruction_distance, mask))
         return torch.stack(losses).mean()
 
     @torch.no_grad()
@@ -107,8 +113,8 @@ class ParaphraserTrainer(DistillationTrainer):
             return {}
         self.model.eval()
         mean_maps, count = None, 0
-        for feature_maps in self._maps_of(self.train_dataset):
-            sums = [f_T.float().sum(dim=0) for f_T in feature_maps]
+        for feature_maps, pixel_mask in self._maps_of(self.train_dataset):
+            sums = [summed(f_T.float(), pixel_mask) for f_T in feature_maps]
             mean_maps = (
                 sums if mean_maps is None else [m + _resize(s, m) for m, s in zip(mean_maps, sums, strict=True)]
             )
@@ -118,13 +124,13 @@ class ParaphraserTrainer(DistillationTrainer):
         mean_maps = [m / count for m in mean_maps]
         count = 0
         losses = torch.zeros(2, device=self.args.device)
-        for feature_maps in self._maps_of(self.eval_dataset):
+        for feature_maps, pixel_mask in self._maps_of(self.eval_dataset):
             count += len(feature_maps[0])
             with self.accelerator.autocast():
                 reconstructions = self.model(feature_maps)
             trivial = [_resize(m, f_T).expand_as(f_T) for m, f_T in zip(mean_maps, feature_maps, strict=True)]
             for index, prediction in enumerate((reconstructions, trivial)):
-                losses[index] += self._reconstruction(prediction, feature_maps) * len(feature_maps[0])
+                losses[index] += self._reconstruction(prediction, feature_maps, pixel_mask) * len(feature_maps[0])
         ours, trivial = (losses / count).tolist()
         self.log({"held_out_reconstruction_loss": ours, "held_out_mean_map_loss": trivial})
         if not ours < trivial:
@@ -145,10 +151,10 @@ class ParaphraserTrainer(DistillationTrainer):
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
             num_workers=self.args.dataloader_num_workers,
         )
-        for inputs in loader:
+        for inputs in map(self._prepare_inputs, loader):
             with self.accelerator.autocast():
-                feature_maps, _ = self.teacher.feature_maps(self._prepare_inputs(inputs))
-            yield feature_maps
+                feature_maps, _ = self.teacher.feature_maps(inputs)
+            yield feature_maps, inputs.get("pixel_mask")
 
 
 class _ReportAtTheEnd(TrainerCallback):
@@ -159,6 +165,15 @@ class _ReportAtTheEnd(TrainerCallback):
         """Let every rank have the BatchNorm statistics of rank 0, and report."""
         self.trainer.sync_buffers(self.trainer.model)
         self.trainer.reported = self.trainer.report()
+
+
+def summed(feature_map: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
+    """Sum maps over a batch; where an image is padded, the mean of the others stands for it."""
+    if pixel_mask is None:
+        return feature_map.sum(dim=0)
+    mask = mask_at(pixel_mask, feature_map.shape[2:])[:, None]
+    total = feature_map.masked_fill(~mask, 0.0).sum(dim=0)
+    return total * (len(mask) / mask.sum(dim=0).clamp_min(1))
 
 
 def _resize(feature_map: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Turn a batch that was processed for the student into what the teacher's image processor would have made of it."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,7 +44,7 @@ class TeacherPixels(nn.Module):
         scale = scale_teacher / scale_student
         self.register_buffer("scale", scale.view(1, -1, 1, 1))
         self.register_buffer("shift", (shift_teacher - shift_student * scale).view(1, -1, 1, 1))
-        self.size = _output_size(teacher_processor)
+        self.size, self.student_size = _output_size(teacher_processor), _output_size(student_processor)
 
     @classmethod
     def between(cls, student_processor, teacher_processor) -> "TeacherPixels | None":
@@ -50,22 +52,70 @@ class TeacherPixels(nn.Module):
         if not all(isinstance(p, BaseImageProcessor) for p in (student_processor, teacher_processor)):
             return None
         pixels = cls(student_processor, teacher_processor)
-        same_size = pixels.size is None or pixels.size == _output_size(student_processor)
+        same_size = pixels.size is None or pixels.size == pixels.student_size
         same_values = torch.allclose(pixels.scale, torch.ones(())) and torch.allclose(pixels.shift, torch.zeros(()))
         return None if same_size and same_values else pixels
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the teacher's `pixel_values` of shape `(batch_size, channels, height, width)`."""
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Make the teacher's pixels.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+                The student's.
+            pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+                Where the images are in a padded batch. Padding is 0 in the teacher's pixels, too, as its processor
+                would pad, and is scaled along with the images.
+
+        Returns:
+            `torch.Tensor`: the teacher's `pixel_values`.
+        """
         pixel_values = pixel_values * self.scale.to(pixel_values.dtype) + self.shift.to(pixel_values.dtype)
-        height, width = pixel_values.shape[-2:]
-        if isinstance(self.size, int):  # the shortest edge, aspect kept
-            ratio = self.size / min(height, width)
-            size = (round(height * ratio), round(width * ratio))
-        else:
-            size = self.size or (height, width)
-        if size == (height, width):
+        pixel_values = _without_padding(pixel_values, pixel_mask)
+        size = self._size_of(*pixel_values.shape[-2:], padded=pixel_mask is not None)
+        if size == pixel_values.shape[-2:]:
             return pixel_values
-        return F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False, antialias=True)
+        resized = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return _without_padding(resized, pixel_mask)
+
+    def _size_of(self, height: int, width: int, padded: bool) -> tuple[int, int]:
+        """Return the height and width of the teacher's batch for the student's."""
+        size = self.size or {"height": height, "width": width}
+        if "height" in size:
+            return size["height"], size["width"]
+        shortest = min(height, width)
+        if padded and self.student_size is not None:
+            # The images are smaller than their batch; their own shortest edge is the one that the student's processor
+            # gives them, and all of a batch grow alike.
+            shortest = min(shortest, self.student_size.get("shortest_edge", shortest))
+        ratio = min(size["shortest_edge"] / shortest, size.get("longest_edge", math.inf) / max(height, width))
+        return round(height * ratio), round(width * ratio)
+
+
+def mask_at(pixel_mask: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor | None:
+    """
+    Bring a batch's `pixel_mask` to another grid by its nearest entries, as detectors do.
+
+    Args:
+        pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+            1 where an image is, 0 where the batch is padded.
+        size (`tuple[int, int]`):
+            Height and width of a map.
+
+    Returns:
+        `torch.Tensor`: booleans, of shape `(batch_size, *size)`; `None` without a mask.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf.pixels import mask_at
+    >>> mask_at(torch.tensor([[[1, 1, 1, 0, 0, 0]]]), (1, 3))
+    tensor([[[ True,  True, False]]])
+
+    ```
+    """
+    return None if pixel_mask is None else F.interpolate(pixel_mask[None].float(), size=tuple(size))[0].bool()
 
 
 def _affine(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,14 +128,22 @@ def _affine(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
     return scale / std, -mean / std
 
 
-def _output_size(processor: BaseImageProcessor) -> tuple[int, int] | int | None:
-    """Return (height, width), or a shortest edge, or `None` where the processor does not resize."""
+def _output_size(processor: BaseImageProcessor) -> dict[str, int] | None:
+    """Return height and width, or the shortest and perhaps the longest edge; `None` where there is no resizing."""
     if getattr(processor, "do_center_crop", False):
         size = processor.crop_size
     elif getattr(processor, "do_resize", False):
         size = processor.size
     else:
         return None
-    if size.get("height") and size.get("width"):
-        return size["height"], size["width"]
-    return size.get("shortest_edge")
+    for edges in (("height", "width"), ("shortest_edge", "longest_edge")):
+        if size.get(edges[0]):
+            return {name: size[name] for name in edges if size.get(name)}
+    return None
+
+
+def _without_padding(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
+    """Set the padding to zero."""
+    if pixel_mask is None:
+        return pixel_values
+    return pixel_values.masked_fill(~mask_at(pixel_mask, pixel_values.shape[-2:])[:, None], 0.0)

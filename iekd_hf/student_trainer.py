@@ -10,9 +10,10 @@ from .checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_enc
 from .factors import ChannelSplit
 from .features import FeatureTap
 from .model_card import distilled
-from .modeling import FrozenTeacher, StudentWithEncoders
+from .modeling import StudentWithEncoders, check_trainable
 from .paraphraser_stage import PARAPHRASER_FOLDER, ParaphraserStage
 from .run_facts import Network, numbers
+from .teacher import FrozenTeacher
 
 
 class StudentTrainer(DistillationTrainer):
@@ -25,6 +26,7 @@ class StudentTrainer(DistillationTrainer):
 
     teacher: FrozenTeacher
     teacher_row: Network
+    student_layers: list[str]
     stage_1: ParaphraserStage
     student_side: StudentWithEncoders | None = None
     _fingerprint: str | None = None  # of the paraphrasers, once they are there
@@ -32,12 +34,14 @@ class StudentTrainer(DistillationTrainer):
     def _build_student_side(self) -> None:
         """Find the student's channels, split them, and make the encoders."""
         args = self.args
-        tap = FeatureTap(self.model, args.student_layers, before_activation=args.knowledge == "preactivation")
+        tap = FeatureTap(self.model, self.student_layers, before_activation=args.knowledge == "preactivation")
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
         splits = [
             ChannelSplit(channels, args.inheritance_ratio, args.split_mode, args.split_seed)
             for channels in tap.probe(sample)[1]
         ]
+        if args.lambda_inh > 0 or args.lambda_exp > 0:
+            check_trainable(tap, sample)
         factor_channels = self.stage_1.factor_channels()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)  # the same encoders whatever was built before them

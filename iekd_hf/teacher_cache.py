@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .arguments import IEKDTrainingArguments
 from .checkpoints import fingerprint
 from .decoded_images import DecodedImages
-from .modeling import FrozenTeacher
+from .teacher import FrozenTeacher
 
 
 logger = logging.get_logger(__name__)

@@ -10,16 +10,16 @@ from .arguments import IEKDTrainingArguments
 from .checkpoints import fingerprint
 from .checks import check_logits, check_student
 from .factors import Paraphraser
-from .features import FeatureTap
+from .features import FeatureTap, pair_layers
 from .gradient_shares import measure_gradient_shares
 from .loading import find_processor, load_if_named
 from .losses import kd_loss
-from .modeling import FrozenTeacher
 from .objective import factor_losses, weighted_sum
 from .paraphraser_stage import ParaphraserStage
 from .pixels import TeacherPixels
 from .run_facts import Network
 from .student_trainer import StudentTrainer
+from .teacher import FrozenTeacher
 from .teacher_cache import TeacherCache, check_cacheable
 
 
@@ -42,7 +42,8 @@ class IEKDTrainer(StudentTrainer):
             The student: a model that returns a loss, or a Hub id or folder. Omit it for `model_init`.
         teacher_model (`nn.Module` or `str`):
             The teacher, which is never changed: a model, or a Hub id or folder. One that is not of Transformers takes
-            the pixels first, needs `teacher_layers`, and, for `lambda_kd`, returns its logits.
+            the pixels first, needs `teacher_layers`, and, for `lambda_kd`, returns its logits. It need not do the
+            student's task: a classifier may teach a detector's backbone.
         args (`IEKDTrainingArguments`):
             The arguments.
         train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, ...:
@@ -53,7 +54,8 @@ class IEKDTrainer(StudentTrainer):
             Makes the student's input of the raw pixels of [`DecodedImages`], on the device.
         teacher_processor (`BaseImageProcessor`, *optional*):
             The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
-            resized for the teacher on the device. Read from the Hub id or folder if the teacher is given as one.
+            resized for the teacher on the device, a `pixel_mask` along with it. Read from the Hub id or folder if the
+            teacher is given as one.
         model_init_kwargs (`dict`, *optional*), teacher_model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` for a model given by name: `revision`, `token`, `dtype`,
             `trust_remote_code`, ... A student is loaded in float32 unless they say otherwise. They are no part of
@@ -107,14 +109,17 @@ class IEKDTrainer(StudentTrainer):
         if isinstance(name, str):
             teacher_processor = teacher_processor or find_processor(name, **(teacher_model_init_kwargs or {}))
         model = load_if_named(model, "model", model_init_kwargs, dtype="float32")
-        before_activation = args.knowledge == "preactivation"
-        teacher_tap = FeatureTap(teacher_model, args.teacher_layers, before_activation)
+        FeatureTap(teacher_model, args.teacher_layers)  # a layer that does not exist is told of first
         if model is not None:
             check_student(model, teacher_model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
         if model is None:
             check_student(self.model, teacher_model, args, kwargs)
 
+        self.student_layers, teacher_layers = pair_layers(
+            self.model, teacher_model, args.student_layers, args.teacher_layers
+        )
+        teacher_tap = FeatureTap(teacher_model, teacher_layers, args.knowledge == "preactivation")
         teacher_pixels = TeacherPixels.between(self.processing_class, teacher_processor)
         self.teacher = FrozenTeacher(teacher_model, teacher_tap, teacher_pixels).to(args.device)
         self.teacher_row = Network.of("teacher", teacher_model)  # as given, before it is made faster
@@ -128,7 +133,7 @@ class IEKDTrainer(StudentTrainer):
                 check_logits(self.model, teacher_model, logits)
             if args.fast_teacher:
                 dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
-                self.teacher.speed_up(self._sample, dtype, args.compile_teacher)
+                self.teacher.speed_up(self._sample, dtype, args.compile_teacher, with_logits=args.lambda_kd > 0)
             self.stage_1 = ParaphraserStage(self, teacher_channels, paraphraser)
             self._build_student_side()
 
@@ -165,14 +170,15 @@ class IEKDTrainer(StudentTrainer):
         labels = self.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
-        components = self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits)
+        components = self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits, inputs.get("pixel_mask"))
         self.components.record(components, self.state.global_step + 1)
         loss = weighted_sum(components, self.loss_weights())
         return (loss, outputs) if return_outputs else loss
 
-    def _losses(self, outputs, F_inh, F_exp, labels, F_T, teacher_logits) -> dict[str, torch.Tensor]:
+    def _losses(self, outputs, F_inh, F_exp, labels, F_T, teacher_logits, pixel_mask) -> dict[str, torch.Tensor]:
         losses = {"task_loss": self.task_loss(self.model, outputs, labels)}
-        losses |= factor_losses(F_inh, F_exp, F_T, self.args, normalize=self.args.knowledge != "preactivation")
+        by_direction = self.args.knowledge != "preactivation"
+        losses |= factor_losses(F_inh, F_exp, F_T, self.args, by_direction, pixel_mask)
         if self.args.lambda_kd > 0:
             losses["kd_loss"] = kd_loss(outputs["logits"], teacher_logits, self.args.temperature)
         return losses
@@ -233,7 +239,7 @@ class IEKDTrainer(StudentTrainer):
         with self.accelerator.autocast():
             outputs, feature_maps = self.student_side.tap.run(inputs)
             F_inh, F_exp = self.student_side.factors(feature_maps)
-        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits)
+        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits, inputs.get("pixel_mask"))
 
     # ---- The teacher's side ----
 

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from iekd_hf import list_layers
-from iekd_hf.features import FeatureTap, match_sizes
-from iekd_hf.modeling import FrozenTeacher
+from iekd_hf.features import FeatureTap
+from iekd_hf.padding import match_sizes
+from iekd_hf.teacher import FrozenTeacher
 
 
 def maps_of(model, pixels, layers=None, **kwargs):
@@ -177,6 +178,6 @@ def test_list_layers(capsys):
 
 def test_match_sizes_averages():
     student, teacher = torch.arange(16.0).view(1, 1, 4, 4), torch.zeros(1, 1, 2, 4)
-    matched, same_teacher = match_sizes(student, teacher)
+    matched, same_teacher, _ = match_sizes(student, teacher)
     assert matched.tolist() == [[[[2.0, 3.0, 4.0, 5.0], [10.0, 11.0, 12.0, 13.0]]]]
     assert same_teacher is teacher

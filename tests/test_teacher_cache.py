@@ -15,7 +15,7 @@ from test_whole_batches import make_augmentation, make_decoded
 from transformers import TrainerCallback, ViTImageProcessorPil
 
 from iekd_hf import Paraphraser
-from iekd_hf.modeling import FrozenTeacher
+from iekd_hf.teacher import FrozenTeacher
 from iekd_hf.teacher_cache import _digest
 
 
