@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
 from .adapters import without_adapters
@@ -10,7 +11,6 @@ from .adapters import without_adapters
 
 # Where DETR and its kin keep a timm model, bare of the backbone's own class.
 _BARE_BACKBONES = ("backbone.model", "backbone.conv_encoder.model")
-
 
 # What detectors return beside loss, logits and boxes. Kept, it would be more than the images that it was made of.
 NOT_PREDICTIONS = (
@@ -75,6 +75,8 @@ def backbone_layers(model: nn.Module) -> list[str]:
 
     ```
     """
+    if not isinstance(model, PreTrainedModel):
+        return []
     modules = {name: module for name, module in model.named_modules() if name}
     of_transformers = (name for name, module in modules.items() if isinstance(module, BackboneMixin))
     bare = (name for name in modules if f".{name}".endswith(tuple(f".{end}" for end in _BARE_BACKBONES)))

@@ -46,12 +46,7 @@ class FeatureTap:
         `ValueError`: a path that does not exist, or a model whose last feature map is not known.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: list[str] | None = None,
-        before_activation: bool = False,
-    ):
+    def __init__(self, model: nn.Module, layers: list[str] | None = None, before_activation: bool = False):
         self.model, self.before_activation = model, before_activation
         named = without_adapters(model)
         self.layers = list(layers) if layers is not None else default_layers(named)
@@ -59,8 +54,9 @@ class FeatureTap:
         self.extra_tokens = count_extra_tokens(model)
         self._handles: list = []
         self._outputs: dict[int, torch.Tensor] = {}
-        # What went into an activation, by what came out of it, as long as that is in use.
+        # What went into an activation, by what came out of it; all of a backbone that gives several maps at its end.
         self._before: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._several = any(split_index(name)[1] is not None for name in self.layers)
         self._going_in: torch.Tensor | None = None
         self._active = False
         self._stop_after_last = False
@@ -112,10 +108,12 @@ class FeatureTap:
                 self.detach()
 
     def _make_hook(self, index: int):
+        which = split_index(self.layers[index])[1]
+
         def keep(module, args, output):
             # Gradient checkpointing runs a module once more in the backward pass: that output is not wanted.
             if self._active:
-                picked = pick_tensor(output, split_index(self.layers[index])[1])
+                picked = pick_tensor(output, which)
                 if self.before_activation and picked is not None:
                     picked = self._before.get(picked, picked)
                 self._outputs[index] = picked
@@ -130,6 +128,8 @@ class FeatureTap:
 
     def _after_activation(self, module, args, output):
         if self._active:
+            if not self._several:
+                self._before.clear()  # the one that ends a layer is the last one
             self._before[output], self._going_in = self._going_in, None
 
     def run(self, inputs: dict, stop_after_last: bool = False):

@@ -165,9 +165,7 @@ class MutualTrainer(PeersTrainer):
         components |= {f"peer_{i + 1}/{name}": value for name, value in own.items()}
         return weighted_sum(own, self.loss_weights())
 
-    def _as_target(
-        self, i: int, f: torch.Tensor | None, logits: torch.Tensor | None, components: dict, pixel_mask
-    ) -> tuple:
+    def _as_target(self, i: int, f, logits, components: dict, pixel_mask) -> tuple:
         """Return what the others learn from peer `i`: its factor, by the updated paraphraser, and its logits."""
         if f is None:
             return None, logits

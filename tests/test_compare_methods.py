@@ -103,7 +103,7 @@ def test_milestones():
 @pytest.mark.slow
 def test_the_whole_line_on_the_digits(compare, tmp_path):
     common = ["--output_dir", tmp_path, *QUICK, "--evaluate_on", "test", "--networks", "cifar-resnet-8:cifar-resnet-8"]
-    printed = compare(*common, "--methods", "plain", "ie-ft+kd,lambda_inh=50", "od", "--seeds", "0", "1")
+    printed = compare(*common, "--methods", "plain", "ie-ft+kd,lambda_inh=50", "od,learning_rate=0.02", "--seeds", "0", "1")
     assert re.search(r"^\| ie-ft\+kd \| 50, \d+, \d+ \| 2 \| ", printed, flags=re.MULTILINE), printed
     assert "### cifar-resnet-8:cifar-resnet-8 (test)" in printed and "(validation)" in printed
     folder = cell_folder(tmp_path, "cifar-resnet-8:cifar-resnet-8", "plain", 1)
@@ -115,6 +115,8 @@ def test_the_whole_line_on_the_digits(compare, tmp_path):
     assert (tmp_path / "teachers" / "cifar-resnet-8" / "model.safetensors").stat().st_mtime_ns == teacher
     cells = json.loads((tmp_path / "comparison.json").read_text())
     assert len(cells) == 7
+    rates = {cell["method"].split(",")[0]: cell["arguments"]["learning_rate"] for cell in cells}
+    assert rates == {"plain": 0.1, "ie-ft+kd": 0.1, "od": 0.02}  # what a cell was made with, not what is common
     assert {"test_accuracy", "validation_accuracy", "made", "cpu_seconds"} <= set(cells[0]["metrics"])
     for picture in ("comparison.png", "sweep.png"):
         assert (tmp_path / picture).stat().st_size > 5_000

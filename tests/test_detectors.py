@@ -656,3 +656,13 @@ def test_both_stages_leave_padding_out(make_detection, tmp_path):
         (reconstruction,) = stack([f_T])
         left_out, let_in = (reconstruction_loss(reconstruction, f_T, mask=m) for m in (mask, None))
         assert stage_1.compute_loss(stack, batch) == left_out != let_in
+
+
+def test_a_teacher_by_name_brings_its_processor(make_detection, tmp_path):
+    own = t.DetrImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 192}, image_mean=[0.1] * 3)
+    build("DETR", 16).save_pretrained(tmp_path / "teacher")
+    own.save_pretrained(tmp_path / "teacher")
+    trainer = make_detection(build("RT-DETR"), str(tmp_path / "teacher"), processor_of("RT-DETR"))
+    assert type(trainer.teacher.teacher) is t.DetrForObjectDetection
+    assert trainer.teacher.adapt(trainer.sample_batch())["pixel_values"].shape[2:] == (96, 96)
+    trainer.train()

@@ -252,7 +252,7 @@ class Comparison:
         metrics = trainer.train().metrics
         trainer.save_model()
         names = [*METHODS[method], "temperature", "lambda_schedule", "lambda_warmup_ratio", "split_mode", "split_seed"]
-        used = {name: getattr(args, name) for name in names}
+        used = {**changes, **{name: getattr(args, name) for name in names}}
         return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
 
     def _run_peers(
@@ -274,7 +274,7 @@ class Comparison:
         trainer = MutualTrainer(peers, args, **self.common("few"))
         metrics = trainer.train().metrics
         trainer.save_model()
-        used = {"mutual_loss": args.mutual_loss, **trainer.weights_in_use()}
+        used = {**changes, "mutual_loss": args.mutual_loss, **trainer.weights_in_use()}
         return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
 
 
