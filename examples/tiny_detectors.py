@@ -120,7 +120,7 @@ def tiny_detector(name: str, most_objects: int = 10, **labels) -> PreTrainedMode
     ```python
     >>> from tiny_detectors import tiny_detector
     >>> tiny_detector("tiny-rt-detr-8", id2label={0: "cat", 1: "dog"}).num_parameters()
-    325924
+    325534
 
     ```
     """
