@@ -11,7 +11,7 @@ from detection_data import Annotated, DetectionDataArguments, load_annotated
 from detection_trainers import BoxMetrics, DetectionTrainer, to_boxes
 from detection_transforms import DetectionImages, collate
 from example_run import ExampleRun, ScriptArguments, label_maps, load_for_classes
-from tiny_detectors import is_tiny, tiny_detector, tiny_processor
+from tiny_detectors import is_tiny, open_norms, tiny_detector, tiny_processor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForObjectDetection, BaseImageProcessor, PreTrainedModel, TrainingArguments
 
@@ -100,6 +100,7 @@ def build_detector(
         AutoModelForObjectDetection, name, role, names, from_scratch, trust_remote_code, **keywords
     )
     if from_scratch:
+        open_norms(model)
         model.requires_grad_(True)  # DETR keeps the first layers of a backbone as they are, which is for trained ones
     queries = getattr(model.config, "num_queries", None) or getattr(model.config, "num_detection_tokens", most_objects)
     if queries < most_objects:

@@ -125,11 +125,37 @@ def tiny_detector(name: str, most_objects: int = 10, **labels) -> PreTrainedMode
     ```
     """
     model = RTDetrForObjectDetection(tiny_config(name, most_objects, **labels))
+    open_norms(model)
+    return model
+
+
+def open_norms(model: nn.Module) -> None:
+    """
+    Start the norms of a model without trained weights at 1, as everywhere else.
+
+    Transformers draws those of RT-DETR and its kin with a deviation of 0.01 around 0
+    (`RTDetrPreTrainedModel._init_weights`), where hardly anything gets through.
+
+    Args:
+        model (`nn.Module`):
+            Changed in place.
+
+    Example:
+
+    ```python
+    >>> from tiny_detectors import open_norms
+    >>> from torch import nn
+    >>> norm = nn.BatchNorm2d(2)
+    >>> _ = nn.init.normal_(norm.weight, std=0.01)
+    >>> open_norms(norm)
+    >>> norm.weight.tolist()
+    [1.0, 1.0]
+
+    ```
+    """
     for module in model.modules():
-        # Transformers draws them around 0 (`RTDetrPreTrainedModel._init_weights`), where hardly anything gets through.
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
-    return model
 
 
 def tiny_processor(height: int, width: int) -> RTDetrImageProcessorPil:

@@ -13,13 +13,14 @@ import pytest
 import run_iekd_detection
 import torch
 from conftest import make_resnet, same
+from detection import build_detector
 from detection_case import NAMES, PROCESSOR, make_case, make_trainer
 from detection_metrics import CocoDetection
 from detection_transforms import DetectionImages
 from shapes import make_shapes
 from test_detection_transforms import split_of
 from test_distributed import torchrun
-from tiny_detectors import tiny_detector, tiny_processor
+from tiny_detectors import tiny_config, tiny_detector, tiny_processor
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
@@ -27,6 +28,7 @@ from transformers import (
     DetrForObjectDetection,
     DetrImageProcessorPil,
     ResNetConfig,
+    RTDetrForObjectDetection,
     TrainerCallback,
 )
 
@@ -132,6 +134,25 @@ def test_parquet_yaml_padding_and_saved_models(run, tmp_path):
         json.dumps({**recipe, "output_dir": str(tmp_path / "alone"), "do_train": False, "image_square_size": 80})
     )
     assert re.search(r"^student +[\d,]+ +\d", run(tmp_path / "recipe.json"), flags=re.MULTILINE)
+
+
+def test_a_detector_from_scratch_trains_whole(tmp_path):
+    """Transformers freezes DETR's backbone, and closes RT-DETR's norms."""
+    built = make_detr()
+    assert not all(parameter.requires_grad for parameter in built.parameters())
+    built.save_pretrained(tmp_path / "detr")
+    model = build_detector(str(tmp_path / "detr"), "--student", ["a", "b", "c"], 5, from_scratch=True)
+    assert all(parameter.requires_grad for parameter in model.parameters()) and model.config.num_labels == 3
+    RTDetrForObjectDetection(tiny_config("tiny-rt-detr-4")).save_pretrained(tmp_path / "rt-detr")
+    model = build_detector(str(tmp_path / "rt-detr"), "--student", ["a"], 5, from_scratch=True)
+    norms = [module.weight for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(norms) > 20 and all((weight == 1).all() for weight in norms)
+
+
+def test_too_few_queries_are_warned_of(tmp_path, caplog):
+    make_detr().save_pretrained(tmp_path)
+    build_detector(str(tmp_path), "--student", ["a"], 12, from_scratch=False)
+    assert "--student finds at most 9 objects in an image; some have 12." in caplog.text
 
 
 @pytest.mark.slow
