@@ -103,7 +103,9 @@ def test_milestones():
 @pytest.mark.slow
 def test_the_whole_line_on_the_digits(compare, tmp_path):
     common = ["--output_dir", tmp_path, *QUICK, "--evaluate_on", "test", "--networks", "cifar-resnet-8:cifar-resnet-8"]
-    printed = compare(*common, "--methods", "plain", "ie-ft+kd,lambda_inh=50", "od,learning_rate=0.02", "--seeds", "0", "1")
+    printed = compare(
+        *common, "--methods", "plain", "ie-ft+kd,lambda_inh=50", "od,learning_rate=0.02", "--seeds", "0", "1"
+    )
     assert re.search(r"^\| ie-ft\+kd \| 50, \d+, \d+ \| 2 \| ", printed, flags=re.MULTILINE), printed
     assert "### cifar-resnet-8:cifar-resnet-8 (test)" in printed and "(validation)" in printed
     folder = cell_folder(tmp_path, "cifar-resnet-8:cifar-resnet-8", "plain", 1)
