@@ -181,6 +181,28 @@ class DetectionRun(ExampleRun):
         jitter = {"horizontal_flip": self.data_args.horizontal_flip, "scale_jitter": self.data_args.scale_jitter}
         self.train_images = DetectionImages(self.splits["train"], self.processor, **jitter)
 
+    def check_size(self, model: PreTrainedModel) -> None:
+        """
+        Let a detector see the first image, so that a size which it cannot take is told of before anything trains.
+
+        Args:
+            model (`PreTrainedModel`):
+                The detector.
+
+        Raises:
+            `ValueError`: a size that does not suit it.
+        """
+        split = self.splits["train"]
+        try:
+            list(self.detect(model, Annotated(split.images.select([0]), split.objects.select([0]))))
+        except RuntimeError as error:
+            height, width = self.train_images[0]["pixel_values"].shape[-2:]
+            raise ValueError(
+                f"Expected images of a size that {type(model).__name__} takes, got {height}x{width} pixels ({error}): "
+                "give --image_size multiples of the backbone's largest stride, 32 in most detectors, 16 in "
+                "tiny-rt-detr."
+            ) from error
+
     def common(self) -> dict:
         """Return the arguments that every trainer of this script takes."""
         return {"train_dataset": self.train_images, "data_collator": collate, **self.of_evaluation(self.processor)}

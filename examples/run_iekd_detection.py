@@ -142,6 +142,7 @@ def main() -> None:
         model_args.student, "--student", run.names, run.most_objects, from_scratch, dtype=model_args.dtype, **hub
     )
     run.prepare_images(model_args.student, **hub)
+    run.check_size(student)
     run.ask_the_hub(student)
     results, models, teacher_metrics, metrics = [], [], None, None
 

@@ -187,6 +187,9 @@ def test_what_cannot_be_had(run, tmp_path):
         run("--output_dir", tmp_path, *QUICK, *FEW, "--student", "nobody/nothing")
     with pytest.raises(ValueError, match=r"a width of 4, 8, 12, \.\.\., got 'tiny-rt-detr-6'"):
         run("--output_dir", tmp_path, *QUICK, *FEW, "--student", "tiny-rt-detr-6")
+    with pytest.raises(ValueError, match=r"takes, got 56x64 pixels \(.*give --image_size multiples of .* 16 in tiny"):
+        run("--output_dir", tmp_path, *QUICK, *FEW, "--image_size", "56", "64")
+    assert not (tmp_path / "_teacher").exists()
 
 
 class TensorsInMemory(TrainerCallback):
