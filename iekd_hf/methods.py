@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, str | float]] = {
     "od": {**_PREACTIVATION, **_WHOLE, "lambda_inh": 20.0, "lambda_exp": 0.0},
     "ie-ft": {**_FACTORS, **_HALF, "lambda_inh": 3000.0, "lambda_exp": 300.0},
     "ie-at": {**_ATTENTION, **_HALF, "lambda_inh": 30.0, "lambda_exp": 3.0},
-    "ie-od": {**_PREACTIVATION, **_HALF, "lambda_inh": 20.0, "lambda_exp": 100.0},
+    "ie-od": {**_PREACTIVATION, **_HALF, "lambda_inh": 20.0, "lambda_exp": 10000.0},
     "inheritance": {**_FACTORS, **_HALF, "lambda_inh": 3000.0, "lambda_exp": 0.0},
     "exploration": {**_FACTORS, **_HALF, "lambda_inh": 0.0, "lambda_exp": 300.0},
 }
