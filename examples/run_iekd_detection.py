@@ -75,7 +75,7 @@ class RunArguments(DetectionScriptArguments, IEKDTrainingArguments):
         },
     )
     paraphraser_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of stage 1. Default: 3 for the shapes, otherwise 50."}
+        default=None, metadata={"help": "Epochs of stage 1. Default: 5 for the shapes, otherwise 50."}
     )
     picture_images: int = field(default=6, metadata={"help": "How many validation images the picture shows."})
     picture_threshold: float = field(default=0.4, metadata={"help": "Least score of the boxes in the picture."})
