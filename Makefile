@@ -21,7 +21,7 @@ demo-mutual: .venv/examples
 
 demo-detection: .venv/examples
 	rm -rf demo-detection
-	$(LAUNCH) --num_cpu_threads_per_process 2 examples/run_iekd_detection.py --output_dir demo-detection
+	$(LAUNCH) examples/run_iekd_detection.py --output_dir demo-detection
 
 evidence: .venv/examples
 	$(COMPARE) --output_dir evidence/digits --networks cifar-resnet-20:cifar-resnet-8 --held_out 300 \
