@@ -15,9 +15,11 @@ import PIL.Image
 import torch
 import transformers
 from latency import median_milliseconds
+from report import Result
 from transformers import AutoConfig, BaseImageProcessor, HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from iekd_hf import IEKDTrainer
 from iekd_hf.base_trainer import DistillationTrainer
 from iekd_hf.checkpoints import load_weights
 from iekd_hf.loading import explain_unreachable
@@ -199,6 +201,10 @@ class ExampleRun:
         """Return the arguments that every trainer of this script takes."""
         raise NotImplementedError
 
+    def evaluate(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> dict[str, float]:
+        """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
+        raise NotImplementedError
+
     def train_beside(
         self, name: str, epochs: float, models: dict[str, PreTrainedModel], make_trainer: Callable
     ) -> tuple[float, list[dict]]:
@@ -243,6 +249,25 @@ class ExampleRun:
         return self.train_beside(
             name, epochs, {"": model}, lambda args: self.trainer_class(model=model, args=args, **self.common())
         )
+
+    def train_plain(self, student: PreTrainedModel) -> Result:
+        """Train the student without a teacher, on the same schedule, and measure it."""
+        seconds, history = self.train_alone(student, "plain student", self.args.num_train_epochs)
+        measured = self.evaluate(student) if self.args.do_eval else {}
+        return Result("plain student", student.num_parameters(), measured, {"training": seconds}, history)
+
+    def distil(self, trainer: IEKDTrainer) -> Result:
+        """Train both stages, and save the student with what is known of the training."""
+        logger.warning("Distilling the student: stage 1 (paraphraser), then stage 2.")
+        metrics = trainer.train(resume_from_checkpoint=self.resume).metrics
+        seconds = {"stage 2": metrics["train_runtime"]}
+        if "paraphraser_train_runtime" in metrics:
+            seconds = {"stage 1": metrics["paraphraser_train_runtime"], **seconds}
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        return Result("distilled student", trainer.student.num_parameters(), {}, seconds, trainer.state.log_history)
 
     def ask_the_hub(self, model: PreTrainedModel) -> None:
         """Let a Hub that refuses the repository say so now, and not after the networks to compare with are trained."""

@@ -10,7 +10,6 @@ needed. All arguments can also stand in one JSON or YAML file: run_iekd.py recip
 """
 
 import copy
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +25,6 @@ from iekd_hf import IEKDTrainer, IEKDTrainingArguments
 from iekd_hf.base_trainer import DistillationTrainer
 from iekd_hf.loading import find_processor
 from iekd_hf.methods import METHODS
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -111,9 +107,7 @@ def main() -> None:
         teacher_metrics = result.metrics
         models.append((teacher, teacher_processor))
         if model_args.plain_student:
-            seconds, history = run.train_alone(plain, "plain student", args.num_train_epochs)
-            measured = run.evaluate(plain) if args.do_eval else {}
-            results.append(Result("plain student", plain.num_parameters(), measured, {"training": seconds}, history))
+            results.append(run.train_plain(plain))
             models.append((plain, None))
         trainer = IEKDTrainer(
             model=student,
@@ -123,16 +117,7 @@ def main() -> None:
             args=args,
             **run.common(),
         )
-        logger.warning("Distilling the student: stage 1 (paraphraser), then stage 2.")
-        output = trainer.train(resume_from_checkpoint=run.resume)
-        seconds = {"stage 2": output.metrics["train_runtime"]}
-        if "paraphraser_train_runtime" in output.metrics:
-            seconds = {"stage 1": output.metrics["paraphraser_train_runtime"], **seconds}
-        results.append(Result("distilled student", student.num_parameters(), {}, seconds, trainer.state.log_history))
-        trainer.save_model()
-        trainer.save_state()
-        trainer.log_metrics("train", output.metrics)
-        trainer.save_metrics("train", output.metrics)
+        results.append(run.distil(trainer))
     else:
         trainer = DistillationTrainer(model=student, args=args, **run.common())
 
