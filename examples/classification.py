@@ -1,6 +1,5 @@
 """What the classification examples share: networks by name, images as they take them, and what is measured."""
 
-import copy
 import logging
 import re
 
@@ -20,7 +19,6 @@ from transformers import (
 )
 
 from iekd_hf import CifarResNetConfig
-from iekd_hf.base_trainer import DistillationTrainer
 from iekd_hf.loading import find_processor
 
 
@@ -135,15 +133,12 @@ class ImageRun(ExampleRun):
 
     def evaluate(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> dict[str, float]:
         """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
-        args = copy.copy(self.args)
-        args.push_to_hub, args.report_to = False, []
         common = self.common()
         if processor is not None:
             splits = datasets.DatasetDict({"validation": self.splits["validation"]})
-            images, common["augmentation"] = prepare(splits, processor, self.data_args, args.seed)
+            images, common["augmentation"] = prepare(splits, processor, self.data_args, self.args.seed)
             common["eval_dataset"] = images["validation"]
-        metrics = DistillationTrainer(model=model, args=args, **common).evaluate()
-        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        return self.measure(model, **common)
 
     def for_the_card(self) -> dict:
         """Return what the model card says of the data and the run."""

@@ -1,6 +1,5 @@
 """What the detection example is made of: its arguments, detectors by name, and what is measured."""
 
-import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -192,9 +191,8 @@ class DetectionRun(ExampleRun):
         Raises:
             `ValueError`: a size that does not suit it.
         """
-        split = self.splits["train"]
         try:
-            list(self.detect(model, Annotated(split.images.select([0]), split.objects.select([0]))))
+            list(self.detect(model, self.splits["train"].select([0])))
         except RuntimeError as error:
             height, width = self.train_images[0]["pixel_values"].shape[-2:]
             raise ValueError(
@@ -221,11 +219,7 @@ class DetectionRun(ExampleRun):
 
     def evaluate(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> dict[str, float]:
         """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
-        args = copy.copy(self.args)
-        args.push_to_hub, args.report_to = False, []
-        common = self.of_evaluation(processor or self.processor)
-        metrics = DetectionTrainer(model=model, args=args, data_collator=collate, **common).evaluate()
-        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        return self.measure(model, data_collator=collate, **self.of_evaluation(processor or self.processor))
 
     @torch.inference_mode()
     def detect(

@@ -149,15 +149,6 @@ def label_maps(names: list[str]) -> dict[str, dict]:
     return {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
 
 
-def has_classes(name: str, names: list[str], **hub) -> bool:
-    """Tell whether a saved model, the one of `--teacher`, has just these classes."""
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
-        raise ValueError(explain_unreachable(name, "--teacher", error)) from error
-    return config.id2label == dict(enumerate(names))
-
-
 def check_output_dir(args: TrainingArguments) -> str | bool | None:
     """Return what to resume from; refuse to mix a new run into an old one's checkpoints."""
     resume = args.resume_from_checkpoint
@@ -249,6 +240,22 @@ class ExampleRun:
         return self.train_beside(
             name, epochs, {"": model}, lambda args: self.trainer_class(model=model, args=args, **self.common())
         )
+
+    def measure(self, model: PreTrainedModel, **common) -> dict[str, float]:
+        """Return a model's metrics, by the arguments of a trainer."""
+        args = copy.copy(self.args)
+        args.push_to_hub, args.report_to = False, []
+        metrics = self.trainer_class(model=model, args=args, **common).evaluate()
+        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+    def train_teacher(self, teacher: PreTrainedModel, epochs: float) -> Result:
+        """Train the teacher on the data, unless it is for no epochs; its metrics are still to be measured."""
+        result = Result("teacher", teacher.num_parameters())
+        if epochs > 0:
+            seconds, result.log_history = self.train_alone(teacher, "teacher", epochs)
+            result.seconds = {"training": seconds}
+            teacher.config.name_or_path = ""  # no longer the model of that name
+        return result
 
     def train_plain(self, student: PreTrainedModel) -> Result:
         """Train the student without a teacher, on the same schedule, and measure it."""

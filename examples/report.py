@@ -95,6 +95,29 @@ def align(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def latencies(results: list[Result]) -> dict[str, float]:
+    """
+    Return the latencies of the teacher and of the student that is pushed, as its card takes them.
+
+    Args:
+        results (`list[Result]`):
+            Those of the table.
+
+    Returns:
+        `dict[str, float]`: milliseconds of `teacher` and `student`, where they were measured.
+
+    Example:
+
+    ```python
+    >>> latencies([Result("teacher", 1000, latency=2.5), Result("distilled student", 500, latency=1.5)])
+    {'teacher': 2.5, 'student': 1.5}
+
+    ```
+    """
+    measured = {result.name.replace("distilled ", ""): result.latency for result in results}
+    return {role: measured[role] for role in ("teacher", "student") if measured.get(role) is not None}
+
+
 def draw(results: list[Result], path: str) -> None:
     """
     Draw losses by component, accuracy by epoch, and sizes.

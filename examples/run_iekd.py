@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from classification import PICTURE, ImageRun, build_model, is_shorthand
-from example_run import ScriptArguments, has_classes, parse_arguments
+from example_run import ScriptArguments, parse_arguments
 from image_data import DataArguments
 from model_arguments import ModelArguments
-from report import Result, draw, table
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from report import Result, draw, latencies, table
+from transformers import AutoConfig, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments
 from iekd_hf.base_trainer import DistillationTrainer
-from iekd_hf.loading import find_processor
+from iekd_hf.loading import explain_unreachable, find_processor
 from iekd_hf.methods import METHODS
 
 
@@ -60,6 +60,15 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
             self.method, self.lambda_kd = "ie-ft+kd", METHODS["ie-ft+kd"]["lambda_kd"]
 
 
+def has_classes(name: str, names: list[str], **hub) -> bool:
+    """Tell whether a saved model, the one of `--teacher`, has just these classes."""
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError) as error:
+        raise ValueError(explain_unreachable(name, "--teacher", error)) from error
+    return config.id2label == dict(enumerate(names))
+
+
 def get_teacher(
     run: ImageRun, model_args: ModelArguments
 ) -> tuple[PreTrainedModel, BaseImageProcessor | None, Result]:
@@ -75,11 +84,7 @@ def get_teacher(
         teacher = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, dtype=dtype, **hub)
     processor = None if is_shorthand(name) or epochs > 0 else find_processor(name, **hub)
     run.args.choose_method(own_classes)
-    result = Result("teacher", teacher.num_parameters())
-    if epochs > 0:
-        seconds, result.log_history = run.train_alone(teacher, "teacher", epochs)
-        result.seconds = {"training": seconds}
-        teacher.config.name_or_path = ""  # no longer the model of that name
+    result = run.train_teacher(teacher, epochs)
     if own_classes and run.args.do_eval:
         result.metrics = run.evaluate(teacher, processor)
     return teacher, processor, result
@@ -151,10 +156,8 @@ def main() -> None:
             draw(results, os.path.join(args.output_dir, PICTURE))
             print(f"Student: {args.output_dir}   Picture: {os.path.join(args.output_dir, 'report.png')}")
     if args.push_to_hub:
-        measured = {result.name.replace("distilled ", ""): result.latency for result in results}
-        latencies = {role: measured[role] for role in ("teacher", "student") if measured.get(role) is not None}
         trainer.push_to_hub(
-            teacher_metrics=teacher_metrics, metrics=metrics, latencies=latencies, **run.for_the_card()
+            teacher_metrics=teacher_metrics, metrics=metrics, latencies=latencies(results), **run.for_the_card()
         )
 
 

@@ -22,7 +22,7 @@ from detection_report import draw_detections, table
 from detection_trainers import DetectionTrainer, IEKDDetectionTrainer
 from example_run import parse_arguments
 from model_arguments import ModelArguments
-from report import Result
+from report import Result, latencies
 from tiny_detectors import is_tiny
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -92,11 +92,7 @@ def get_teacher(
     else:  # its features teach, whatever its head is for
         teacher = load_model(name, "--teacher", dtype=dtype, **hub)
         processor = find_processor(name, **hub)
-    result = Result("teacher", teacher.num_parameters())
-    if epochs > 0:
-        seconds, result.log_history = run.train_alone(teacher, "teacher", epochs)
-        result.seconds = {"training": seconds}
-        teacher.config.name_or_path = ""  # no longer the model of that name
+    result = run.train_teacher(teacher, epochs)
     if run.args.do_eval and is_detector(teacher) and teacher.config.id2label == dict(enumerate(run.names)):
         result.metrics = run.evaluate(teacher, processor)
     return teacher, processor, result
@@ -191,10 +187,8 @@ def main() -> None:
             draw_samples(run, {name: model for name, model in beside.items() if name != "teacher"})
             print(f"Student: {args.output_dir}   Picture: {os.path.join(args.output_dir, PICTURE)}")
     if args.push_to_hub:
-        measured = {result.name.replace("distilled ", ""): result.latency for result in results}
-        latencies = {role: measured[role] for role in ("teacher", "student") if measured.get(role) is not None}
         trainer.push_to_hub(
-            teacher_metrics=teacher_metrics, metrics=metrics, latencies=latencies, **run.for_the_card()
+            teacher_metrics=teacher_metrics, metrics=metrics, latencies=latencies(results), **run.for_the_card()
         )
 
 
