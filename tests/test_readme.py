@@ -158,7 +158,7 @@ def test_make_demo_detection_is_the_script_as_it_is():
     """It takes some minutes; the script has tests of its own."""
     if not (ROOT / ".venv" / "bin").is_dir():
         pytest.skip("needs the virtual environment that the Makefile makes")
-    make = ["make", "-n", "-o", ".venv/examples", "demo-detection"]
+    make = ["make", "--no-print-directory", "-n", "-o", ".venv/examples", "demo-detection"]  # within `make test`, too
     lines = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[-1].endswith(" examples/run_iekd_detection.py --output_dir demo-detection")
     assert "make demo-detection" in COMMANDS
