@@ -10,6 +10,9 @@ The images come as in run_iekd.py; without any, scikit-learn's digits. It writes
 - active_neurons.png: how many neurons of each respond;
 - relevance.png: where each looks (Grad-CAM of the predicted class) on some images;
 - analysis.json: the numbers.
+
+Where the run compared factors, it also says which share of them differs from image to image: 0 % for an encoder that
+has learnt to say the same of every image, whatever its half of the student does.
 """
 
 import json
@@ -17,23 +20,21 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from analysis_figures import draw_active, draw_cka, draw_relevance
 from captum.attr import LayerGradCam
 from classification import build_processor
 from example_run import parse_arguments
 from image_data import DataArguments, load_images
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from iekd_hf.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER
+from iekd_hf import FactorEncoder
+from iekd_hf.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
 from iekd_hf.features import FeatureTap
 from iekd_hf.losses import exploration_loss
 
@@ -52,6 +53,10 @@ class AnalysisArguments:
     plain: str | None = field(
         default=None,
         metadata={"help": "The same student without a teacher. Default: `_plain_student` of the run, if it is there."},
+    )
+    paraphraser: str | None = field(
+        default=None,
+        metadata={"help": "Of a run that compared factors. Default: its `_paraphraser`, if it is there."},
     )
     output_dir: str = field(default="analysis", metadata={"help": "Where the pictures and numbers go."})
     num_images: int = field(default=512, metadata={"help": "Images for CKA and active neurons."})
@@ -165,6 +170,47 @@ def _cka(first: torch.Tensor, second: torch.Tensor) -> float:
     return exploration_loss(first, second, distance="cka").item()
 
 
+def varying_share(factors: torch.Tensor) -> float:
+    r"""
+    Measure which share of factors differs from image to image: 1 - \(\| E \hat F \|_2^2\).
+
+    Args:
+        factors (`torch.Tensor` of shape `(num_images, factor_channels, height, width)`):
+            Factors, of which the losses see but the direction \(\hat F\).
+
+    Returns:
+        `float`: 0 where all images have the same direction, at most 1.
+
+    Example:
+
+    ```python
+    >>> same, unrelated = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    >>> [round(varying_share(factors.view(2, 2, 1, 1)), 3) for factors in (same, unrelated)]
+    [0.0, 0.5]
+
+    ```
+    """
+    return 1 - F.normalize(factors.flatten(1), dim=1).mean(dim=0).square().sum().item()
+
+
+@torch.no_grad()
+def encode(run: str, paraphraser: str, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the factors of the teacher's map and of the halves, from the encoders that a run has kept."""
+    file = Path(run) / ENCODERS_FOLDER / ENCODERS_FILE
+    with safe_open(file, framework="pt") as opened:
+        num_layers = len(opened.metadata()["teacher_layers"].split(", "))
+    compressor = load_paraphrasers(paraphraser, num_layers)[0].eval()
+    factors, weights = {"teacher": compressor.encode(features["teacher"])}, load_file(file)
+    for half in ("inheritance", "exploration"):
+        prefix, name = f"{half}_encoders.0.", f"{half} half"
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if own:
+            encoder = FactorEncoder(features[name].shape[1], compressor.factor_channels).eval()
+            encoder.load_state_dict(own)
+            factors[name] = encoder(features[name])
+    return factors
+
+
 def read_split(run: str) -> tuple[list[str], torch.Tensor, torch.Tensor, list[str]]:
     """Return the layer that was split, the channels that inherit and explore, and the teacher's layer."""
     file = Path(run) / ENCODERS_FOLDER / ENCODERS_FILE
@@ -214,10 +260,14 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     matrix = cka_matrix(features)
     active = {name: active_neurons(f) for name, f in features.items()}
+    paraphraser = analysis.paraphraser or (str(run / "_paraphraser") if (run / "_paraphraser").is_dir() else None)
+    factors = encode(analysis.run, paraphraser, features) if paraphraser is not None else {}
+    varying = {name: varying_share(factor) for name, factor in factors.items()}
     numbers = {
         "images": len(images),
         "cka": {a: {b: float(matrix[i, j]) for j, b in enumerate(features)} for i, a in enumerate(features)},
         "active_neurons": active,
+        "varying_factors": varying,
     }
     (out / "analysis.json").write_text(json.dumps(numbers, indent=1))
     draw_cka(matrix, list(features), out / "cka.png")
@@ -225,60 +275,12 @@ def main() -> None:
     few = pixels[: analysis.num_pictures]
     draw_relevance(images, {name: net.relevance(few) for name, net in networks.items()}, out / "relevance.png")
     width = max(map(len, features))
-    print(f"{'':{width}}  CKA with the teacher  active neurons  active channels")
+    print(f"{'':{width}}  CKA with the teacher  active neurons  active channels  varying factors")
     for i, name in enumerate(features):
-        shares = active[name]
-        print(
-            f"{name:{width}}  {matrix[i, 0]:20.3f}  {shares['active_share']:14.1%}  {shares['active_channels']:15.1%}"
-        )
+        shares = f"{active[name]['active_share']:14.1%}  {active[name]['active_channels']:15.1%}"
+        share = f"{varying[name]:15.1%}" if name in varying else f"{'-':>15}"
+        print(f"{name:{width}}  {matrix[i, 0]:20.3f}  {shares}  {share}")
     print(f"\nPictures: {out}/cka.png {out}/active_neurons.png {out}/relevance.png   Numbers: {out}/analysis.json")
-
-
-def draw_cka(matrix: np.ndarray, names: list[str], path: Path) -> None:
-    """Draw the matrix with its values."""
-    figure, axes = plt.subplots(figsize=(6.5, 5.5), constrained_layout=True)
-    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    for (row, column), value in np.ndenumerate(matrix):
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
-    axes.set_title("Linear CKA between feature maps")
-    figure.colorbar(image)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_active(active: dict[str, dict[str, float]], path: Path) -> None:
-    """Draw a bar for each network."""
-    figure, axes = plt.subplots(figsize=(7, 3.5), constrained_layout=True)
-    bars = axes.barh(list(active), [100 * shares["active_share"] for shares in active.values()])
-    axes.bar_label(bars, fmt="%.1f", padding=4)
-    axes.margins(x=0.15)
-    axes.invert_yaxis()
-    axes.set(title="Active neurons on an image", xlabel="% of the neurons of the map")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_relevance(images: list, heat: dict[str, torch.Tensor], path: Path) -> None:
-    """Draw each image, and over it where each network looks."""
-    count = len(next(iter(heat.values())))
-    figure, axes = plt.subplots(
-        len(heat) + 1, count, figsize=(1.7 * count + 1.2, 1.75 * (len(heat) + 1)), squeeze=False, layout="constrained"
-    )
-    for column in range(count):
-        for row, name in enumerate(["image", *heat]):
-            panel = axes[row, column]
-            height, width = next(iter(heat.values())).shape[1:]
-            panel.imshow(images[column].resize((width, height)), cmap="gray")
-            if name in heat:
-                panel.imshow(heat[name][column], cmap="jet", alpha=0.5, vmin=0, vmax=1)
-            panel.set_xticks([])
-            panel.set_yticks([])
-            if column == 0:
-                panel.set_ylabel(name, fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

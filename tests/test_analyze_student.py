@@ -2,11 +2,12 @@
 
 import functools
 import json
+import re
 
 import analyze_student
 import pytest
 import torch
-from analyze_student import Tapped, active_neurons, cka_matrix
+from analyze_student import Tapped, active_neurons, cka_matrix, encode, varying_share
 from conftest import make_resnet
 
 
@@ -26,6 +27,14 @@ def test_active_neurons_by_hand():
     features = torch.tensor([[[5.0, 0.4], [0.0, 0.6]], [[0.0, 0.0], [1.0, 0.0]]]).view(2, 2, 1, 2)
     # Image 1: above 0.5 are 5.0 and 0.6; image 2: above 0.1 is 1.0. Each channel on one image at least.
     assert active_neurons(features) == {"active_share": pytest.approx(3 / 8), "active_channels": 1.0}
+
+
+def test_the_share_of_factors_that_varies_by_hand():
+    same = torch.tensor([[1.0, 2.0], [3.0, 6.0], [0.5, 1.0]]).view(3, 1, 1, 2)
+    assert varying_share(same) == pytest.approx(0.0, abs=1e-6)
+    # Directions (1, 0), (0.6, 0.8): their mean is (0.8, 0.4), of which the squared norm is 0.8.
+    assert varying_share(torch.tensor([[2.0, 0.0], [3.0, 4.0]]).view(2, 2, 1, 1)) == pytest.approx(0.2)
+    assert varying_share(torch.tensor([[1.0], [-1.0]]).view(2, 1, 1, 1)) == pytest.approx(1.0)
 
 
 def test_grad_cam_of_a_half_against_its_definition():
@@ -60,5 +69,34 @@ def test_a_finished_run(run_example, tmp_path):
     numbers = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
     assert numbers["cka"]["teacher"]["teacher"] == pytest.approx(1.0)
     assert 0 < numbers["cka"]["inheritance half"]["exploration half"] < 1
+    varying = numbers["varying_factors"]
+    assert list(varying) == ["teacher", "inheritance half", "exploration half"]
+    assert all(0 < share < 1 for share in varying.values())
+    table = dict(re.findall(r"^(\S.*\S) +[\d.]+ +[\d.]+% +[\d.]+% +(\S+)$", printed, re.MULTILINE))
+    assert table["student"] == "-" and table["exploration half"] == f"{varying['exploration half']:.1%}"
     with pytest.raises(ValueError, match=r"finished run of IEKDTrainer in --run, got .* without _encoders"):
         analyse("--run", tmp_path / "run" / "_teacher", "--output_dir", tmp_path / "analysis")
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_factors_are_those_of_the_trainer(make_trainer, ratio):
+    """From the files of a run, the halves' factors come out as its encoders, in eval mode, give them."""
+    pixels = torch.randn(2, 3, 32, 32)
+    trainer = make_trainer(teacher_model=make_resnet(16, seed=2), inheritance_ratio=ratio)
+    trainer.train()
+    trainer.save_model()
+    run = trainer.args.output_dir
+    student_layers, inherits, explores, teacher_layers = analyze_student.read_split(run)
+    features = {
+        "teacher": Tapped(make_resnet(16, seed=2), teacher_layers).features(pixels),
+        "inheritance half": Tapped(analyze_student.load(run, "--run"), student_layers, inherits).features(pixels),
+        "exploration half": Tapped(analyze_student.load(run, "--run"), student_layers, explores).features(pixels),
+    }
+    factors = encode(run, f"{run}/_paraphraser", features)
+    trainer.student_side.tap.attach()
+    with torch.no_grad():
+        _, inheritance, exploration = trainer.student_side.eval()(pixel_values=pixels)
+    expected = [*inheritance, *exploration]
+    assert list(factors) == ["teacher", "inheritance half", "exploration half"][: 1 + len(expected)]
+    for got, wanted in zip(list(factors.values())[1:], expected, strict=True):
+        assert torch.equal(got, wanted)
