@@ -6,6 +6,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .loading import different_weights
+
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -74,11 +76,7 @@ def load_adapter(model: nn.Module, folder: str) -> None:
         raise ValueError(f"Expected the adapter {name!r} in {folder}, got no {ADAPTER_FILE} of it: {what_to_do}")
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     saved = load_file(file)
-    different = sorted(
-        weight
-        for weight in own.keys() | saved.keys()
-        if weight not in own or weight not in saved or own[weight].shape != saved[weight].shape
-    )
+    different = different_weights(own, saved)
     if different:
         raise ValueError(
             f"Expected the weights of the adapter {name!r} in {folder}, got others ({len(different)} differ, "

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .adapters import is_adapted, load_adapter
 from .factors import Paraphraser
-from .loading import explain_unreachable
+from .loading import different_weights, explain_unreachable
 
 
 ENCODERS_FILE = "iekd_encoders.safetensors"
@@ -102,11 +102,7 @@ def load_encoders(module: nn.Module, folder: str) -> None:
         `ValueError`: other shapes.
     """
     own, tensors = _beside_students(module), load_file(Path(folder) / ENCODERS_FILE)
-    different = sorted(
-        name
-        for name in own.keys() | tensors.keys()
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    )
+    different = different_weights(own, tensors)
     if different:
         raise ValueError(
             f"Expected a checkpoint of encoders as the arguments make them, got another one in {folder} "
