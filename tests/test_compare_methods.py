@@ -70,6 +70,22 @@ def test_the_table_has_a_row_for_each_method():
     assert "### a+b, peer 2 (test)" in text and "| dml | 10 | 1 | 60.00 | - | - | 5 |" in text
 
 
+def test_the_sweep_is_of_weights_alone_and_of_nothing_the_test_split_was_read_for():
+    def of(method, accuracy, **metrics):
+        made = cell(label(method), 0, None, validation_accuracy=accuracy, **metrics)
+        name, changes = parse_method(method)
+        made["arguments"] = {**METHODS[name], **changes}
+        del made["metrics"]["test_accuracy"]
+        return made
+
+    cells = [of("ft", 0.6), of("ie-ft,lambda_inh=1000,lambda_exp=100", 0.7, exploration_loss_gradient_share=0.5)]
+    cells += [of("ie-ft,exploration_distance=cka", 0.8), of("at", 0.8), of("ie-ft", 0.8)]
+    cells[-1]["metrics"]["test_accuracy"] = 0.8
+    lines, shares = comparison_report.sweep_points(cells)
+    assert lines == {"FT": {1500.0: [60.0]}, "IE-FT, lambda_exp 0.1 of lambda_inh": {1000: [70.0]}}
+    assert shares == {"exploration": [(100, 0.5)]}
+
+
 def test_methods_with_arguments():
     assert parse_method("ie-ft,lambda_inh=300,lambda_schedule=cosine,inheritance_ratio=0.25") == (
         "ie-ft",

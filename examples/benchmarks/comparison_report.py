@@ -202,23 +202,25 @@ def draw(cells: list[dict], path: str) -> None:
     plt.close(figure)
 
 
-def draw_sweep(cells: list[dict], path: str) -> None:
+def sweep_points(cells: list[dict]) -> tuple[dict, dict]:
     """
-    Draw accuracy on the validation part over lambda_inh, a line for each share of lambda_exp, and what they amount to.
+    Take from the cells what the choice of weights rests on: those for which the test split was not read.
 
     Args:
         cells (`list[dict]`):
-            What [`collect`] gave; cells of IE-FT, inheritance and FT count.
-        path (`str`):
-            The PNG file to write.
+            What [`collect`] gave; cells of IE-FT, inheritance and FT count that differ in their weights alone.
+
+    Returns:
+        `tuple[dict, dict]`: by what was varied, accuracies by `lambda_inh`; and by loss, pairs of its weight and its
+        gradient's share.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
-    lines = defaultdict(lambda: defaultdict(list))
-    shares = defaultdict(list)
+    lines, shares = defaultdict(lambda: defaultdict(list)), defaultdict(list)
     for cell in cells:
         used, metrics = cell["arguments"], cell["metrics"]
         if used.get("knowledge") != "factors" or "validation_accuracy" not in metrics or "test_accuracy" in metrics:
-            continue  # chosen by those cells alone that the test split was not read for
+            continue
+        if "," in without_weights(cell["method"]):  # another distance, ratio or schedule
+            continue
         kd = " + KD" if used["lambda_kd"] else ""
         if used["lambda_inh"] > 0:
             ratio = used["lambda_exp"] / used["lambda_inh"]
@@ -227,6 +229,21 @@ def draw_sweep(cells: list[dict], path: str) -> None:
         for loss, weight in (("inheritance", "lambda_inh"), ("exploration", "lambda_exp")):
             if f"{loss}_loss_gradient_share" in metrics:
                 shares[loss].append((used[weight], metrics[f"{loss}_loss_gradient_share"]))
+    return {kind: dict(points) for kind, points in lines.items()}, dict(shares)
+
+
+def draw_sweep(cells: list[dict], path: str) -> None:
+    """
+    Draw accuracy on the validation part over lambda_inh, a line for each share of lambda_exp, and what they amount to.
+
+    Args:
+        cells (`list[dict]`):
+            What [`collect`] gave.
+        path (`str`):
+            The PNG file to write.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+    lines, shares = sweep_points(cells)
     for colour, (name, points) in enumerate(sorted(lines.items())):
         xs = sorted(points)
         left.plot(xs, [np.mean(points[x]) for x in xs], "o-", color=f"C{colour}", label=name)
