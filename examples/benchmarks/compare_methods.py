@@ -2,7 +2,7 @@
 Compare methods of distillation in one harness: the same networks, images, schedule and seeds, one cell for each.
 
     python examples/benchmarks/compare_methods.py --output_dir comparison \
-        --networks cifar-resnet-56:cifar-resnet-20 --methods plain kd ft ie-ft ie-ft+kd --seeds 0 1 2 \
+        --networks cifar-resnet-56:cifar-resnet-20 --methods plain kd ft ie-ft ft+kd ie-ft+kd --seeds 0 1 2 \
         --dataset_name uoft-cs/cifar10 --evaluate_on test
 
 A method can be followed by arguments that differ from its own: `ie-ft,lambda_inh=300,lambda_exp=0`. Peers that teach
@@ -39,7 +39,7 @@ class ComparisonArguments:
         metadata={"help": "Pairs `teacher:student`, or peers `first+second`; each a `cifar-resnet-<depth>`."},
     )
     methods: list[str] = field(
-        default_factory=lambda: ["plain", "kd", "ft", "ie-ft", "ie-ft+kd"],
+        default_factory=lambda: ["plain", "kd", "ft", "ie-ft", "ft+kd", "ie-ft+kd"],
         metadata={"help": "Methods, with arguments that differ from their own after commas."},
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the students."})
