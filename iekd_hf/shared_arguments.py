@@ -30,7 +30,7 @@ class IETrainingArguments(TrainingArguments):
     Hold what the arguments of both trainers share: the losses between factors, the split, the paraphraser.
 
     Args:
-        lambda_inh (`float`, *optional*, defaults to 100.0), lambda_exp (`float`, *optional*, defaults to 10.0):
+        lambda_inh (`float`, *optional*, defaults to 30.0), lambda_exp (`float`, *optional*, defaults to 3.0):
             Weights of the inheritance and of the exploration loss. With `loss_reduction="mean"` the losses are about
             1.13 / sqrt(N) for factors of N elements (0.025 for 32 x 8 x 8), so useful weights are in the hundreds;
             they are lower for peers, who teach from their first step, when there is little to inherit yet. 0 removes
@@ -72,8 +72,8 @@ class IETrainingArguments(TrainingArguments):
         `ValueError`: a value outside its range, or an unknown name.
     """
 
-    lambda_inh: float = field(default=100.0, metadata={"help": "Weight of the inheritance loss; 0 turns it off."})
-    lambda_exp: float = field(default=10.0, metadata={"help": "Weight of the exploration loss; 0 turns it off."})
+    lambda_inh: float = field(default=30.0, metadata={"help": "Weight of the inheritance loss; 0 turns it off."})
+    lambda_exp: float = field(default=3.0, metadata={"help": "Weight of the exploration loss; 0 turns it off."})
     lambda_schedule: str = choice("constant", LAMBDA_SCHEDULES, "How the weights move after their warm-up.")
     lambda_warmup_ratio: float = field(
         default=0.0, metadata={"help": "Share of the steps over which the weights rise linearly from 0, in [0, 1)."}

@@ -3,11 +3,13 @@
 import json
 import re
 
+from iekd_hf import MutualTrainingArguments
 from iekd_hf.methods import METHODS
 
 
 MUTUAL = {"alone": None, "dml": "kl", "ie-dml": "ie", "ie-dml+kl": "ie+kl"}
-LAMBDAS = ("lambda_inh", "lambda_exp", "lambda_kd")
+WEIGHTS_OF = {"ie": ("lambda_inh", "lambda_exp"), "kl": ("lambda_kl",)}
+LAMBDAS = ("lambda_inh", "lambda_exp", "lambda_kd", "lambda_kl")
 
 
 def parse_method(method: str) -> tuple[str, dict]:
@@ -54,12 +56,18 @@ def label(method: str) -> str:
 
     ```python
     >>> label("ft,lambda_inh=300"), label("ft,inheritance_ratio=0.5,lambda_inh=300.0"), label("dml")
-    ('ft,lambda_inh=300', 'ft,lambda_inh=300,inheritance_ratio=0.5', 'dml')
+    ('ft,lambda_inh=300', 'ft,lambda_inh=300,inheritance_ratio=0.5', 'dml,lambda_kl=1')
 
     ```
     """
     name, changes = parse_method(method)
-    weights = {key: value for key, value in {**METHODS.get(name, {}), **changes}.items() if key in LAMBDAS}
+    preset = METHODS[name] if name in METHODS else _preset_of_peers(name)
+    weights = {key: value for key, value in {**preset, **changes}.items() if key in LAMBDAS}
     parts = [f"{key}={weights[key]:g}" for key in LAMBDAS if weights.get(key) or key in changes]
     parts += [f"{key}={value}" for key, value in sorted(changes.items()) if key not in LAMBDAS]
     return ",".join([name, *parts])
+
+
+def _preset_of_peers(name: str) -> dict[str, float]:
+    losses = (MUTUAL[name] or "").split("+")
+    return {key: getattr(MutualTrainingArguments, key) for loss in losses for key in WEIGHTS_OF.get(loss, ())}

@@ -16,7 +16,6 @@ from comparison_methods import LAMBDAS, label
 
 
 BASELINES = ("plain", "kd", "ft", "alone", "dml")
-WEIGHTS = (*LAMBDAS, "lambda_kl")
 
 
 def collect(folder: Path) -> list[dict]:
@@ -155,7 +154,7 @@ def markdown(cells: list[dict]) -> str:
             for method in order:
                 of_method = [c for c in cells if c["method"] == method and c["networks"] == networks.split(",")[0]]
                 used = of_method[0]["arguments"]
-                weights = ", ".join(f"{used[name]:g}" for name in WEIGHTS if used.get(name)) or "-"
+                weights = ", ".join(f"{used[name]:g}" for name in LAMBDAS if used.get(name)) or "-"
                 mean, deviation, half = interval(list(methods[method].values()))
                 seconds = np.mean([cell["metrics"]["train_runtime"] for cell in of_method])
                 row = [without_weights(method), weights, str(len(methods[method])), f"{mean:.2f}"]
