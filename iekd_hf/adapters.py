@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from .loading import different_weights
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -83,3 +82,12 @@ def load_adapter(model: nn.Module, folder: str) -> None:
             f"{different[0]} among them): {what_to_do}"
         )
     set_peft_model_state_dict(model, saved, adapter_name=name)
+
+
+def different_weights(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of what only one of two states has, or has in another shape."""
+    return sorted(
+        name
+        for name in own.keys() | saved.keys()
+        if name not in own or name not in saved or own[name].shape != saved[name].shape
+    )

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapters import is_adapted, load_adapter
+from .adapters import different_weights, is_adapted, load_adapter
 from .factors import Paraphraser
-from .loading import different_weights, explain_unreachable
+from .loading import explain_unreachable
 
 
 ENCODERS_FILE = "iekd_encoders.safetensors"

@@ -2,7 +2,6 @@
 
 import os
 
-import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -148,13 +147,4 @@ def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
         f"Expected {role} to be a folder or a Hub name that can be reached, got {name_or_path!r}, which is no folder "
         f"here and could not be had from the Hub ({reason}). Without a network, give a local folder, or fill the "
         f"Hub's cache ({cache}) on a machine that has one and set HF_HUB_OFFLINE=1."
-    )
-
-
-def different_weights(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> list[str]:
-    """Return the names of what only one of two states has, or has in another shape."""
-    return sorted(
-        name
-        for name in own.keys() | saved.keys()
-        if name not in own or name not in saved or own[name].shape != saved[name].shape
     )
