@@ -195,11 +195,13 @@ def varying_share(factors: torch.Tensor) -> float:
 
 @torch.no_grad()
 def encode(run: str, paraphraser: str, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the factors of the teacher's map and of the halves, from the encoders that a run has kept."""
+    """Return the factors of the teacher's map and of the halves, of a run that compared factors; else nothing."""
     file = Path(run) / ENCODERS_FOLDER / ENCODERS_FILE
     with safe_open(file, framework="pt") as opened:
-        num_layers = len(opened.metadata()["teacher_layers"].split(", "))
-    compressor = load_paraphrasers(paraphraser, num_layers)[0].eval()
+        metadata = opened.metadata()
+    if metadata["knowledge"] != "factors":
+        return {}
+    compressor = load_paraphrasers(paraphraser, len(metadata["teacher_layers"].split(", ")))[0].eval()
     factors, weights = {"teacher": compressor.encode(features["teacher"])}, load_file(file)
     for half in ("inheritance", "exploration"):
         prefix, name = f"{half}_encoders.0.", f"{half} half"

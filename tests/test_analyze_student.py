@@ -100,3 +100,11 @@ def test_factors_are_those_of_the_trainer(make_trainer, ratio):
     assert list(factors) == ["teacher", "inheritance half", "exploration half"][: 1 + len(expected)]
     for got, wanted in zip(list(factors.values())[1:], expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("method", ["ie-od", "ie-at"])
+def test_a_run_without_factors_has_none(make_trainer, method):
+    trainer = make_trainer(method=method)
+    trainer.train()
+    trainer.save_model()
+    assert encode(trainer.args.output_dir, f"{trainer.args.output_dir}/_paraphraser", {}) == {}
