@@ -23,6 +23,7 @@ from iekd_hf import IEKDTrainer
 from iekd_hf.base_trainer import DistillationTrainer
 from iekd_hf.checkpoints import load_weights
 from iekd_hf.loading import explain_unreachable
+from iekd_hf.paraphraser_stage import has_begun
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 # The digits are small and learnt in a few epochs.
 DIGITS_EPOCHS = {"num_train_epochs": 6.0, "paraphraser_epochs": 4.0}
 OTHER_EPOCHS = 30.0
+# What a network that was trained to compare with leaves in its folder at its end.
+_DONE = "done.json"
 
 
 @dataclass
@@ -150,7 +153,7 @@ def label_maps(names: list[str]) -> dict[str, dict]:
 
 
 def check_output_dir(args: TrainingArguments) -> str | bool | None:
-    """Return what to resume from; refuse to mix a new run into an old one's checkpoints."""
+    """Return what to resume from; refuse to mix a new run into an old one's checkpoints, or to continue nothing."""
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true" or None
@@ -159,6 +162,12 @@ def check_output_dir(args: TrainingArguments) -> str | bool | None:
             f"Expected an output_dir without checkpoints, got {args.output_dir!r} with "
             f"{os.path.basename(get_last_checkpoint(args.output_dir))}: add --resume_from_checkpoint true to continue "
             "that run, or choose another --output_dir."
+        )
+    beside = (Path(args.output_dir).glob(f"_*/{name}") for name in (_DONE, "checkpoint-*"))
+    if args.do_train and resume is True and not has_begun(args.output_dir) and not any(map(any, beside)):
+        raise ValueError(
+            f"Expected the output_dir of a run that has begun, got {args.output_dir!r} without any checkpoint: leave "
+            "--resume_from_checkpoint out to start it, or name that run's --output_dir."
         )
     return resume
 
@@ -185,7 +194,10 @@ class ExampleRun:
         )
         transformers.utils.logging.disable_progress_bar()  # those of loading and saving; training keeps its own
         self.args = args
-        self.resume = check_output_dir(args)
+        resume = check_output_dir(args)
+        # What was finished beside the run is taken up even where the run itself has not begun.
+        self.reuses = bool(resume)
+        self.resume = None if resume is True and not has_begun(args.output_dir) else resume
         set_seed(args.seed)
 
     def common(self) -> dict:
@@ -216,8 +228,8 @@ class ExampleRun:
             `tuple`: seconds, and the log history.
         """
         folder = Path(self.args.output_dir) / f"_{re.sub('[^a-z0-9]+', '_', name.lower())}"
-        done = folder / "done.json"
-        if self.resume and done.is_file():
+        done = folder / _DONE
+        if self.reuses and done.is_file():
             for subfolder, model in models.items():
                 load_weights(model, str(folder / subfolder))
             content = json.loads(done.read_text())
@@ -228,7 +240,7 @@ class ExampleRun:
         args.load_best_model_at_end, args.metric_for_best_model = False, None
         trainer = make_trainer(args)
         logger.warning("Training the %s for %g epochs.", name, epochs)
-        output = trainer.train(get_last_checkpoint(folder) if self.resume and folder.is_dir() else None)
+        output = trainer.train(get_last_checkpoint(folder) if self.reuses and folder.is_dir() else None)
         seconds = output.metrics["train_runtime"]
         trainer.save_model()
         if trainer.is_world_process_zero():

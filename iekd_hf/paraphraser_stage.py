@@ -78,14 +78,13 @@ class ParaphraserStage:
         finished, unfinished = output_dir / PARAPHRASER_FOLDER, output_dir / STAGE_1_FOLDER
         checkpoint = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-            if resume_from_checkpoint is None and unfinished.is_dir():
-                checkpoint = get_last_checkpoint(unfinished)
-            if resume_from_checkpoint is None and checkpoint is None and not finished.is_dir():
+            if not has_begun(output_dir):
                 raise ValueError(
                     f"Expected a checkpoint to resume from in output_dir={str(output_dir)!r}, got none: train without "
                     "resume_from_checkpoint, or name the run's output_dir."
                 )
+            resume_from_checkpoint = _last_checkpoint(output_dir)
+            checkpoint = None if resume_from_checkpoint else _last_checkpoint(unfinished)
             resuming = True
         else:
             resuming = bool(resume_from_checkpoint)
@@ -203,6 +202,32 @@ def maps_without_padding(teacher: FrozenTeacher, inputs: dict) -> list[torch.Ten
     if pixel_mask is None:
         return maps
     return [f_T.masked_fill(~mask_at(pixel_mask, f_T.shape[2:])[:, None], 0.0) for f_T in maps]
+
+
+def has_begun(output_dir: str | Path) -> bool:
+    """
+    Tell whether there is something that a run can continue: a checkpoint of either stage, or a finished paraphraser.
+
+    Args:
+        output_dir (`str` or `Path`):
+            The run's folder, which need not exist.
+
+    Example:
+
+    ```python
+    >>> from iekd_hf.paraphraser_stage import has_begun
+    >>> has_begun("no/such/folder")
+    False
+
+    ```
+    """
+    folder = Path(output_dir)
+    of_either_stage = _last_checkpoint(folder) or _last_checkpoint(folder / STAGE_1_FOLDER)
+    return of_either_stage is not None or (folder / PARAPHRASER_FOLDER).is_dir()
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    return get_last_checkpoint(folder) if folder.is_dir() else None
 
 
 def _remove_checkpoints(folder: Path) -> None:
