@@ -36,7 +36,7 @@ class DetectionScriptArguments(ScriptArguments):
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate. Default: 0.002 for tiny detectors, otherwise 0.0001."}
     )
-    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer, as in TrainingArguments."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer, as in TrainingArguments."})
     optim_args: str | None = field(default=None, metadata={"help": "Arguments of the optimizer."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 for none."})

@@ -1,0 +1,155 @@
+"""
+Average detection runs over their seeds: a table in Markdown, with differences from the plain student of the same seed.
+
+    python examples/benchmarks/average_detection.py --runs cells-* --output_file cells.json
+
+Each folder is an --output_dir of run_iekd_detection.py. The plain student of a seed counts once, and so does a teacher
+that several runs share.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from comparison_report import interval, paired
+from example_run import parse_arguments
+from run_iekd_detection import RESULTS
+
+
+# Titles by the metrics' names; after them come the classes.
+COLUMNS = {"map": "mAP", "map_50": "mAP50", "map_75": "mAP75"}
+OF_COCO = {"map_small", "map_medium", "map_large", *COLUMNS}
+PLAIN, DISTILLED = "plain student", "distilled student"
+
+
+@dataclass
+class AverageArguments:
+    """Say which runs."""
+
+    runs: list[str] = field(default_factory=list, metadata={"help": "Output folders of run_iekd_detection.py."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for what all runs have measured."})
+
+
+def read_runs(folders: list[str]) -> list[dict]:
+    """
+    Read what runs have measured, with what their losses amounted to.
+
+    Args:
+        folders (`list[str]`):
+            Output folders.
+
+    Returns:
+        `list[dict]`: `settings`, `models` and `gradient_shares` of each.
+
+    Raises:
+        `ValueError`: a folder without results, or runs with the same settings.
+    """
+    runs, seen = [], {}
+    for folder in folders:
+        file, trained = Path(folder, RESULTS), Path(folder, "train_results.json")
+        if not file.is_file():
+            raise ValueError(f"Expected the output folder of a finished run, got {folder!r} without {RESULTS}.")
+        run = json.loads(file.read_text())
+        settings = json.dumps(run["settings"], sort_keys=True)
+        if settings in seen:
+            raise ValueError(
+                f"Expected runs that differ in seed or method, got {seen[settings]!r} and {folder!r}: keep one."
+            )
+        seen[settings] = folder
+        metrics = json.loads(trained.read_text()) if trained.is_file() else {}
+        run["gradient_shares"] = {name: value for name, value in metrics.items() if name.endswith("gradient_share")}
+        runs.append(run)
+    return runs
+
+
+def by_model(runs: list[dict]) -> dict[str, dict[int, dict]]:
+    """
+    Sort what was measured by model and seed.
+
+    Args:
+        runs (`list[dict]`):
+            What [`read_runs`] gave.
+
+    Returns:
+        `dict[str, dict[int, dict]]`: by name, with method and weights where it is distilled, and by seed. Teachers
+        have no seed of their own: each one is counted once.
+
+    Example:
+
+    ```python
+    >>> settings = {"seed": 1, "method": "ft", "lambda_inh": 300.0, "lambda_exp": 0.0}
+    >>> model = {"parameters": 9, "metrics": {"map": 0.5}}
+    >>> by_model([{"settings": settings, "models": {"teacher": model, "distilled student": model}}]).keys()
+    dict_keys(['teacher', 'ft, 300'])
+
+    ```
+    """
+    found = defaultdict(dict)
+    for run in runs:
+        settings = run["settings"]
+        for name, model in run["models"].items():
+            if not model["metrics"]:  # of a classifier that teaches
+                continue
+            if name == "teacher":
+                known = [each["metrics"]["map"] for each in found[name].values()]
+                if model["metrics"]["map"] not in known:
+                    found[name][len(known)] = model
+                continue
+            weights = [f"{settings[key]:g}" for key in ("lambda_inh", "lambda_exp") if settings[key]]
+            title = ", ".join([settings["method"], *weights]) if name == DISTILLED else name
+            found[title][settings["seed"]] = model
+    return dict(found)
+
+
+def markdown(runs: list[dict]) -> str:
+    """
+    Write the table.
+
+    Args:
+        runs (`list[dict]`):
+            What [`read_runs`] gave.
+
+    Returns:
+        `str`: Markdown, metrics in percent; after a plus-minus half of the mean's 95 % interval.
+    """
+    models = by_model(runs)
+    first = next(iter(models.values()))[next(iter(next(iter(models.values()))))]["metrics"]
+    classes = [name for name in first if name.startswith("map_") and name not in OF_COCO]
+    columns = {**COLUMNS, **{name: name.removeprefix("map_") for name in classes}}
+    plain = models.get(PLAIN, {})
+    titles = ["model", "parameters", "seeds", *columns.values(), *([f"mAP - {PLAIN}"] if plain else [])]
+    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+
+    def percent(seeds: dict[int, dict], metric: str) -> dict[int, float]:
+        return {seed: 100 * model["metrics"].get(metric, 0.0) for seed, model in seeds.items()}
+
+    for name in sorted(models, key=lambda name: (name != "teacher", name != PLAIN)):
+        seeds = models[name]
+        row = [name, f"{next(iter(seeds.values()))['parameters']:,}", str(len(seeds))]
+        for metric in columns:
+            mean, _, half = interval(list(percent(seeds, metric).values()))
+            row.append(f"{mean:.1f}" + (f" \u00b1 {half:.1f}" if metric == "map" and len(seeds) > 1 else ""))
+        if plain:
+            distilled = name not in ("teacher", PLAIN)
+            row.append(paired(percent(seeds, "map"), percent(plain, "map")) if distilled else "")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    (args,) = parse_arguments((AverageArguments,), __doc__)
+    if not args.runs:
+        raise ValueError("Expected --runs with output folders of run_iekd_detection.py, got none.")
+    runs = read_runs(args.runs)
+    print(markdown(runs))
+    if args.output_file:
+        Path(args.output_file).write_text(json.dumps(runs, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
