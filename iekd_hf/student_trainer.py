@@ -32,14 +32,14 @@ class StudentTrainer(DistillationTrainer):
     _fingerprint: str | None = None  # of the paraphrasers, once they are there
 
     def _build_student_side(self) -> None:
-        """Find the student's channels, split them, and make the encoders."""
+        """Find the student's channels, split them, and make the encoders; a student without a loss is refused."""
         args = self.args
         tap = FeatureTap(self.model, self.student_layers, before_activation=args.knowledge == "preactivation")
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
-        splits = [
-            ChannelSplit(channels, args.inheritance_ratio, args.split_mode, args.split_seed)
-            for channels in tap.probe(sample)[1]
-        ]
+        outputs, widths = tap.probe(sample if self.has_own_loss else self._sample, stop_after_last=False)
+        if not self.has_own_loss:
+            self.task_loss(self.model, outputs, labels=None)
+        splits = [ChannelSplit(width, args.inheritance_ratio, args.split_mode, args.split_seed) for width in widths]
         if args.lambda_inh > 0 or args.lambda_exp > 0:
             check_trainable(tap, sample)
         factor_channels = self.stage_1.factor_channels()

@@ -134,7 +134,10 @@ def test_model_that_gives_no_loss(make_trainer):
             return {"logits": self.body(pixel_values).mean(dim=(2, 3))[:, :3]}
 
     with pytest.raises(ValueError, match=r"Silent to return a loss, got only logits"):
-        make_trainer(Silent(), student_layers=["body"]).train()
+        make_trainer(Silent(), student_layers=["body"])
+    unlabelled = [{"pixel_values": image["pixel_values"]} for image in make_images(4)]
+    with pytest.raises(ValueError, match=r"ResNetFor\w+ to return a loss, got only logits: the batch needs labels"):
+        make_trainer(train_dataset=unlabelled)
 
 
 def test_a_frozen_student_is_refused(make_trainer):

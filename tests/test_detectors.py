@@ -1,6 +1,7 @@
 """Detectors as students and as teachers: where their maps are, what is refused, and what is saved."""
 
 import copy
+import functools
 import re
 from pathlib import Path
 
@@ -346,6 +347,35 @@ CLASSIFIERS = {
     "ViT": lambda: make_vit(num_labels=7, seed=2),
     "ConvNeXt": make_convnext,
 }
+
+
+def make_doc_layout(version: int):
+    torch.manual_seed(2)
+    own = {} if version == 4 else pyramid(16)
+    config = getattr(t, f"PPDocLayoutV{version}Config")(backbone_config=hgnet(16), **own, **LABELS)
+    return getattr(t, f"PPDocLayoutV{version}ForObjectDetection")(config)
+
+
+WITHOUT_LOSS = {f"PP-DocLayoutV{version}": functools.partial(make_doc_layout, version) for version in (2, 3, 4)}
+WITHOUT_LOSS["PP-OCRv5"] = lambda: t.PPOCRV5MobileDetForObjectDetection(t.PPOCRV5MobileDetConfig())
+
+
+@pytest.mark.parametrize("name", WITHOUT_LOSS)
+def test_detectors_that_cannot_be_trained_can_teach(make_detection, name):
+    """Transformers has no losses of theirs, but their backbones are like others."""
+    teacher, processor = WITHOUT_LOSS[name](), processor_of("RT-DETR")
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = make_detection(build("RT-DETR"), teacher, processor)
+    trainer.train()
+    assert len(trainer.teacher.tap.layers) == (3 if "Layout" in name else 1)
+    assert trainer.state.log_history[0]["inheritance_loss"] > 0 and same(teacher.state_dict(), before)
+
+
+def test_a_student_that_cannot_be_trained_is_refused_before_stage_1(make_detection, tmp_path):
+    for name, message in (("PP-DocLayoutV4", "does not support training"), ("PP-OCRv5", "to return a loss, got only")):
+        with pytest.raises(ValueError, match=message):
+            make_detection(WITHOUT_LOSS[name](), build("RT-DETR", 16), processor_of("RT-DETR"))
+    assert not (tmp_path / "out" / "_paraphraser").exists()
 
 
 @pytest.mark.parametrize("student", ["DETR", "RT-DETR"])
