@@ -71,6 +71,14 @@ def _as_array(image: dict[str, list], row: int, name: str) -> np.ndarray:
             f"Expected a category for each bbox, got {len(categories)} for {len(boxes)} in row {row} of the {name} "
             "split: mend or remove it."
         )
+    for key in ("area", "iscrowd"):
+        values = image.get(key) or []
+        if values and (len(values) != len(boxes) or None in values):
+            got = f"{len(values)} for {len(boxes)}" if len(values) != len(boxes) else "None"
+            raise ValueError(
+                f"Expected a number as {key} for each bbox, got {got} in row {row} of the {name} split: mend or remove "
+                "it, or leave that field out."
+            )
     return array
 
 

@@ -129,6 +129,9 @@ def test_annotations_of_another_format_are_refused(tmp_path):
         load(tmp_path, other.cast_column("image", datasets.Image()))
     with pytest.raises(ValueError, match="a category for each bbox, got 1 for 2 in row 0 of the train split"):
         load(tmp_path, rows(categories=[[0], [0], []]))
+    for area, got in (([[50.0], [9.0], []], "got 1 for 2 in row 0"), ([[50.0, 9.0], [None], []], "got None in row 1")):
+        with pytest.raises(ValueError, match=f"a number as area for each bbox, {got} of the train split: mend or rem"):
+            load(tmp_path, rows(area=area))
 
 
 def test_categories_outside_the_label_map_are_refused(tmp_path):
