@@ -76,8 +76,8 @@ def _as_array(image: dict[str, list], row: int, name: str) -> np.ndarray:
         if values and (len(values) != len(boxes) or None in values):
             got = f"{len(values)} for {len(boxes)}" if len(values) != len(boxes) else "None"
             raise ValueError(
-                f"Expected a number as {key} for each bbox, got {got} in row {row} of the {name} split: mend or remove "
-                "it, or leave that field out."
+                f"Expected a number as {key} for each bbox, got {got} in row {row} of the {name} split: mend or "
+                "remove it, or leave that field out."
             )
     return array
 
