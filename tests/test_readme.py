@@ -168,7 +168,9 @@ def test_every_command_is_one_of_those_run():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        with_tests = [f"benchmarks/{name}.py" for name in ("compare_methods", "mutual_step", "speed")]
+        with_tests = [
+            f"benchmarks/{name}.py" for name in ("average_detection", "compare_methods", "mutual_step", "speed")
+        ]
         with_tests += ["analyze_student.py", "export_onnx.py", "run_iekd_detection.py"]  # of their own
         known = {"make": targets, "python": [f"examples/{script}" for script in with_tests]}
         assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip"), command
