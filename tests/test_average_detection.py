@@ -74,5 +74,8 @@ def test_what_is_refused(average, tmp_path):
         average("--runs", run, again)
     with pytest.raises(ValueError, match=r"of a finished run, got .*nothing' without results.json"):
         average("--runs", run, tmp_path / "nothing")
+    other = write_run(tmp_path / "c", 2, 0.5, teacher={"map": 0.6, "map_50": 0.9, "map_75": 0.7, "map_dog": 0.6})
+    with pytest.raises(ValueError, match=r"on the same classes, got .*'map_dog'.* beside .*'map_cat'"):
+        average("--runs", run, other)
     with pytest.raises(ValueError, match=r"with output folders of run_iekd_detection.py, got none"):
         average()

@@ -96,14 +96,18 @@ def by_model(runs: list[dict]) -> dict[str, dict[int, dict]]:
             if not model["metrics"]:  # of a classifier that teaches
                 continue
             if name == "teacher":
-                known = [each["metrics"]["map"] for each in found[name].values()]
-                if model["metrics"]["map"] not in known:
+                known = [_precisions(each) for each in found[name].values()]
+                if _precisions(model) not in known:
                     found[name][len(known)] = model
                 continue
             weights = [f"{settings[key]:g}" for key in ("lambda_inh", "lambda_exp") if settings[key]]
             title = ", ".join([settings["method"], *weights]) if name == DISTILLED else name
             found[title][settings["seed"]] = model
     return dict(found)
+
+
+def _precisions(model: dict) -> dict[str, float]:
+    return {name: value for name, value in model["metrics"].items() if name.startswith("map")}
 
 
 def markdown(runs: list[dict]) -> str:
@@ -116,17 +120,23 @@ def markdown(runs: list[dict]) -> str:
 
     Returns:
         `str`: Markdown, metrics in percent; after a plus-minus half of the mean's 95 % interval.
+
+    Raises:
+        `ValueError`: runs on other classes.
     """
     models = by_model(runs)
-    first = next(iter(models.values()))[next(iter(next(iter(models.values()))))]["metrics"]
-    classes = [name for name in first if name.startswith("map_") and name not in OF_COCO]
+    measured = [model["metrics"] for seeds in models.values() for model in seeds.values()]
+    classes = [name for name in measured[0] if name.startswith("map_") and name not in OF_COCO]
+    for metrics in measured:
+        if not {*COLUMNS, *classes} <= metrics.keys():
+            raise ValueError(f"Expected runs on the same classes, got {list(metrics)} beside {list(measured[0])}.")
     columns = {**COLUMNS, **{name: name.removeprefix("map_") for name in classes}}
     plain = models.get(PLAIN, {})
     titles = ["model", "parameters", "seeds", *columns.values(), *([f"mAP - {PLAIN}"] if plain else [])]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
 
     def percent(seeds: dict[int, dict], metric: str) -> dict[int, float]:
-        return {seed: 100 * model["metrics"].get(metric, 0.0) for seed, model in seeds.items()}
+        return {seed: 100 * model["metrics"][metric] for seed, model in seeds.items()}
 
     for name in sorted(models, key=lambda name: (name != "teacher", name != PLAIN)):
         seeds = models[name]
