@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -148,6 +149,12 @@ def run_example(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return call
+
+
+def break_off(folder: Path) -> None:
+    """Leave of a run what was finished beside it, as if it had ended before its own first checkpoint."""
+    for path in (folder / "_paraphraser", folder / "_stage_1", *folder.glob("checkpoint-*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def same(first: dict, second: dict) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import run_mutual
-from conftest import make_resnet, same
+from conftest import break_off, make_resnet, same
 from transformers import AutoModelForImageClassification
 
 
@@ -54,9 +54,7 @@ def test_resume_reuses_what_is_finished(run, tmp_path):
     assert all(re.search(rf"^{name} .*\d%", printed, flags=re.MULTILINE) for name in ROWS), printed
     for name, state in zip(folders, finished, strict=True):
         assert same(AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict(), state)
-    # Broken off before its own first checkpoint, when what it is compared with had just been trained.
-    for checkpoint in tmp_path.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    break_off(tmp_path)
     run(*common, "--resume_from_checkpoint", "true")
     assert [path.stat().st_mtime_ns for path in beside] == times
     for name, state in zip(folders, finished, strict=True):

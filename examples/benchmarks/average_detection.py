@@ -17,13 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from comparison_report import interval, paired
+from detection_metrics import SUMMARY
 from example_run import parse_arguments
 from run_iekd_detection import RESULTS
 
 
 # Titles by the metrics' names; after them come the classes.
 COLUMNS = {"map": "mAP", "map_50": "mAP50", "map_75": "mAP75"}
-OF_COCO = {"map_small", "map_medium", "map_large", *COLUMNS}
 PLAIN, DISTILLED = "plain student", "distilled student"
 
 
@@ -126,7 +126,7 @@ def markdown(runs: list[dict]) -> str:
     """
     models = by_model(runs)
     measured = [model["metrics"] for seeds in models.values() for model in seeds.values()]
-    classes = [name for name in measured[0] if name.startswith("map_") and name not in OF_COCO]
+    classes = [name for name in measured[0] if name.startswith("map_") and name not in SUMMARY]
     for metrics in measured:
         if not {*COLUMNS, *classes} <= metrics.keys():
             raise ValueError(f"Expected runs on the same classes, got {list(metrics)} beside {list(measured[0])}.")
