@@ -34,9 +34,9 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from iekd_hf import FactorEncoder
-from iekd_hf.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
-from iekd_hf.features import FeatureTap
-from iekd_hf.losses import exploration_loss
+from iekd_hf.features.tap import FeatureTap
+from iekd_hf.method.losses import exploration_loss
+from iekd_hf.training.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
 
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from iekd_hf import CifarResNetConfig
-from iekd_hf.loading import find_processor
+from iekd_hf.models.loading import find_processor
 
 
 logger = logging.getLogger(__name__)

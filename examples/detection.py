@@ -14,7 +14,7 @@ from tiny_detectors import is_tiny, open_norms, tiny_detector, tiny_processor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForObjectDetection, BaseImageProcessor, PreTrainedModel, TrainingArguments
 
-from iekd_hf.loading import find_processor
+from iekd_hf.models.loading import find_processor
 
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from transformers import BaseImageProcessor, EvalPrediction
 from transformers.utils import ModelOutput
 
 from iekd_hf import IEKDTrainer
-from iekd_hf.base_trainer import DistillationTrainer
+from iekd_hf.training.base_trainer import DistillationTrainer
 
 
 class _PredictsBoxes:

@@ -20,10 +20,10 @@ from transformers import AutoConfig, BaseImageProcessor, HfArgumentParser, PreTr
 from transformers.trainer_utils import get_last_checkpoint
 
 from iekd_hf import IEKDTrainer
-from iekd_hf.base_trainer import DistillationTrainer
-from iekd_hf.checkpoints import load_weights
-from iekd_hf.loading import explain_unreachable
-from iekd_hf.paraphraser_stage import has_begun
+from iekd_hf.models.loading import explain_unreachable
+from iekd_hf.training.base_trainer import DistillationTrainer
+from iekd_hf.training.checkpoints import load_weights
+from iekd_hf.training.paraphraser_stage import has_begun
 
 
 logger = logging.getLogger(__name__)

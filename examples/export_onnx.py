@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, PreTrainedModel
 
 import iekd_hf  # noqa: F401, makes the CIFAR ResNets known to the auto classes
-from iekd_hf.loading import explain_unreachable
+from iekd_hf.models.loading import explain_unreachable
 
 
 # Relative to the largest logit; float32 arithmetic in another order differs by about 1e-6.

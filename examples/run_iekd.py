@@ -22,9 +22,9 @@ from report import Result, draw, latencies, table
 from transformers import AutoConfig, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments
-from iekd_hf.base_trainer import DistillationTrainer
-from iekd_hf.loading import explain_unreachable, find_processor
-from iekd_hf.methods import METHODS
+from iekd_hf.arguments import METHODS
+from iekd_hf.models.loading import explain_unreachable, find_processor
+from iekd_hf.training.base_trainer import DistillationTrainer
 
 
 @dataclass

@@ -27,9 +27,9 @@ from tiny_detectors import is_tiny
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from iekd_hf import IEKDTrainingArguments
-from iekd_hf.detectors import is_detector
-from iekd_hf.loading import find_processor, load_model
-from iekd_hf.methods import METHODS
+from iekd_hf.arguments import METHODS
+from iekd_hf.features.detectors import is_detector
+from iekd_hf.models.loading import find_processor, load_model
 
 
 RESULTS = "results.json"

@@ -3,14 +3,14 @@
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from .arguments import IEKDTrainingArguments, MutualTrainingArguments
-from .augmentation import BatchAugmentation
-from .decoded_images import DecodedImages
-from .factors import ChannelSplit, FactorEncoder, Paraphraser
-from .layer_list import list_layers
-from .losses import exploration_loss, inheritance_loss, reconstruction_loss
-from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from .data.augmentation import BatchAugmentation
+from .data.decoded_images import DecodedImages
+from .features.layer_list import list_layers
+from .iekd_trainer import IEKDTrainer
+from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
+from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss
+from .models.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .mutual_trainer import MutualTrainer
-from .trainer import IEKDTrainer
 
 
 AutoConfig.register(CifarResNetConfig.model_type, CifarResNetConfig)

@@ -5,20 +5,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from .arguments import MutualTrainingArguments
-from .checkpoints import check_made_by, load_encoders, save_encoders
-from .checks import check_models
-from .features import FeatureTap, default_layers
-from .loading import load_if_named
-from .losses import kd_loss, reconstruction_loss
-from .model_card import taught_each_other
-from .modeling import PeerGroup, check_trainable, frozen_statistics
-from .objective import factor_losses, weighted_sum
-from .partwise_optimizer import PartwiseOptimizer
-from .peers_trainer import PeersTrainer
-from .pixels import mask_at
-from .run_facts import Network
-from .shared_arguments import PARAPHRASER_SGD
+from .arguments import PARAPHRASER_SGD, MutualTrainingArguments
+from .features.tap import FeatureTap, default_layers
+from .hub.card_facts import Network
+from .hub.model_card import taught_each_other
+from .method.losses import kd_loss, reconstruction_loss
+from .method.objective import factor_losses, weighted_sum
+from .method.padding import mask_at
+from .method.trainable import PeerGroup, check_trainable, frozen_statistics
+from .models.loading import load_if_named
+from .training.checkpoints import check_made_by, load_encoders, save_encoders
+from .training.checks import check_models
+from .training.partwise_optimizer import PartwiseOptimizer
+from .training.peers_trainer import PeersTrainer
 
 
 class MutualTrainer(PeersTrainer):

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from .base_trainer import DistillationTrainer
-from .checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_encoders, save_paraphrasers
-from .factors import ChannelSplit
-from .features import FeatureTap
-from .model_card import distilled
-from .modeling import StudentWithEncoders, check_trainable
-from .paraphraser_stage import PARAPHRASER_FOLDER, ParaphraserStage
-from .run_facts import Network, numbers
-from .teacher import FrozenTeacher
+from .features.tap import FeatureTap
+from .hub.card_facts import Network, numbers
+from .hub.model_card import distilled
+from .method.factors import ChannelSplit
+from .method.trainable import StudentWithEncoders, check_trainable
+from .teacher.frozen import FrozenTeacher
+from .training.base_trainer import DistillationTrainer
+from .training.checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_encoders, save_paraphrasers
+from .training.paraphraser_stage import PARAPHRASER_FOLDER, ParaphraserStage
 
 
 class StudentTrainer(DistillationTrainer):

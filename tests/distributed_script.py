@@ -16,7 +16,7 @@ from iekd_hf import (
     Paraphraser,
     teacher_cache,
 )
-from iekd_hf.teacher import FrozenTeacher
+from iekd_hf.teacher.frozen import FrozenTeacher
 
 
 def common(output_dir: str) -> dict:

@@ -18,12 +18,12 @@ from transformers import AutoModelForObjectDetection
 from transformers.backbone_utils import BackboneMixin
 
 from iekd_hf import Paraphraser, list_layers, reconstruction_loss
-from iekd_hf.checks import check_dataset
-from iekd_hf.features import FeatureTap, default_layers, pair_layers
-from iekd_hf.modeling import ParaphraserStack
-from iekd_hf.objective import factor_losses
-from iekd_hf.paraphraser_trainer import ParaphraserTrainer
-from iekd_hf.pixels import mask_at
+from iekd_hf.features.tap import FeatureTap, default_layers, pair_layers
+from iekd_hf.method.objective import factor_losses
+from iekd_hf.method.padding import mask_at
+from iekd_hf.method.trainable import ParaphraserStack
+from iekd_hf.training.checks import check_dataset
+from iekd_hf.training.paraphraser_trainer import ParaphraserTrainer
 
 
 LEVELS = {"out_features": ["stage2", "stage3", "stage4"]}

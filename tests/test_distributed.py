@@ -11,7 +11,7 @@ from conftest import make_images, make_resnet, same
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments
-from iekd_hf.base_trainer import DistillationTrainer
+from iekd_hf.training.base_trainer import DistillationTrainer
 
 
 HERE = Path(__file__).parent

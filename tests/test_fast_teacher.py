@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from iekd_hf import CifarResNetConfig, CifarResNetForImageClassification, Paraphraser
-from iekd_hf.fast_teacher import copy_fast, fold_batchnorm
-from iekd_hf.features import FeatureTap
+from iekd_hf.features.tap import FeatureTap
+from iekd_hf.teacher.fast_copy import copy_fast, fold_batchnorm
 
 
 # With how many BatchNorm layers each has, all of them behind a convolution.

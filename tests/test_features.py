@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from iekd_hf import list_layers
-from iekd_hf.features import FeatureTap
-from iekd_hf.padding import match_sizes
-from iekd_hf.teacher import FrozenTeacher
+from iekd_hf.features.tap import FeatureTap
+from iekd_hf.method.padding import match_sizes
+from iekd_hf.teacher.frozen import FrozenTeacher
 
 
 def maps_of(model, pixels, layers=None, **kwargs):

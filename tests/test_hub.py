@@ -239,7 +239,7 @@ def test_paraphraser_is_pushed_and_loaded(hub: HubServer, client: Client):
 
 LOAD_NOTHING = """
 import json, sys, time
-from iekd_hf.loading import load_model
+from iekd_hf.models.loading import load_model
 start = time.monotonic()
 try:
     load_model(sys.argv[1], "teacher_model")
@@ -272,7 +272,7 @@ def test_hub_that_cannot_be_reached(client: Client):
 LOAD_PICKLES = """
 import json, sys
 from iekd_hf import Paraphraser
-from iekd_hf.checkpoints import load_paraphrasers
+from iekd_hf.training.checkpoints import load_paraphrasers
 
 def attempt(load):
     try:

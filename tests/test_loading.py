@@ -14,7 +14,7 @@ from conftest import make_images, make_resnet
 from hub_server import HubServer
 from transformers import ViTImageProcessorPil
 
-from iekd_hf.loading import find_processor, load_model
+from iekd_hf.models.loading import find_processor, load_model
 
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from iekd_hf import exploration_loss, inheritance_loss, reconstruction_loss
-from iekd_hf.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES, kd_loss
+from iekd_hf.method.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES, kd_loss
 
 
 LOSSES = [(inheritance_loss, name) for name in INHERITANCE_DISTANCES]

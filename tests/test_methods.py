@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from iekd_hf import IEKDTrainingArguments, exploration_loss, inheritance_loss
-from iekd_hf.checkpoints import ENCODERS_FILE
-from iekd_hf.features import FeatureTap
-from iekd_hf.knowledge import AttentionMap, Connector, MarginReLU
-from iekd_hf.methods import METHODS
+from iekd_hf.arguments import METHODS
+from iekd_hf.features.tap import FeatureTap
+from iekd_hf.method.knowledge import AttentionMap, Connector, MarginReLU
+from iekd_hf.training.checkpoints import ENCODERS_FILE
 
 
 # ---- The mathematics ----
@@ -201,7 +201,7 @@ def test_knowledge_that_needs_no_paraphraser_refuses_one(make_trainer):
 
 def test_gradient_shares_against_a_plain_computation(make_trainer):
     """One batch, a teacher of the same kind: the norms by hand from the maps of a hook."""
-    from iekd_hf.gradient_shares import gradient_shares
+    from iekd_hf.training.gradient_shares import gradient_shares
 
     torch.manual_seed(0)
     f = torch.randn(4, 6, 3, 3, requires_grad=True)
@@ -227,7 +227,7 @@ def test_measuring_the_shares_leaves_no_trace(make_trainer, monkeypatch):
     measured = make_trainer()
     measured.train()
     without = make_trainer()
-    monkeypatch.setattr("iekd_hf.trainer.measure_gradient_shares", lambda trainer: {})
+    monkeypatch.setattr("iekd_hf.iekd_trainer.measure_gradient_shares", lambda trainer: {})
     without.train()
     assert same(measured.student_side.state_dict(), without.student_side.state_dict())
 

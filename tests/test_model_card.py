@@ -8,7 +8,7 @@ from hub_server import card_errors
 from huggingface_hub import ModelCard
 
 from iekd_hf import Paraphraser
-from iekd_hf.run_facts import curve, last_metrics
+from iekd_hf.hub.card_facts import curve, last_metrics
 
 
 def accuracy(prediction) -> dict[str, float]:

@@ -11,8 +11,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from conftest import make_images, make_resnet, make_vit, same
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
 
-from iekd_hf.modeling import frozen_statistics
-from iekd_hf.partwise_optimizer import PartwiseOptimizer
+from iekd_hf.method.trainable import frozen_statistics
+from iekd_hf.training.partwise_optimizer import PartwiseOptimizer
 
 
 def train_logs(trainer) -> list[dict]:

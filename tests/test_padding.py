@@ -8,12 +8,12 @@ import transformers as t
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from iekd_hf import exploration_loss, inheritance_loss, reconstruction_loss
-from iekd_hf.knowledge import MarginReLU
-from iekd_hf.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES
-from iekd_hf.padding import match_sizes
-from iekd_hf.paraphraser_stage import maps_without_padding
-from iekd_hf.paraphraser_trainer import summed
-from iekd_hf.pixels import TeacherPixels, mask_at
+from iekd_hf.method.knowledge import MarginReLU
+from iekd_hf.method.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES
+from iekd_hf.method.padding import mask_at, match_sizes
+from iekd_hf.teacher.pixels import TeacherPixels
+from iekd_hf.training.paraphraser_stage import maps_without_padding
+from iekd_hf.training.paraphraser_trainer import summed
 
 
 DISTANCES = [(inheritance_loss, name) for name in INHERITANCE_DISTANCES]

@@ -179,7 +179,7 @@ class Kept(logging.Handler):
         messages.append(record.getMessage())
 
 messages, results, told = [], {}, {}
-transformers.utils.logging.get_logger("iekd_hf.hub").addHandler(Kept())
+transformers.utils.logging.get_logger("iekd_hf.hub.push").addHandler(Kept())
 logging.getLogger("transformers").addHandler(Kept())
 
 def collect(name):

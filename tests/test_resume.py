@@ -9,8 +9,8 @@ from conftest import make_images, make_resnet, make_vit, same
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from iekd_hf import Paraphraser
-from iekd_hf.checkpoints import load_weights
-from iekd_hf.paraphraser_trainer import ParaphraserTrainer
+from iekd_hf.training.checkpoints import load_weights
+from iekd_hf.training.paraphraser_trainer import ParaphraserTrainer
 
 
 class StopAt(TrainerCallback):

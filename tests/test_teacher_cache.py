@@ -15,8 +15,8 @@ from test_whole_batches import make_augmentation, make_decoded
 from transformers import TrainerCallback, ViTImageProcessorPil
 
 from iekd_hf import Paraphraser
-from iekd_hf.teacher import FrozenTeacher
-from iekd_hf.teacher_cache import _digest
+from iekd_hf.teacher.cache import _digest
+from iekd_hf.teacher.frozen import FrozenTeacher
 
 
 def make_paraphraser(seed: int = 0) -> Paraphraser:
@@ -147,7 +147,7 @@ def test_another_process_finds_it():
     # A digest that depended on addresses or hash seeds would differ.
     code = (
         "from test_whole_batches import make_augmentation, make_decoded; "
-        "from iekd_hf.teacher_cache import _digest; "
+        "from iekd_hf.teacher.cache import _digest; "
         "print(_digest(make_augmentation(size=(3, 4))), make_decoded(4).table._fingerprint)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -157,7 +157,7 @@ def test_another_process_finds_it():
 
 
 def test_an_interrupted_one_is_continued_and_never_read(make, images_seen, monkeypatch, tmp_path):
-    monkeypatch.setattr("iekd_hf.teacher_cache._BLOCK", 8)
+    monkeypatch.setattr("iekd_hf.teacher.cache._BLOCK", 8)
     run, calls = FrozenTeacher.forward, []
 
     def broken(self, inputs, with_logits=False):
@@ -205,7 +205,7 @@ def test_runs_that_want_the_same_wait_for_the_one_that_makes_it(make, images_see
 def test_a_disk_that_is_too_small_is_refused_with_the_numbers(make, monkeypatch):
     trainer = make()
     usage = collections.namedtuple("usage", "total used free")(2**40, 2**40 - 2**13, 2**13)
-    monkeypatch.setattr("iekd_hf.teacher_cache.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("iekd_hf.teacher.cache.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(ValueError, match=r"0.00 GiB for 2 views of 16 images, got 0.00 GiB free.*lower cache_views"):
         trainer.train()
 

@@ -19,7 +19,7 @@ except (ImportError, RuntimeError) as error:  # torchvision's operators, registe
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import is_timm_available
 
-from iekd_hf.features import FeatureTap
+from iekd_hf.features.tap import FeatureTap
 
 
 needs_wrapper = pytest.mark.skipif(not is_timm_available(), reason="Transformers finds no timm with torchvision")

@@ -34,7 +34,7 @@ def make_augmentation(**kwargs) -> BatchAugmentation:
 
 
 def test_batches_are_the_rows_asked_for_in_any_order(monkeypatch, tmp_path):
-    monkeypatch.setattr("iekd_hf.decoded_images._PIECE_BYTES", 3 * 4 * 6 * 5)  # pieces of 5 rows
+    monkeypatch.setattr("iekd_hf.data.decoded_images._PIECE_BYTES", 3 * 4 * 6 * 5)  # pieces of 5 rows
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (23, 4, 6, 3), dtype=np.uint8)
     rows = {"picture": [PIL.Image.fromarray(image) for image in pixels], "label": list(range(23))}

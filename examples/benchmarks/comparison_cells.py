@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, set_seed
 
 import iekd_hf
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
-from iekd_hf.base_trainer import DistillationTrainer
-from iekd_hf.checkpoints import load_weights
-from iekd_hf.methods import METHODS
+from iekd_hf.arguments import METHODS
+from iekd_hf.training.base_trainer import DistillationTrainer
+from iekd_hf.training.checkpoints import load_weights
 
 
 logger = logging.getLogger(__name__)

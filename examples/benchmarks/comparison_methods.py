@@ -4,7 +4,7 @@ import json
 import re
 
 from iekd_hf import MutualTrainingArguments
-from iekd_hf.methods import METHODS
+from iekd_hf.arguments import METHODS
 
 
 MUTUAL = {"alone": None, "dml": "kl", "ie-dml": "ie", "ie-dml+kl": "ie+kl"}

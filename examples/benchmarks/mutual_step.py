@@ -19,9 +19,9 @@ from lockstep import now
 from transformers import TrainerCallback, default_data_collator
 
 from iekd_hf import CifarResNetConfig, CifarResNetForImageClassification, MutualTrainer, MutualTrainingArguments
-from iekd_hf.losses import reconstruction_loss
-from iekd_hf.modeling import PeerGroup
-from iekd_hf.objective import factor_losses, weighted_sum
+from iekd_hf.method.losses import reconstruction_loss
+from iekd_hf.method.objective import factor_losses, weighted_sum
+from iekd_hf.method.trainable import PeerGroup
 
 
 class Passes:

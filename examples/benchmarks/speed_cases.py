@@ -25,7 +25,7 @@ from iekd_hf import (
     IEKDTrainingArguments,
     Paraphraser,
 )
-from iekd_hf.base_trainer import DistillationTrainer
+from iekd_hf.training.base_trainer import DistillationTrainer
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

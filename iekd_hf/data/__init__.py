@@ -1,0 +1,1 @@
+"""Images come in: decoded once, augmented a batch at a time."""

@@ -1,0 +1,1 @@
+"""From a model to its feature maps: which layers, and what each one gives."""

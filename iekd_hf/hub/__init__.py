@@ -1,0 +1,1 @@
+"""What leaves: pushes to the Hub and the model card."""

@@ -1,0 +1,1 @@
+"""The paper: factors, losses, the objective, and what trains. Knows no Trainer."""

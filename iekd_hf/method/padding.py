@@ -1,0 +1,88 @@
+"""The padding of a batch: masks on any grid, maps without it, and factors of several sizes brought together."""
+
+import torch
+import torch.nn.functional as F
+
+
+def mask_at(pixel_mask: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor | None:
+    """
+    Bring a batch's `pixel_mask` to another grid by its nearest entries, as detectors do.
+
+    Args:
+        pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+            1 where an image is, 0 where the batch is padded.
+        size (`tuple[int, int]`):
+            Height and width of a map.
+
+    Returns:
+        `torch.Tensor`: booleans, of shape `(batch_size, *size)`; `None` without a mask.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf.method.padding import mask_at
+    >>> mask_at(torch.tensor([[[1, 1, 1, 0, 0, 0]]]), (1, 3))
+    tensor([[[ True,  True, False]]])
+
+    ```
+    """
+    return None if pixel_mask is None else F.interpolate(pixel_mask[None].float(), size=tuple(size))[0].bool()
+
+
+def zero_padding(maps: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
+    """Set the padding of `(batch_size, channels, height, width)` to zero; without a mask nothing changes."""
+    if pixel_mask is None:
+        return maps
+    return maps.masked_fill(~mask_at(pixel_mask, maps.shape[-2:])[:, None], 0.0)
+
+
+def match_sizes(
+    student: torch.Tensor, teacher: torch.Tensor, pixel_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    Bring two tensors to the smaller height and the smaller width of both by adaptive average pooling.
+
+    Args:
+        student (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            Factors of the student.
+        teacher (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            Factors of the teacher, of any height and width.
+        pixel_mask (`torch.Tensor` of shape `(batch_size, image_height, image_width)`, *optional*):
+            1 where the images are in a padded batch. Averages are then over what is no padding.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]`: both with the same height and width, and where both
+        have something that is no padding, `(batch_size, height, width)`; `None` without a `pixel_mask`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf.method.padding import match_sizes
+    >>> student, teacher, mask = match_sizes(torch.randn(2, 8, 7, 7), torch.randn(2, 8, 14, 6))
+    >>> student.shape, teacher.shape, mask
+    (torch.Size([2, 8, 7, 6]), torch.Size([2, 8, 7, 6]), None)
+    >>> feature_map, pixel_mask = torch.tensor([[[[3.0, 5.0, 5.0, 99.0]]]]), torch.tensor([[[1, 1, 1, 0]]])
+    >>> match_sizes(feature_map, torch.zeros(1, 1, 1, 2), pixel_mask)
+    (tensor([[[[4., 5.]]]]), tensor([[[[0., 0.]]]]), tensor([[[True, True]]]))
+
+    ```
+    """
+    size = tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    if pixel_mask is None:
+        return *(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher)), None
+    (student, mask_S), (teacher, mask_T) = (_average(x, pixel_mask, size) for x in (student, teacher))
+    return student, teacher, mask_S & mask_T
+
+
+def _average(
+    factors: torch.Tensor, pixel_mask: torch.Tensor, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pool without padding; also return where there was anything else."""
+    mask = mask_at(pixel_mask, factors.shape[2:])
+    if factors.shape[2:] == size:
+        return factors, mask
+    pooled = F.adaptive_avg_pool2d(factors.masked_fill(~mask[:, None], 0.0), size)
+    share = F.adaptive_avg_pool2d(mask[:, None].to(factors.dtype), size)
+    return pooled / torch.where(share == 0, 1.0, share), share[:, 0] > 0

@@ -1,0 +1,266 @@
+"""What a frozen teacher says of augmented images, computed once, kept on disk, memory-mapped."""
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets.fingerprint import Hasher
+from huggingface_hub.utils import WeakFileLock
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..arguments import IEKDTrainingArguments
+from ..data.decoded_images import DecodedImages
+from .frozen import FrozenTeacher, fingerprint
+
+
+logger = logging.get_logger(__name__)
+
+# Images between two notes of what is done: what an interruption loses at most.
+_BLOCK = 1024
+_COMPLETE = "complete.json"
+# What a configuration says of how a model was made, loaded or trained, but not of its features.
+_NOT_THE_TEACHER = ("_name_or_path", "transformers_version", "architectures", "dtype", "problem_type")
+
+
+class TeacherCache:
+    """
+    Hold the factors F_T, and the logits if a logit term is on, of K views of each image, in float16.
+
+    It lies in a folder named by a digest of everything that the numbers depend on. An unfinished one is continued, and
+    never read.
+
+    Args:
+        teacher (`FrozenTeacher`):
+            The teacher with its paraphrasers, its hooks attached.
+        images (`DecodedImages`):
+            The training images.
+        augmentation (`nn.Module`):
+            Makes a view again from an image's id.
+        args (`IEKDTrainingArguments`):
+            How many views, where, and in which precision.
+        accelerator (`Accelerator`):
+            Runs the teacher; each rank takes its share of the images.
+
+    Raises:
+        `ValueError`: a disk that would not hold it, or ranks that do not share its folder.
+        `FloatingPointError`: a value that float16 cannot hold.
+    """
+
+    def __init__(
+        self,
+        teacher: FrozenTeacher,
+        images: DecodedImages,
+        augmentation: nn.Module,
+        args: IEKDTrainingArguments,
+        accelerator: Accelerator,
+    ):
+        self.teacher, self.images, self.augmentation = teacher, images, augmentation
+        self.args, self.accelerator = args, accelerator
+        self.with_logits = args.lambda_kd > 0
+        spec = self._spec()
+        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = Path(args.teacher_cache_dir or Path(args.output_dir) / "_teacher_cache") / digest
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of several runs that want the same, one makes it while the others wait. What the main process finds holds
+        # for all ranks: they build together, or not at all.
+        lock = WeakFileLock(self.folder.with_suffix(".lock")) if accelerator.is_main_process else nullcontext()
+        with lock:
+            if not broadcast_object_list([(self.folder / _COMPLETE).is_file()])[0]:
+                self._build(spec)
+        self._check_shared(_COMPLETE)
+        self._arrays = self._open("r")
+        size = sum(array.nbytes for array in self._arrays) / 2**20
+        logger.info(f"Teacher's cache: {args.cache_views} views of {len(images)} images, {size:,.0f} MiB.")
+
+    def read(self, view: int, image_ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """
+        Return what the teacher gives for one view of some images.
+
+        Args:
+            view (`int`):
+                Which view.
+            image_ids (`torch.Tensor` of shape `(batch_size,)`):
+                Which images, on the host.
+
+        Returns:
+            `tuple`: the factors F_T of each pair, and the logits or `None`, in float32 on the training device.
+        """
+        rows = image_ids.numpy()
+        tensors = [torch.from_numpy(array[view][rows]) for array in self._arrays]
+        if self.args.device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]  # so that the copy waits for nothing
+        tensors = [tensor.to(self.args.device, non_blocking=True).float() for tensor in tensors]
+        logits = tensors.pop() if self.with_logits else None
+        return tensors, logits
+
+    def _spec(self) -> dict:
+        """Return everything that the numbers depend on."""
+        teacher = self.teacher.teacher
+        config = teacher.config.to_dict() if hasattr(teacher, "config") else {}
+        for name in _NOT_THE_TEACHER:
+            config.pop(name, None)
+        return {
+            "teacher": fingerprint([teacher]),
+            "teacher_type": type(teacher).__name__,
+            "teacher_config": json.dumps(config, sort_keys=True, default=str),
+            "teacher_dtype": str(self.teacher.dtype),
+            "teacher_layers": self.teacher.tap.layers,
+            "teacher_pixels": _digest(self.teacher.teacher_pixels),
+            "knowledge": self.args.knowledge,
+            "paraphrasers": fingerprint(self.teacher.paraphrasers),
+            "images": self.images.table._fingerprint,  # what datasets names its own cache by
+            "augmentation": _digest(self.augmentation),
+            "views": self.args.cache_views,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "with_logits": self.with_logits,
+        }
+
+    # ---- Building ----
+
+    def _build(self, spec: dict) -> None:
+        args, accelerator = self.args, self.accelerator
+        blocks = [*itertools.product(range(args.cache_views), range(0, len(self.images), _BLOCK))]
+        if accelerator.is_main_process:
+            self._allocate(len(blocks))
+        accelerator.wait_for_everyone()
+        self._check_shared("done.npy")
+        arrays = self._open("r+")
+        done = np.load(self.folder / "done.npy", mmap_mode="r+")
+        mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
+        size = sum(array.nbytes for array in arrays) / 2**20
+        lengths = {i: min(_BLOCK, len(self.images) - blocks[i][1]) for i in mine}
+        bar = tqdm(
+            total=sum(lengths.values()),
+            initial=sum(lengths[i] for i in mine if done[i]),
+            desc=f"Caching the teacher ({size:,.0f} MiB)",
+            unit=" images",
+            disable=args.disable_tqdm or not accelerator.is_local_main_process,
+        )
+        open_blocks = [i for i in mine if not done[i]]
+        batches = [
+            (i, range(start, min(start + args.eval_batch_size, blocks[i][1] + lengths[i])))
+            for i in open_blocks
+            for start in range(blocks[i][1], blocks[i][1] + lengths[i], args.eval_batch_size)
+        ]
+        loader = DataLoader(
+            self.images,
+            batch_sampler=[list(ids) for _, ids in batches],
+            collate_fn=_as_it_is,
+            num_workers=args.dataloader_num_workers,
+        )
+        for (i, ids), batch in zip(batches, loader, strict=True):
+            view, start = blocks[i]
+            for array, tensor in zip(arrays, self._run(batch, view), strict=True):
+                array[view, ids.start : ids.stop] = tensor.cpu().numpy()
+            bar.update(len(ids))
+            if ids.stop == start + lengths[i]:
+                for array in arrays:
+                    array.flush()
+                done[i] = True  # noted only when it is on disk
+                done.flush()
+        bar.close()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            unfinished = self.folder / f"{_COMPLETE}.tmp"
+            unfinished.write_text(json.dumps(spec, indent=2))
+            os.replace(unfinished, self.folder / _COMPLETE)
+            (self.folder / "done.npy").unlink()
+        accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _run(self, batch: dict, view: int) -> list[torch.Tensor]:
+        """Return F_T, and the logits, of a batch of raw pixels, in float16."""
+        device = self.args.device
+        pixels = batch["pixel_values"].to(device, non_blocking=True)
+        pixels = self.augmentation(pixels, torch.from_numpy(batch["image_ids"]), view)
+        with self.accelerator.autocast():
+            factors, logits = self.teacher({self.teacher.main_input_name: pixels}, with_logits=self.with_logits)
+        tensors = [tensor.half() for tensor in (*factors, *([logits] if self.with_logits else []))]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise FloatingPointError(
+                "Expected factors and logits of the teacher that float16 can hold, got NaN, infinity or more than "
+                "65,504: set cache_teacher=False."
+            )
+        return tensors
+
+    def _names(self) -> list[str]:
+        names = [f"factors_{i}.npy" for i in range(len(self.teacher.paraphrasers))]
+        return [*names, "logits.npy"] if self.with_logits else names
+
+    def _open(self, mode: str) -> list[np.ndarray]:
+        return [np.load(self.folder / name, mmap_mode=mode) for name in self._names()]
+
+    def _allocate(self, num_blocks: int) -> None:
+        """Make the files, if an interrupted run has not, on a disk that can hold them."""
+        if (self.folder / "done.npy").is_file():
+            logger.info("Continuing an unfinished cache of the teacher.")
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        first = self._run(self.images.__getitems__([0]), view=0)
+        shapes = [(self.args.cache_views, len(self.images), *tensor.shape[1:]) for tensor in first]
+        size = sum(2 * int(np.prod(shape)) for shape in shapes)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if size > 0.95 * free:
+            raise ValueError(
+                f"Expected room for the teacher's cache, {size / 2**30:,.2f} GiB for {self.args.cache_views} views of "
+                f"{len(self.images):,} images, got {free / 2**30:,.2f} GiB free on its disk: lower cache_views, set "
+                "teacher_cache_dir to a larger disk, or cache_teacher=False."
+            )
+        for name, shape in zip(self._names(), shapes, strict=True):
+            np.lib.format.open_memmap(self.folder / name, mode="w+", dtype=np.float16, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a disk that fills up meanwhile is an error now, not a crash later
+                with open(self.folder / name, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(self.folder / name))
+        # Last, and at once: without it the files above count for nothing.
+        np.save(self.folder / "done.tmp.npy", np.zeros(num_blocks, bool))
+        os.replace(self.folder / "done.tmp.npy", self.folder / "done.npy")
+
+    def _check_shared(self, name: str) -> None:
+        if not (self.folder / name).is_file():
+            raise ValueError(
+                "Expected every rank to see the teacher's cache that the main process makes, but rank "
+                f"{self.accelerator.process_index} does not: set teacher_cache_dir to a folder that all share."
+            )
+
+
+def check_cacheable(dataset: Dataset, augmentation: nn.Module | None) -> None:
+    """
+    Refuse images whose views cannot be made again.
+
+    Args:
+        dataset (`Dataset`):
+            The training images.
+        augmentation (`nn.Module`, *optional*):
+            What makes views of them.
+
+    Raises:
+        `ValueError`: no [`DecodedImages`], or no augmentation.
+    """
+    if not isinstance(dataset, DecodedImages) or augmentation is None:
+        raise ValueError(
+            f"Expected DecodedImages and an augmentation with cache_teacher=True, got {type(dataset).__name__} and "
+            f"{type(augmentation).__name__}: only their views can be made again. Make them by "
+            "DecodedImages.decode(dataset) and BatchAugmentation, or set cache_teacher=False."
+        )
+
+
+def _digest(module: nn.Module | None) -> str:
+    """Return a digest of all that a module holds, wherever its tensors are."""
+    return Hasher.hash(copy.deepcopy(module).cpu() if module is not None else None)
+
+
+def _as_it_is(batch: dict) -> dict:
+    return batch

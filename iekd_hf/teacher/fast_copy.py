@@ -1,0 +1,108 @@
+"""Make a copy of a frozen model that gives the same feature maps in less time; the original stays as it was."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: Sequence[str] = ()) -> int:
+    """
+    Fold BatchNorm layers into the convolutions before them, in place: in eval mode both are one convolution.
+
+    Which convolution feeds which BatchNorm is seen in one forward pass: a tensor that a convolution has made and that
+    a BatchNorm, and no other layer, takes.
+
+    Args:
+        model (`nn.Module`):
+            A model in eval mode.
+        run (`Callable`):
+            Runs the model forward, without gradients.
+        keep (`Sequence[str]`, *optional*):
+            Names of layers whose output is needed as it is.
+
+    Returns:
+        `int`: how many layers were folded.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf.teacher.fast_copy import fold_batchnorm
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+    >>> with torch.no_grad():
+    ...     fold_batchnorm(model, lambda model: model(torch.zeros(1, 3, 8, 8)))
+    1
+    >>> model[1]
+    Identity()
+
+    ```
+    """
+    made_by: dict[int, str] = {}
+    alive, uses, calls, pairs = [], Counter(), Counter(), {}
+
+    def watch(name):
+        def hook(module, args, output):
+            calls[name] += 1
+            alive.extend((*args, output))  # an id is unique among living objects only
+            for tensor in args:
+                uses[id(tensor)] += 1
+            if isinstance(module, nn.BatchNorm2d) and args and id(args[0]) in made_by:
+                pairs[name] = (made_by[id(args[0])], id(args[0]))
+            if isinstance(module, nn.Conv2d):
+                made_by[id(output)] = name
+
+        return hook
+
+    modules = dict(model.named_modules())
+    leaves = {name: module for name, module in modules.items() if next(module.children(), None) is None}
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves.items()]
+    try:
+        run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    folded = 0
+    for norm, (convolution, tensor) in pairs.items():
+        if uses[tensor] == calls[norm] == calls[convolution] == 1 and convolution not in keep:
+            _replace(modules, convolution, fuse_conv_bn_eval(modules[convolution], modules[norm]))
+            _replace(modules, norm, nn.Identity())
+            folded += 1
+    return folded
+
+
+def copy_fast(model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]], keep: Sequence[str] = ()) -> nn.Module:
+    """
+    Copy a model in eval mode, fold its BatchNorm layers, and lay its weights out channels last if it is convolutional.
+
+    Args:
+        model (`nn.Module`):
+            The model; not changed.
+        run (`Callable`):
+            Runs a model like it forward, without gradients, and returns the tensors that must stay the same.
+        keep (`Sequence[str]`, *optional*):
+            Names of layers whose output is needed as it is.
+
+    Returns:
+        `nn.Module`: the copy; unfolded where folding would change its result, as where code of the model uses a
+        convolution's output itself.
+    """
+    fast = copy.deepcopy(model).eval()
+    if fold_batchnorm(fast, run, keep):
+        for expected, got in zip(run(model), run(fast), strict=True):
+            if (expected - got).norm() > 1e-3 * expected.norm():
+                fast = copy.deepcopy(model).eval()
+                break
+    # Convolutions that only cut an image into patches, as in a ViT, do not make a model convolutional.
+    convolutions = (module for module in fast.modules() if isinstance(module, nn.Conv2d))
+    if any(max(m.kernel_size) > max(m.stride) for m in convolutions):
+        fast = fast.to(memory_format=torch.channels_last)
+    return fast
+
+
+def _replace(modules: dict[str, nn.Module], name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(modules[parent], last, module)

@@ -1,0 +1,167 @@
+"""What is frozen: the teacher with what makes factors of its maps, fed with the student's batch."""
+
+import hashlib
+import inspect
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..features.tap import FeatureTap
+from ..method.padding import mask_at
+from .fast_copy import copy_fast
+from .pixels import TeacherPixels
+
+
+def logits_of(outputs: torch.Tensor | dict) -> torch.Tensor:
+    """Return a teacher's logits: the entry of that name, or a tensor as it is."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if isinstance(outputs, dict) and "logits" in outputs:
+        return outputs["logits"]
+    raise ValueError(
+        "Expected the teacher to return a tensor of logits or a dictionary with `logits`, got "
+        f"{type(outputs).__name__}: wrap it in a module that does, or set lambda_kd=0; the feature losses do "
+        "not need it."
+    )
+
+
+class FrozenTeacher(nn.Module):
+    """
+    Hold what never trains in stage 2: the teacher, and its paraphrasers (or what else makes of its maps what is
+    compared). It stays in eval mode whatever is asked.
+
+    It is kept off the student's module tree: Trainer calls `train()` on that every step, and a teacher on it would
+    move its BatchNorm statistics.
+
+    Args:
+        teacher (`nn.Module`):
+            The teacher; neither its weights nor its `requires_grad` flags are changed. One that is not of Transformers
+            takes the pixels as its first argument.
+        tap (`FeatureTap`):
+            Where its feature maps are taken.
+        teacher_pixels (`TeacherPixels`, *optional*):
+            Turns the student's pixels into the teacher's.
+    """
+
+    def __init__(self, teacher: nn.Module, tap: FeatureTap, teacher_pixels: TeacherPixels | None = None):
+        super().__init__()
+        self.teacher = teacher
+        self.tap = tap
+        self.teacher_pixels = teacher_pixels
+        self.paraphrasers = nn.ModuleList()
+        self.fast = False
+        parameters = inspect.signature(teacher.forward).parameters.values()
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        self._arguments = [p.name for p in parameters if p.kind not in variadic and "label" not in p.name]
+        # Outside of Transformers the pixels come first, whatever they are called there.
+        first = "pixel_values" if "pixel_values" in self._arguments else next(iter(self._arguments), "pixel_values")
+        self.main_input_name = getattr(teacher, "main_input_name", first)
+        self.dtype = next((p.dtype for p in teacher.parameters()), torch.float32)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenTeacher":
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def set_paraphrasers(self, paraphrasers: list[nn.Module]) -> None:
+        """Take the trained paraphrasers, or what stands for them, one for each layer."""
+        self.paraphrasers = nn.ModuleList(paraphrasers).eval()
+
+    @torch.no_grad()
+    def speed_up(
+        self, sample: dict, dtype: torch.dtype | None = None, compiled: bool = False, with_logits: bool = True
+    ) -> None:
+        """
+        Go on with a copy of the teacher that gives the same maps in less time; the user's own stays as it was.
+
+        Args:
+            sample (`dict`):
+                A batch, to find what can be folded and to see that the result is the same.
+            dtype (`torch.dtype`, *optional*):
+                What to cast the copy to.
+            compiled (`bool`, *optional*, defaults to `False`):
+                Whether to compile the layers that give the maps.
+            with_logits (`bool`, *optional*, defaults to `True`):
+                Whether the logits will be needed; otherwise nothing behind the last layer is looked at.
+        """
+        sample = self.adapt(sample)
+
+        def run(model):
+            tap = FeatureTap(model, self.tap.layers, self.tap.before_activation)
+            tap.attach()
+            try:
+                return tap.run(sample, stop_after_last=not with_logits)[1]
+            finally:
+                tap.detach()
+
+        self.teacher = copy_fast(self.teacher, run, keep=self.tap.layers)
+        self.dtype = dtype or self.dtype
+        self.teacher.to(self.dtype)
+        self.tap = FeatureTap(self.teacher, self.tap.layers, self.tap.before_activation)
+        self.fast = True
+        if compiled:
+            # Outside of the hooks, of which the last one leaves the forward pass.
+            for module in dict.fromkeys(self.tap.modules):
+                module.forward = torch.compile(module.forward)
+
+    def probe(self, sample: dict, with_logits: bool) -> tuple[torch.Tensor | None, list[int]]:
+        """Return the logits and the maps' channels; raise `ValueError` where the student's batch does not suit it."""
+        try:
+            outputs, channels = self.tap.probe(self.adapt(sample), not with_logits)
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            shapes = {name: tuple(x.shape) for name, x in sample.items() if isinstance(x, torch.Tensor)}
+            raise ValueError(
+                f"Expected {type(self.teacher).__name__} to take the student's batch {shapes}, got: {error} "
+                "If it needs another size, pass teacher_processor."
+            ) from error
+        return logits_of(outputs) if with_logits else None, channels
+
+    def adapt(self, inputs: dict) -> dict:
+        """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
+        pixels = inputs[self.main_input_name if self.main_input_name in inputs else "pixel_values"]
+        if self.teacher_pixels is not None:
+            mask = inputs.get("pixel_mask")
+            pixels = self.teacher_pixels(pixels, mask)
+            if mask is not None:
+                inputs = {**inputs, "pixel_mask": mask_at(mask, pixels.shape[-2:]).to(mask.dtype)}
+        inputs = {name: value for name, value in inputs.items() if name in self._arguments}
+        return {**inputs, self.main_input_name: pixels.to(self.dtype)}
+
+    @torch.no_grad()
+    def feature_maps(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """
+        Run the teacher as far as needed.
+
+        Args:
+            inputs (`dict`):
+                The student's batch.
+            with_logits (`bool`, *optional*, defaults to `False`):
+                Whether the logits are needed; otherwise the forward pass ends after the last layer.
+
+        Returns:
+            `tuple`: the maps f_T, `(batch_size, channels, height, width)` each, and the logits or `None`.
+        """
+        outputs, feature_maps = self.tap.run(self.adapt(inputs), stop_after_last=not with_logits)
+        if self.dtype in (torch.float16, torch.bfloat16):  # a teacher loaded so, before float32 paraphrasers
+            feature_maps = [f_T.float() for f_T in feature_maps]
+        return feature_maps, logits_of(outputs) if with_logits else None
+
+    @torch.no_grad()
+    def forward(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Return the factors F_T of each pair (none without paraphrasers), and the logits or `None`."""
+        if not self.paraphrasers and not with_logits:
+            return [], None
+        feature_maps, logits = self.feature_maps(inputs, with_logits)
+        if not self.paraphrasers:
+            return [], logits
+        return [p.encode(f_T) for p, f_T in zip(self.paraphrasers, feature_maps, strict=True)], logits
+
+
+def fingerprint(modules: Iterable[nn.Module]) -> str:
+    """Return a digest of modules' weights and statistics."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for tensor in module.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""Turn a batch that was processed for the student into what the teacher's image processor would have made of it."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import BaseImageProcessor
+
+from ..method.padding import zero_padding
+
+
+class TeacherPixels(nn.Module):
+    """
+    Renormalise and resize pixel values on the device, from the student's image processor to the teacher's.
+
+    A batch is processed once, for the student. If the teacher was trained with another mean, standard deviation,
+    scale or size, it would see wrong pixels and say nothing.
+
+    Args:
+        student_processor (`BaseImageProcessor`):
+            The processor that made the batch.
+        teacher_processor (`BaseImageProcessor`):
+            The processor that the teacher expects.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import ViTImageProcessorPil
+    >>> from iekd_hf.teacher.pixels import TeacherPixels
+    >>> student = ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 4, "width": 4})
+    >>> teacher = ViTImageProcessorPil(image_mean=[0.0] * 3, image_std=[0.1] * 3, size={"height": 8, "width": 8})
+    >>> pixels = TeacherPixels(student, teacher)(torch.zeros(1, 3, 4, 4))
+    >>> pixels.shape, round(pixels.mean().item(), 4)
+    (torch.Size([1, 3, 8, 8]), 5.0)
+
+    ```
+    """
+
+    def __init__(self, student_processor: BaseImageProcessor, teacher_processor: BaseImageProcessor):
+        super().__init__()
+        scale_student, shift_student = _affine(student_processor)
+        scale_teacher, shift_teacher = _affine(teacher_processor)
+        # raw * scale + shift are the processed pixels; invert the student's, apply the teacher's.
+        scale = scale_teacher / scale_student
+        self.register_buffer("scale", scale.view(1, -1, 1, 1))
+        self.register_buffer("shift", (shift_teacher - shift_student * scale).view(1, -1, 1, 1))
+        self.size, self.student_size = _output_size(teacher_processor), _output_size(student_processor)
+
+    @classmethod
+    def between(cls, student_processor, teacher_processor) -> "TeacherPixels | None":
+        """Return what leads from one processor's pixels to the other's; `None` where that is unknown or nothing."""
+        if not all(isinstance(p, BaseImageProcessor) for p in (student_processor, teacher_processor)):
+            return None
+        pixels = cls(student_processor, teacher_processor)
+        same_size = pixels.size is None or pixels.size == pixels.student_size
+        same_values = torch.allclose(pixels.scale, torch.ones(())) and torch.allclose(pixels.shift, torch.zeros(()))
+        return None if same_size and same_values else pixels
+
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Make the teacher's pixels.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+                The student's.
+            pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+                Where the images are in a padded batch. Padding is 0 in the teacher's pixels, too, as its processor
+                would pad, and is scaled along with the images.
+
+        Returns:
+            `torch.Tensor`: the teacher's `pixel_values`.
+        """
+        pixel_values = pixel_values * self.scale.to(pixel_values.dtype) + self.shift.to(pixel_values.dtype)
+        pixel_values = zero_padding(pixel_values, pixel_mask)
+        size = self._size_of(*pixel_values.shape[-2:], padded=pixel_mask is not None)
+        if size == pixel_values.shape[-2:]:
+            return pixel_values
+        resized = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return zero_padding(resized, pixel_mask)
+
+    def _size_of(self, height: int, width: int, padded: bool) -> tuple[int, int]:
+        """Return the height and width of the teacher's batch for the student's."""
+        size = self.size or {"height": height, "width": width}
+        if "height" in size:
+            return size["height"], size["width"]
+        shortest = min(height, width)
+        if padded and self.student_size is not None:
+            # The images are smaller than their batch; their own shortest edge is the one that the student's processor
+            # gives them, and all of a batch grow alike.
+            shortest = min(shortest, self.student_size.get("shortest_edge", shortest))
+        ratio = min(size["shortest_edge"] / shortest, size.get("longest_edge", math.inf) / max(height, width))
+        return round(height * ratio), round(width * ratio)
+
+
+def _affine(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and shift per channel of `processed = raw * scale + shift`."""
+    scale = processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
+    if getattr(processor, "do_normalize", False):
+        mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    else:
+        mean, std = torch.zeros(1), torch.ones(1)
+    return scale / std, -mean / std
+
+
+def _output_size(processor: BaseImageProcessor) -> dict[str, int] | None:
+    """Return height and width, or the shortest and perhaps the longest edge; `None` where there is no resizing."""
+    if getattr(processor, "do_center_crop", False):
+        size = processor.crop_size
+    elif getattr(processor, "do_resize", False):
+        size = processor.size
+    else:
+        return None
+    for edges in (("height", "width"), ("shortest_edge", "longest_edge")):
+        if size.get(edges[0]):
+            return {name: size[name] for name in edges if size.get(name)}
+    return None

@@ -1,0 +1,1 @@
+"""Trainer's mechanics without any algorithm: checkpoints, resuming, stage 1, checks, logs."""

@@ -1,0 +1,273 @@
+"""What every trainer here shares, without any algorithm: logs, the finite-loss guard, strict loads."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from ..features.detectors import NOT_PREDICTIONS as NOT_PREDICTED_BY_DETECTORS
+from ..hub.push import HubTrainer
+from ..models.adapters import is_adapted
+from .checkpoints import load_weights
+from .component_log import ComponentLog
+
+
+logger = logging.get_logger(__name__)
+
+# Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
+_NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
+
+
+class DistillationTrainer(HubTrainer):
+    """
+    Extend [`~transformers.Trainer`] by what distillation trainers share.
+
+    - `self.components.record({...}, step)` in `compute_loss` puts each component, raw, beside `loss` in the logs;
+    - a component that is NaN or infinite stops training at the next log or save, before anything is overwritten;
+    - a student is reloaded by `from_pretrained`, which must find every weight;
+    - engines that would wrap or shard the student alone are refused;
+    - batches of [`DecodedImages`] are augmented on the device.
+
+    Args:
+        augmentation (`BatchAugmentation` or another `nn.Module`, *optional*):
+            Makes the model's input of raw pixels: in training of `(pixel_values, image_ids, view)`, where the view is
+            the epoch, in evaluation of `pixel_values` alone. Needed for [`DecodedImages`].
+        *args, **kwargs:
+            As in [`~transformers.Trainer`].
+    """
+
+    # Put before each name in the logs, by a trainer whose logs trackers may put into one run with another's.
+    log_prefix = ""
+    # The arguments that weigh a loss, as both trainers name them for `loss_weights`.
+    _weight_names: tuple[str, ...] = ()
+
+    # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide
+    # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args, augmentation: nn.Module | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
+        self.model_accepts_loss_kwargs = False
+        self.components = ComponentLog()
+        self._counted: nn.Module | None = None
+        name = type(self).__name__
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"Expected one process per GPU, got {self.args.n_gpu} GPUs in one process, where DataParallel would "
+                f"split every batch under {name}'s hooks: run `accelerate launch --num_processes {self.args.n_gpu} "
+                "script.py`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"Expected DDP or one process, got {engine}: {name} wraps the student together with its factor "
+                f"encoders, which {engine} would shard or rebuild without the student's own class. Vision students "
+                "fit on one GPU: run `accelerate launch --multi_gpu script.py` without it."
+            )
+
+    def sample_batch(self) -> dict:
+        """Return the first training example as a batch on the device, to find shapes with."""
+        dataset = self.columns_in_use(self.train_dataset)
+        hint = "if a transform makes it from other columns, set remove_unused_columns=False in the arguments"
+        try:
+            example = dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
+        except KeyError as error:
+            raise ValueError(f"Expected a first training example, got no column {error} for it: {hint}.") from error
+        batch = self._get_collator_with_removed_columns(self.data_collator)([example])
+        name = self.model.main_input_name
+        if name not in batch:
+            raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
+        return self._prepare_inputs(batch)
+
+    def columns_in_use(self, dataset):
+        """Leave out a data set's columns that Trainer would leave out."""
+        named = hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns")
+        return self._remove_unused_columns(dataset) if named else dataset
+
+    def some_batches(self, count: int) -> Iterator[dict]:
+        """Yield some training batches, the same on all ranks, without a part in the order of training."""
+        dataset, batch_size = self.columns_in_use(self.train_dataset), self.args.train_batch_size
+        if hasattr(dataset, "__len__"):
+            batch_size = min(batch_size, len(dataset))
+            most = min(count, len(dataset) // batch_size) * batch_size
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
+            dataset = Subset(dataset, order[:most].tolist())
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        for inputs in itertools.islice(DataLoader(dataset, batch_size, collate_fn=collate), count):
+            yield self._prepare_inputs(inputs)
+
+    @property
+    def view(self) -> int:
+        """Return which view of the images this epoch sees: each epoch another one."""
+        return int(self.state.epoch or 0)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        inputs = super()._prepare_inputs(inputs)
+        image_ids = inputs.pop("image_ids", None)
+        pixels = inputs.get("pixel_values")
+        if pixels is None or pixels.dtype != torch.uint8:
+            return inputs
+        if self.augmentation is None:
+            raise ValueError(
+                "Expected an augmentation to make the model's input of raw uint8 pixels, got None: pass augmentation="
+                "BatchAugmentation.from_processor(image_processor)."
+            )
+        drawn = (torch.as_tensor(image_ids), self.view) if self.model.training and image_ids is not None else ()
+        return {**inputs, "pixel_values": self.augmentation(pixels, *drawn)}
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return _PassBatches(super()._get_collator_with_removed_columns(data_collator, description))
+
+    def prepare_to_train(self, module: nn.Module, example: dict) -> nn.Module:
+        """
+        Prepare a student with its encoders through Accelerate.
+
+        DDP searches each step's graph for parameters without a gradient only where there are any, which one backward
+        pass of an example tells; with a `compute_loss_func`, whose graph is not known, Trainer's own choice stays.
+
+        Args:
+            module (`nn.Module`):
+                What trains; its forward returns the output, F_inh and F_exp first.
+            example (`dict`):
+                A batch for it.
+        """
+        undecided = self.args.ddp_find_unused_parameters is None and not self.args.gradient_checkpointing
+        if self.args.world_size > 1 and undecided and self.compute_loss_func is None:
+            was_training = module.training
+            module.eval()
+            outputs, F_inh, F_exp, *_ = module(**example)
+            objective = outputs["loss"] + sum(factor.sum() for factor in (*F_inh, *F_exp))
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            gradients = torch.autograd.grad(objective, trained, allow_unused=True)
+            module.train(was_training)
+            self.accelerator.ddp_handler.find_unused_parameters = any(gradient is None for gradient in gradients)
+        return self.accelerator.prepare_model(module)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple:
+        """Choose the optimizer as Trainer does; SGD updates all parameters in one kernel."""
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer_cls, {"fused": True, **kwargs} if optimizer_cls is torch.optim.SGD else kwargs
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Estimate a step's operations as Trainer does, but count the parameters once."""
+        if self._counted is not self.model:
+            count = getattr(self.model, "num_parameters", None)
+            self._counted, self._num_parameters = self.model, count(exclude_embeddings=True) if count else 0
+        pixels = inputs.get(getattr(self.model, "main_input_name", None))
+        return 0 if pixels is None else 6 * pixels.numel() * self._num_parameters
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Without clipping nobody has asked for the norm, which Trainer would compute for the logs at every step.
+        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Tell whether the task's loss is another one than the model's own."""
+        return self.compute_loss_func is not None or self.label_smoother is not None
+
+    def take_labels(self, inputs: dict) -> torch.Tensor | None:
+        """Take the labels out of a batch where the task's loss is not the model's own."""
+        return inputs.pop("labels") if self.has_own_loss and "labels" in inputs else None
+
+    def task_loss(self, model: nn.Module, outputs: dict, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+        if labels is not None:
+            return self.label_smoother(outputs, labels)
+        if outputs.get("loss") is None:
+            raise ValueError(
+                f"Expected {type(model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
+                f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
+            )
+        return outputs["loss"]
+
+    def weights_in_use(self) -> dict[str, float]:
+        """Return the weights of the losses beside the task's as the arguments have them; none is 0."""
+        return {name: getattr(self.args, name) for name in self._weight_names if getattr(self.args, name) > 0}
+
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weights of the losses beside the task's as they are at this step, by argument; none is 0."""
+        weights = self.weights_in_use()
+        scale = self.args.lambda_scale(self.state.global_step / self.state.max_steps) if weights else 1.0
+        return {name: scale * value for name, value in weights.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the components' means and the weights as they are now beside the training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self.check_finite(), **self.loss_weights()}
+            self.components.reset()
+        super().log({self.log_prefix + name: value for name, value in logs.items()}, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict with the bare model, of whose output only predictions are kept."""
+        if ignore_keys is None:
+            ignore_keys = [
+                *getattr(self.model.config, "keys_to_ignore_at_inference", []),
+                *_NOT_PREDICTIONS,
+                *NOT_PREDICTED_BY_DETECTORS,
+            ]
+        with self.accelerator.autocast():  # where the bare model was not prepared by accelerate
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def check_finite(self) -> dict[str, float]:
+        """Return the components' means since the last log; raise `FloatingPointError` where one was not finite."""
+        means, bad = self.components.means(self.accelerator)
+        if bad:
+            step = min(bad.values())
+            names = ", ".join(name for name in bad if bad[name] == step)
+            last = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+            raise FloatingPointError(
+                f"Expected finite losses, got NaN or infinity in {names} at step {step}. Training stops here; "
+                + (f"the last checkpoint, {last[-1].name}, is kept. " if last else "no checkpoint had been written. ")
+                + "Lower learning_rate or the weight of that loss, use bf16 instead of fp16, or look for corrupt "
+                "inputs."
+            )
+        return means
+
+    def _save_checkpoint(self, model, trial):
+        self.check_finite()
+        super()._save_checkpoint(model, trial)
+
+    def sync_buffers(self, module: nn.Module) -> None:
+        """Give every rank the buffers of rank 0."""
+        # DDP sends rank 0's BatchNorm statistics before each forward; after the last one the ranks differ again, and
+        # each would evaluate another model than the one that rank 0 saves.
+        if self.args.world_size > 1:
+            for buffer in module.buffers():
+                buffer.copy_(broadcast(buffer.clone(), from_process=0))
+
+    def evaluation_loop(self, *args, **kwargs):
+        self.sync_buffers(self.model)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):
+            logger.info(f"Loading best model from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+
+class _PassBatches:
+    """Collate a list of examples; a batch that a data set gave as a whole goes through as it is."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, examples):
+        return examples if isinstance(examples, Mapping) else self.collate(examples)

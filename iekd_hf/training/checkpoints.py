@@ -1,0 +1,217 @@
+"""What a run keeps on disk and reads back, all of it or none: students, encoders with their split, paraphrasers."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..method.factors import Paraphraser
+from ..models.adapters import different_weights, is_adapted, load_adapter
+from ..models.loading import explain_unreachable
+
+
+ENCODERS_FILE = "iekd_encoders.safetensors"
+# Where a finished run keeps them, beside the plain student; never pushed.
+ENCODERS_FOLDER = "_encoders"
+
+
+def save_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str) -> None:
+    """
+    Save everything that trains but the students, which are saved as models.
+
+    Args:
+        module (`nn.Module`):
+            Holds each student in an attribute `student`, with its encoders and splits beside it.
+        folder (`str`):
+            The checkpoint's folder; made where it is not there.
+        trainer (`str`):
+            Name of the trainer's class.
+        made_for (`str`):
+            What the encoders belong to: `student_layers` and a fingerprint of `paraphrasers`; `peers` and so on.
+    """
+    os.makedirs(folder, exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in _beside_students(module).items()}
+    save_file(tensors, Path(folder) / ENCODERS_FILE, metadata={"format": "pt", "trainer": trainer, **made_for})
+
+
+def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
+    """
+    Refuse a checkpoint of another trainer, or one whose encoders belong to something else.
+
+    Args:
+        folder (`str`), trainer (`str`), made_for (`str`):
+            As in [`save_encoders`].
+
+    Raises:
+        `ValueError`: no such checkpoint, or one of another trainer, other paraphrasers or layers.
+    """
+    file = Path(folder) / ENCODERS_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"Expected a checkpoint of {trainer} in {folder}, got one without {ENCODERS_FILE}: it was written by "
+            "another trainer or by save_model(). To start from its weights, load them from that folder and do not "
+            "resume."
+        )
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    if metadata["trainer"] != trainer:
+        raise ValueError(
+            f"Expected a checkpoint of {trainer} in {folder}, got one of {metadata['trainer']}: resume with that "
+            "trainer."
+        )
+    for name, value in made_for.items():
+        if metadata[name] == value:
+            continue
+        if name == "paraphrasers":
+            raise ValueError(
+                f"Expected the paraphraser that the checkpoint in {folder} was trained against, got another one: pass "
+                "the paraphraser (or the output_dir) of that run."
+            )
+        raise ValueError(
+            f"Expected a checkpoint for {name} {value}, got one for {metadata[name]} in {folder}: set {name} as it "
+            "was, or use another output_dir."
+        )
+
+
+def load_encoders(module: nn.Module, folder: str) -> None:
+    """
+    Restore what [`save_encoders`] has saved, into encoders of the same shapes.
+
+    Args:
+        module (`nn.Module`), folder (`str`):
+            As in [`save_encoders`].
+
+    Raises:
+        `ValueError`: other shapes.
+    """
+    own, tensors = _beside_students(module), load_file(Path(folder) / ENCODERS_FILE)
+    different = different_weights(own, tensors)
+    if different:
+        raise ValueError(
+            f"Expected a checkpoint of encoders as the arguments make them, got another one in {folder} "
+            f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels "
+            "and the losses that are in use as they were, or use another output_dir."
+        )
+    module.load_state_dict(tensors, strict=False)
+
+
+def _beside_students(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in module.state_dict().items() if ".student." not in f".{name}"}
+
+
+def save_paraphrasers(paraphrasers: nn.ModuleList, folder: Path) -> None:
+    """
+    Save paraphrasers, whole or not at all: one in the folder itself, several in folders `0`, `1`, ... of it.
+
+    Args:
+        paraphrasers (`nn.ModuleList`):
+            One paraphraser for each pair of layers.
+        folder (`Path`):
+            Where to; replaced if it exists.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for index, paraphraser in enumerate(paraphrasers):
+        paraphraser.save_pretrained(part if len(paraphrasers) == 1 else part / str(index))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def load_paraphrasers(
+    source: Paraphraser | list[Paraphraser] | str, num_layers: int, kind: type[PyTorchModelHubMixin] = Paraphraser
+) -> list[Paraphraser]:
+    """
+    Take paraphrasers as objects, or load them from a Hub id or a folder.
+
+    Args:
+        source (`Paraphraser`, `list[Paraphraser]` or `str`):
+            One, several, or where they are.
+        num_layers (`int`):
+            How many the layers need.
+        kind (`type`, *optional*, defaults to `Paraphraser`):
+            Their class; another one where something else stands for them.
+
+    Returns:
+        `list[Paraphraser]`: one for each layer.
+
+    Raises:
+        `ValueError`: not as many as layers, or not to be had.
+    """
+    if isinstance(source, (str, Path)):
+        name = str(source)
+        if num_layers > 1 and not os.path.isdir(name):
+            raise ValueError(
+                f"Expected a local folder with the {num_layers} paraphrasers of {num_layers} layers, got {name!r}: "
+                "download it first (huggingface_hub.snapshot_download), or pass a list of paraphrasers."
+            )
+        folders = [name] if num_layers == 1 else [os.path.join(name, str(index)) for index in range(num_layers)]
+        try:
+            source = [kind.from_pretrained(folder) for folder in folders]
+        except TypeError as error:  # the mixin found no configuration to call the class with
+            raise ValueError(
+                explain_unreachable(name, "paraphraser", ValueError("no config.json of a paraphraser was found there"))
+            ) from error
+        except OSError as error:
+            raise ValueError(explain_unreachable(name, "paraphraser", error)) from error
+    paraphrasers = [source] if isinstance(source, nn.Module) else list(source)
+    for paraphraser in paraphrasers:
+        if not isinstance(paraphraser, kind):
+            raise ValueError(f"Expected a {kind.__name__} for this knowledge, got a {type(paraphraser).__name__}.")
+    if len(paraphrasers) != num_layers:
+        raise ValueError(
+            f"Expected {num_layers} paraphrasers, one for each layer of the teacher, got {len(paraphrasers)}."
+        )
+    return paraphrasers
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """
+    Load a checkpoint's weights into a model, all of them or none; of a model with adapters, the active adapter.
+
+    Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on
+    disk, which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
+
+    Args:
+        model (`PreTrainedModel`):
+            The model; changed in place.
+        folder (`str`):
+            A folder that `save_pretrained` has written.
+
+    Raises:
+        `ValueError`: weights that are missing, left over, or of another shape.
+    """
+    if is_adapted(model):
+        load_adapter(model, folder)
+        return
+    what_to_do = "give the model that was trained there, or another output_dir."
+    try:
+        loaded, info = type(model).from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one that cannot be loaded "
+            f"({str(error).strip().splitlines()[0]}): {what_to_do}"
+        ) from error
+    expected, got = model.state_dict(), loaded.state_dict()
+    shapes = {name: (expected[name].shape, got[name].shape) for name in expected.keys() & got.keys()}
+    different = sorted(name for name, (ours, theirs) in shapes.items() if ours != theirs)
+    missing = sorted(set(info["missing_keys"]) | (expected.keys() - got.keys()))
+    unexpected = sorted(set(info["unexpected_keys"]) | (got.keys() - expected.keys()))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one of other shapes ({name} is "
+            f"{tuple(shapes[name][1])} there and {tuple(shapes[name][0])} here; {len(different)} such weights): "
+            f"{what_to_do}"
+        )
+    if missing or unexpected:
+        raise ValueError(
+            f"Expected every weight of {type(model).__name__} in {folder} and no other, got {len(missing)} missing "
+            f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}: {what_to_do}"
+        )
+    model.load_state_dict(got)

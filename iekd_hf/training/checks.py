@@ -1,0 +1,221 @@
+"""What is refused before training starts: data without rows or with unknown labels, models that do not go together."""
+
+import warnings
+
+import datasets
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import find_labels
+
+from ..data.decoded_images import DecodedImages
+from ..features.detectors import refuse_logit_term
+from ..features.tap import FeatureTap, pair_layers
+from ..models.adapters import check_adapted, is_adapted
+
+
+def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
+    """
+    Apply [`check_dataset`] to all that were given.
+
+    Args:
+        model (`PreTrainedModel`):
+            The student.
+        train_dataset (`Dataset`, *optional*), eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            As Trainer takes them.
+
+    Raises:
+        `ValueError`: as [`check_dataset`].
+    """
+    for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        for dataset in given.values() if isinstance(given, dict) else [given]:
+            if dataset is not None:
+                check_dataset(dataset, name, model)
+
+
+def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
+    """
+    Refuse an empty dataset, and class labels that the model has no output for.
+
+    Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
+    [`DecodedImages`].
+
+    Args:
+        dataset (`Dataset`):
+            The dataset.
+        name (`str`):
+            What the argument is called: `"train_dataset"`.
+        model (`PreTrainedModel`):
+            The student.
+
+    Raises:
+        `ValueError`: no rows, or a label outside `range(num_labels)`; -100, which the loss ignores, is fine.
+    """
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(
+            f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
+        )
+    if isinstance(dataset, DecodedImages):
+        dataset = dataset.table
+    if not isinstance(dataset, datasets.Dataset):
+        return
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    for column in ("labels", "label"):
+        feature = dataset.features.get(column)
+        integers = isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith("int")
+        if num_labels is None or not integers:
+            continue
+        labels = dataset.select_columns([column]).with_format("numpy")[:][column]
+        outside = (labels != -100) & ((labels < 0) | (labels >= num_labels))
+        if outside.any():
+            row = int(outside.argmax())
+            raise ValueError(
+                f"Expected labels of {name} within 0 and {num_labels - 1}, the student's {num_labels} classes, got "
+                f"{int(labels[row])} in row {row} of column {column!r}: load the student with num_labels="
+                f"{int(labels.max()) + 1}, or mend the labels."
+            )
+
+
+def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, term: str, way_out: str) -> None:
+    """
+    Refuse the logit term between models of different labels.
+
+    Args:
+        first (`PreTrainedModel`), second (`PreTrainedModel`):
+            The models.
+        who (`str`):
+            What to call them: `"student and teacher"`.
+        term (`str`), way_out (`str`):
+            The arguments that turn the logit term on, and off.
+
+    Raises:
+        `ValueError`: the label maps `id2label` differ. A model that has none is not asked, see [`check_logits`].
+    """
+    ours, theirs = label_map(first), label_map(second)
+    if None not in (ours, theirs) and ours != theirs:
+        sizes = [None if labels is None else len(labels) for labels in (ours, theirs)]
+        difference = next(
+            (i for i in sorted({*(ours or {}), *(theirs or {})}) if (ours or {}).get(i) != (theirs or {}).get(i)), None
+        )
+        raise ValueError(
+            f"Expected equal label maps of {who} for {term}, got {sizes[0]} and {sizes[1]} labels, which differ first "
+            f"at {difference} ({(ours or {}).get(difference)!r} and {(theirs or {}).get(difference)!r}): load both "
+            f"with the same id2label, or set {way_out}; the feature losses do not need it."
+        )
+
+
+def check_student(student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict) -> None:
+    """
+    Refuse what does not fit the student before anything is created on disk or on the Hub.
+
+    Args:
+        student (`PreTrainedModel`):
+            The student.
+        teacher (`nn.Module`):
+            The teacher.
+        args (`IEKDTrainingArguments`):
+            The training arguments.
+        kwargs (`dict`):
+            The trainer's other arguments.
+
+    Raises:
+        `ValueError`: a layer that does not exist, other labels with a logit term, data that do not fit.
+    """
+    check_adapted(student)
+    student_layers, _ = pair_layers(student, teacher, args.student_layers, args.teacher_layers)
+    FeatureTap(student, student_layers)
+    if args.lambda_kd > 0:
+        refuse_logit_term([student, teacher], "lambda_kd > 0", "Set lambda_kd=0, or a method without '+kd'")
+        check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
+    check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+
+
+def label_map(model: nn.Module) -> dict[int, str] | None:
+    """Return a model's `id2label`; `None` for one from elsewhere."""
+    return getattr(getattr(model, "config", None), "id2label", None)
+
+
+def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Tensor) -> None:
+    """
+    Compare what the logit term needs of a teacher without a label map: as many logits as the student has.
+
+    Args:
+        student (`PreTrainedModel`):
+            The student.
+        teacher (`nn.Module`):
+            The teacher; one with a label map has been compared by that.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
+            What it gives for an example.
+
+    Raises:
+        `ValueError`: another number of logits.
+    """
+    labels = label_map(student)
+    if label_map(teacher) is not None or labels is None:
+        return
+    if logits.ndim != 2 or logits.shape[1] != len(labels):
+        raise ValueError(
+            f"Expected {len(labels)} logits of the teacher for lambda_kd > 0, one for each class of the student, got "
+            f"the shape {tuple(logits.shape)} of {type(teacher).__name__}: give the student these classes, or set "
+            "lambda_kd=0; the feature losses do not need it."
+        )
+    warnings.warn(
+        f"{type(teacher).__name__} has no config.id2label: its {len(labels)} logits are taken to be the student's "
+        "classes, in the student's order.",
+        stacklevel=3,
+    )
+
+
+def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
+    """
+    Refuse what cannot be trained side by side.
+
+    Args:
+        models (`list[PreTrainedModel]`):
+            The models.
+        args (`MutualTrainingArguments`):
+            The training arguments.
+        kwargs (`dict`):
+            The trainer's other arguments.
+
+    Raises:
+        `ValueError`: fewer than two models, common weights, adapters, a model without loss, arguments for one model
+        only, data that do not fit.
+    """
+    if len(models) < 2:
+        raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
+    owners = {}
+    for i, model in enumerate(models):
+        for parameter in model.parameters():
+            if owners.setdefault(parameter, i) != i:
+                raise ValueError(
+                    f"Expected models with weights of their own, but models[{owners[parameter]}] and models[{i}] "
+                    "share theirs: build the second one anew, or pass copy.deepcopy(model)."
+                )
+        if is_adapted(model):
+            raise ValueError(
+                f"Expected models whose every weight trains, got models[{i}] with adapters: peers start from scratch. "
+                "Pass it without, or use IEKDTrainer, whose student can have adapters."
+            )
+        if not find_labels(type(model)) and kwargs.get("compute_loss_func") is None:
+            raise ValueError(
+                f"Expected models[{i}] to return a loss, got {type(model).__name__}, which takes no labels: pass a "
+                "model with a head for the task, or compute_loss_func."
+            )
+        check_datasets(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    for name in ("model", "model_init", "optimizers"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"Expected no {name}, got one: pass models=[...]; each gets an optimizer of its own, by args.optim or "
+                "optimizer_cls_and_kwargs."
+            )
+    if args.peer_layers is not None and len(args.peer_layers) != len(models):
+        raise ValueError(
+            f"Expected a layer for each of the {len(models)} models in peer_layers, got {len(args.peer_layers)}."
+        )
+    if "kl" in args.mutual_loss:
+        term = f"mutual_loss={args.mutual_loss!r}"
+        refuse_logit_term(models, term, "Set mutual_loss='ie'")
+        for i, model in enumerate(models):
+            check_label_maps(models[0], model, f"models[0] and models[{i}]", term, "mutual_loss='ie'")
