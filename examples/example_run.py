@@ -23,7 +23,7 @@ from iekd_hf import IEKDTrainer
 from iekd_hf.models.loading import explain_unreachable
 from iekd_hf.training.base_trainer import DistillationTrainer
 from iekd_hf.training.checkpoints import load_weights
-from iekd_hf.training.paraphraser_stage import has_begun
+from iekd_hf.training.resume import find_resume_point
 
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,12 @@ def check_output_dir(args: TrainingArguments) -> str | bool | None:
             "that run, or choose another --output_dir."
         )
     beside = (Path(args.output_dir).glob(f"_*/{name}") for name in (_DONE, "checkpoint-*"))
-    if args.do_train and resume is True and not has_begun(args.output_dir) and not any(map(any, beside)):
+    if (
+        args.do_train
+        and resume is True
+        and find_resume_point(args.output_dir, True) is None
+        and not any(map(any, beside))
+    ):
         raise ValueError(
             f"Expected the output_dir of a run that has begun, got {args.output_dir!r} without any checkpoint: leave "
             "--resume_from_checkpoint out to start it, or name that run's --output_dir."
@@ -197,7 +202,7 @@ class ExampleRun:
         resume = check_output_dir(args)
         # What was finished beside the run is taken up even where the run itself has not begun.
         self.reuses = bool(resume)
-        self.resume = None if resume is True and not has_begun(args.output_dir) else resume
+        self.resume = None if resume is True and find_resume_point(args.output_dir, True) is None else resume
         set_seed(args.seed)
 
     def common(self) -> dict:

@@ -28,7 +28,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from iekd_hf import IEKDTrainingArguments
 from iekd_hf.arguments import METHODS
-from iekd_hf.features.detectors import is_detector
+from iekd_hf.features.layers import is_detector
 from iekd_hf.models.loading import find_processor, load_model
 
 

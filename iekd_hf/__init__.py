@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from .arguments import IEKDTrainingArguments, MutualTrainingArguments
 from .data.augmentation import BatchAugmentation
 from .data.decoded_images import DecodedImages
-from .features.layer_list import list_layers
+from .features.layers import list_layers
 from .iekd_trainer import IEKDTrainer
 from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
 from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss

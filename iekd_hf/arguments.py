@@ -12,9 +12,8 @@ from transformers import TrainingArguments
 from .method.factors import DECODERS, SPLIT_MODES
 from .method.knowledge import KNOWLEDGE
 from .method.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES, RECONSTRUCTION_DISTANCES, REDUCTIONS
+from .method.objective import LAMBDA_SCHEDULES, lambda_scale
 
-
-LAMBDA_SCHEDULES = ("constant", "linear", "cosine")
 
 # How both papers train the paraphraser.
 PARAPHRASER_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
@@ -207,12 +206,7 @@ class IETrainingArguments(TrainingArguments):
         Returns:
             `float`: linear warm-up, then the schedule.
         """
-        if progress < self.lambda_warmup_ratio:
-            return progress / self.lambda_warmup_ratio
-        if self.lambda_schedule == "constant":
-            return 1.0
-        remaining = 1 - (progress - self.lambda_warmup_ratio) / (1 - self.lambda_warmup_ratio)
-        return remaining if self.lambda_schedule == "linear" else (1 - math.cos(math.pi * remaining)) / 2
+        return lambda_scale(progress, self.lambda_schedule, self.lambda_warmup_ratio)
 
 
 def _without_folder(value):

@@ -12,8 +12,8 @@ from iekd_hf.method.knowledge import MarginReLU
 from iekd_hf.method.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES
 from iekd_hf.method.padding import mask_at, match_sizes
 from iekd_hf.teacher.pixels import TeacherPixels
-from iekd_hf.training.paraphraser_stage import maps_without_padding
 from iekd_hf.training.paraphraser_trainer import summed
+from iekd_hf.training.stage_1 import maps_without_padding
 
 
 DISTANCES = [(inheritance_loss, name) for name in INHERITANCE_DISTANCES]

@@ -274,7 +274,7 @@ class Comparison:
         trainer = MutualTrainer(peers, args, **self.common("few"))
         metrics = trainer.train().metrics
         trainer.save_model()
-        used = {**changes, "mutual_loss": args.mutual_loss, **trainer.weights_in_use()}
+        used = {**changes, "mutual_loss": args.mutual_loss, **trainer.distillation_objective.weights()}
         return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
 
 

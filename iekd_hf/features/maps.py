@@ -18,13 +18,6 @@ def split_index(name: str) -> tuple[str, int | None]:
     """
     Split the name of one of several maps that a layer gives into the layer's path and the map's index.
 
-    Args:
-        name (`str`):
-            A dotted module path, with or without an index.
-
-    Returns:
-        `tuple[str, int | None]`: the path, and the index or `None`.
-
     Example:
 
     ```python
@@ -92,25 +85,7 @@ def _grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int]:
 def to_map(
     feature: torch.Tensor | None, image_size: tuple[int, int], extra_tokens: tuple[int, int], name: str
 ) -> torch.Tensor:
-    """
-    Lay a layer's output out as a map.
-
-    Args:
-        feature (`torch.Tensor`, *optional*):
-            The output: a map, channels first or last, or tokens `(batch_size, sequence_length, hidden_size)`.
-        image_size (`tuple[int, int]`):
-            Height and width of the image in pixels.
-        extra_tokens (`tuple[int, int]`):
-            How many tokens are no patches, before and behind these.
-        name (`str`):
-            The layer's name.
-
-    Returns:
-        `torch.Tensor`: of shape `(batch_size, channels, height, width)`.
-
-    Raises:
-        `ValueError`: an output that is no map.
-    """
+    """Lay a layer's output out as a map."""
     if feature is not None and feature.ndim == 4:
         # What is picked by an index is a backbone's, channels first. Channels last where the last two axes have the
         # image's aspect less than the middle two have.

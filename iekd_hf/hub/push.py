@@ -17,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..models.adapters import is_adapted
-from .card_facts import Network, hub_id, last_metrics, numbers
+from .card_facts import CardFacts, Network, hub_id, last_metrics, numbers
 from .model_card import write_card
 
 
@@ -44,16 +44,7 @@ class HubTrainer(Trainer):
     _tag_names = ("iekd", "knowledge-distillation")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        Make the repository, and the branch that `hub_revision` names, where they are missing.
-
-        Args:
-            token (`str`, *optional*), private (`bool`, *optional*):
-                As in Trainer.
-
-        Raises:
-            `ValueError`: the Hub refuses, or cannot be reached.
-        """
+        """Make the repository, and the branch that `hub_revision` names, where they are missing."""
         check_base_is_public(self.model)
         try:
             super().init_hf_repo(token, private)
@@ -74,18 +65,7 @@ class HubTrainer(Trainer):
         private: bool | None = None,
         **kwargs,
     ):
-        """
-        Save the model, its processor and its card in `output_dir`, and upload them.
-
-        Args:
-            commit_message, blocking, token, revision, private:
-                As in Trainer.
-            kwargs:
-                Passed to `create_model_card`.
-
-        Returns:
-            As in Trainer; `None` where the push has failed, of which the log tells what to run later.
-        """
+        """Save the model, its processor and its card in `output_dir`, and upload them."""
         try:
             if self.hub_model_id is None:
                 self.init_hf_repo(token=token, private=private)
@@ -123,34 +103,13 @@ class HubTrainer(Trainer):
         picture: str | None = None,
         latencies: dict[str, float] | None = None,
     ) -> None:
-        """
-        Write the model card, `README.md` in `output_dir`.
-
-        Args:
-            language, license, tags, model_name, tasks, dataset, dataset_args:
-                As in Trainer.
-            finetuned_from (`str`, *optional*):
-                As in Trainer; `""` for a model whose configuration alone was taken from the Hub.
-            dataset_tags (`str` or `list[str]`, *optional*):
-                Hub ids of the data sets. By default none; a folder is not named.
-            teacher_metrics (`dict[str, float]`, *optional*):
-                What was measured of the teacher on the evaluation images. By default its cells stay empty.
-            metrics (`dict[str, float]`, *optional*):
-                What was measured of the model. By default its own evaluation, as it was logged for the weights that
-                are saved.
-            picture (`str`, *optional*):
-                Name of an image in `output_dir` that shows the run.
-            latencies (`dict[str, float]`, *optional*):
-                Milliseconds for one image on one thread of a CPU in float32, of `teacher`, `student`, `peer_1`, ...
-        """
+        """Write the model card, `README.md` in `output_dir`."""
         if not self.is_world_process_zero():
             return
-        networks, lesson, cites = self.card_facts(
-            numbers(last_metrics(self) if metrics is None else metrics), teacher_metrics
-        )
-        for network in networks:
+        facts = self.card_facts(numbers(last_metrics(self) if metrics is None else metrics), teacher_metrics)
+        for network in facts.networks:
             network.latency = (latencies or {}).get(network.role)
-        own = [network for network in networks if network.is_here]
+        own = [network for network in facts.networks if network.in_repository]
         for network in own:
             network.source = network.source if finetuned_from is None else hub_id(finetuned_from)
         sources = {network.source or "" for network in own}
@@ -168,11 +127,11 @@ class HubTrainer(Trainer):
             dataset_args=dataset_args or [],
             dataset_metadata=[],
         )
-        write_card(self, summary, networks, lesson, cites, self.how_to_load(), picture)
+        write_card(self, summary, facts, self.how_to_load(), picture)
 
-    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> tuple[list[Network], str, tuple[str, ...]]:
+    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> CardFacts:
         """Return the rows of the card's table, how the model was taught, and the papers of that."""
-        return [Network.of("model", self.model, metrics)], "", ()
+        return CardFacts([Network.of("model", self.model, metrics)])
 
     def how_to_load(self) -> str | None:
         """Return code that loads what is pushed, where the usual one does not do."""
@@ -259,16 +218,7 @@ class HubTrainer(Trainer):
 
 
 def check_base_is_public(model: nn.Module) -> None:
-    """
-    Refuse to push an adapter whose file would name a folder of this machine as its base.
-
-    Args:
-        model (`nn.Module`):
-            What is to be pushed.
-
-    Raises:
-        `ValueError`: an adapter of PEFT on a model that was loaded from a folder.
-    """
+    """Refuse to push an adapter whose file would name a folder of this machine as its base."""
     for config in model.peft_config.values() if is_adapted(model) else ():
         base = config.base_model_name_or_path
         if base and hub_id(base) is None:

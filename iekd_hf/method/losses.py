@@ -191,20 +191,6 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperat
     r"""
     Compare softened class probabilities: \(T^2 KL(p_T^{(T)} \| p_S^{(T)})\) of Hinton et al., 2015.
 
-    Args:
-        student_logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
-            Logits of the student.
-        teacher_logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
-            Logits of the teacher, over the same labels.
-        temperature (`float`, *optional*, defaults to 4.0):
-            Both logits are divided by it; the factor T^2 keeps the gradient's size.
-
-    Returns:
-        `torch.Tensor`: a scalar, not negative, averaged over the batch.
-
-    Raises:
-        `ValueError`: logits of different shapes.
-
     Example:
 
     ```python

@@ -8,15 +8,6 @@ def mask_at(pixel_mask: torch.Tensor | None, size: tuple[int, int]) -> torch.Ten
     """
     Bring a batch's `pixel_mask` to another grid by its nearest entries, as detectors do.
 
-    Args:
-        pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
-            1 where an image is, 0 where the batch is padded.
-        size (`tuple[int, int]`):
-            Height and width of a map.
-
-    Returns:
-        `torch.Tensor`: booleans, of shape `(batch_size, *size)`; `None` without a mask.
-
     Example:
 
     ```python
@@ -42,10 +33,6 @@ class Valid:
     Leave the padding of a batch of maps out of sums and means.
 
     With a mask of ones the results are those without a mask, to the last bit.
-
-    Args:
-        mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
-            1 or `True` where an image is. By default everywhere.
     """
 
     def __init__(self, mask: torch.Tensor | None):
@@ -81,18 +68,6 @@ def match_sizes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
     Bring two tensors to the smaller height and the smaller width of both by adaptive average pooling.
-
-    Args:
-        student (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Factors of the student.
-        teacher (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Factors of the teacher, of any height and width.
-        pixel_mask (`torch.Tensor` of shape `(batch_size, image_height, image_width)`, *optional*):
-            1 where the images are in a padded batch. Averages are then over what is no padding.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]`: both with the same height and width, and where both
-        have something that is no padding, `(batch_size, height, width)`; `None` without a `pixel_mask`.
 
     Example:
 

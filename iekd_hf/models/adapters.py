@@ -22,17 +22,7 @@ def without_adapters(model: nn.Module) -> nn.Module:
 
 
 def check_adapted(model: nn.Module) -> None:
-    """
-    Refuse what an adapter's file would not hold after training.
-
-    Args:
-        model (`nn.Module`):
-            The student; without adapters nothing is checked.
-
-    Raises:
-        `ValueError`: BatchNorm layers outside `modules_to_save`, whose statistics move in training but belong to the
-        base, which is not saved; or adapters that Transformers has added by itself.
-    """
+    """Refuse what an adapter's file would not hold after training."""
     if getattr(model, "_hf_peft_config_loaded", False) and not is_adapted(model):
         raise ValueError(
             f"Expected adapters as peft.get_peft_model gives them, got a {type(model).__name__} after add_adapter(), "
@@ -54,18 +44,7 @@ def check_adapted(model: nn.Module) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str) -> None:
-    """
-    Load the active adapter that `save_pretrained` has written, all of it or none.
-
-    Args:
-        model (`peft.PeftModel`):
-            The model; changed in place.
-        folder (`str`):
-            The folder; an adapter that is not called `default` is in a folder of its name there.
-
-    Raises:
-        `ValueError`: no such adapter, or one with other weights.
-    """
+    """Load the active adapter that `save_pretrained` has written, all of it or none."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     name = model.active_adapter

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..arguments import IEKDTrainingArguments
 from ..data.decoded_images import DecodedImages
-from .frozen import FrozenTeacher, fingerprint
+from .frozen import FrozenTeacher, TeacherTargets, fingerprint
 
 
 logger = logging.get_logger(__name__)
@@ -40,22 +40,6 @@ class TeacherCache:
 
     It lies in a folder named by a digest of everything that the numbers depend on. An unfinished one is continued, and
     never read.
-
-    Args:
-        teacher (`FrozenTeacher`):
-            The teacher with its paraphrasers, its hooks attached.
-        images (`DecodedImages`):
-            The training images.
-        augmentation (`nn.Module`):
-            Makes a view again from an image's id.
-        args (`IEKDTrainingArguments`):
-            How many views, where, and in which precision.
-        accelerator (`Accelerator`):
-            Runs the teacher; each rank takes its share of the images.
-
-    Raises:
-        `ValueError`: a disk that would not hold it, or ranks that do not share its folder.
-        `FloatingPointError`: a value that float16 cannot hold.
     """
 
     def __init__(
@@ -84,26 +68,15 @@ class TeacherCache:
         size = sum(array.nbytes for array in self._arrays) / 2**20
         logger.info(f"Teacher's cache: {args.cache_views} views of {len(images)} images, {size:,.0f} MiB.")
 
-    def read(self, view: int, image_ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """
-        Return what the teacher gives for one view of some images.
-
-        Args:
-            view (`int`):
-                Which view.
-            image_ids (`torch.Tensor` of shape `(batch_size,)`):
-                Which images, on the host.
-
-        Returns:
-            `tuple`: the factors F_T of each pair, and the logits or `None`, in float32 on the training device.
-        """
+    def read(self, view: int, image_ids: torch.Tensor) -> TeacherTargets:
+        """Return what the teacher gives for one view of some images."""
         rows = image_ids.numpy()
         tensors = [torch.from_numpy(array[view][rows]) for array in self._arrays]
         if self.args.device.type == "cuda":
             tensors = [tensor.pin_memory() for tensor in tensors]  # so that the copy waits for nothing
         tensors = [tensor.to(self.args.device, non_blocking=True).float() for tensor in tensors]
         logits = tensors.pop() if self.with_logits else None
-        return tensors, logits
+        return TeacherTargets(tensors, logits)
 
     def _spec(self) -> dict:
         """Return everything that the numbers depend on."""
@@ -237,18 +210,7 @@ class TeacherCache:
 
 
 def check_cacheable(dataset: Dataset, augmentation: nn.Module | None) -> None:
-    """
-    Refuse images whose views cannot be made again.
-
-    Args:
-        dataset (`Dataset`):
-            The training images.
-        augmentation (`nn.Module`, *optional*):
-            What makes views of them.
-
-    Raises:
-        `ValueError`: no [`DecodedImages`], or no augmentation.
-    """
+    """Refuse images whose views cannot be made again."""
     if not isinstance(dataset, DecodedImages) or augmentation is None:
         raise ValueError(
             f"Expected DecodedImages and an augmentation with cache_teacher=True, got {type(dataset).__name__} and "

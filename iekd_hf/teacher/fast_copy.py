@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..features.layers import watching
+
 
 def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: Sequence[str] = ()) -> int:
     """
@@ -15,17 +17,6 @@ def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: S
 
     Which convolution feeds which BatchNorm is seen in one forward pass: a tensor that a convolution has made and that
     a BatchNorm, and no other layer, takes.
-
-    Args:
-        model (`nn.Module`):
-            A model in eval mode.
-        run (`Callable`):
-            Runs the model forward, without gradients.
-        keep (`Sequence[str]`, *optional*):
-            Names of layers whose output is needed as it is.
-
-    Returns:
-        `int`: how many layers were folded.
 
     Example:
 
@@ -59,12 +50,8 @@ def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: S
 
     modules = dict(model.named_modules())
     leaves = {name: module for name, module in modules.items() if next(module.children(), None) is None}
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves.items()]
-    try:
+    with watching(model, leaves, watch):
         run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     folded = 0
     for norm, (convolution, tensor) in pairs.items():
         if uses[tensor] == calls[norm] == calls[convolution] == 1 and convolution not in keep:
@@ -77,18 +64,6 @@ def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: S
 def copy_fast(model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]], keep: Sequence[str] = ()) -> nn.Module:
     """
     Copy a model in eval mode, fold its BatchNorm layers, and lay its weights out channels last if it is convolutional.
-
-    Args:
-        model (`nn.Module`):
-            The model; not changed.
-        run (`Callable`):
-            Runs a model like it forward, without gradients, and returns the tensors that must stay the same.
-        keep (`Sequence[str]`, *optional*):
-            Names of layers whose output is needed as it is.
-
-    Returns:
-        `nn.Module`: the copy; unfolded where folding would change its result, as where code of the model uses a
-        convolution's output itself.
     """
     fast = copy.deepcopy(model).eval()
     if fold_batchnorm(fast, run, keep):

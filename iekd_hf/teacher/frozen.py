@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +27,13 @@ def logits_of(outputs: torch.Tensor | dict) -> torch.Tensor:
     )
 
 
+class TeacherTargets(NamedTuple):
+    """Hold what a student learns from: the factors F_T of each pair (none where none is compared), and the logits."""
+
+    factors: list[torch.Tensor]
+    logits: torch.Tensor | None
+
+
 class FrozenTeacher(nn.Module):
     """
     Hold what never trains in stage 2: the teacher, and its paraphrasers (or what else makes of its maps what is
@@ -33,15 +41,6 @@ class FrozenTeacher(nn.Module):
 
     It is kept off the student's module tree: Trainer calls `train()` on that every step, and a teacher on it would
     move its BatchNorm statistics.
-
-    Args:
-        teacher (`nn.Module`):
-            The teacher; neither its weights nor its `requires_grad` flags are changed. One that is not of Transformers
-            takes the pixels as its first argument.
-        tap (`FeatureTap`):
-            Where its feature maps are taken.
-        teacher_pixels (`TeacherPixels`, *optional*):
-            Turns the student's pixels into the teacher's.
     """
 
     def __init__(self, teacher: nn.Module, tap: FeatureTap, teacher_pixels: TeacherPixels | None = None):
@@ -69,23 +68,11 @@ class FrozenTeacher(nn.Module):
         self.paraphrasers = nn.ModuleList(paraphrasers).eval()
 
     @torch.no_grad()
-    def speed_up(
+    def use_fast_copy(
         self, sample: dict, dtype: torch.dtype | None = None, compiled: bool = False, with_logits: bool = True
     ) -> None:
-        """
-        Go on with a copy of the teacher that gives the same maps in less time; the user's own stays as it was.
-
-        Args:
-            sample (`dict`):
-                A batch, to find what can be folded and to see that the result is the same.
-            dtype (`torch.dtype`, *optional*):
-                What to cast the copy to.
-            compiled (`bool`, *optional*, defaults to `False`):
-                Whether to compile the layers that give the maps.
-            with_logits (`bool`, *optional*, defaults to `True`):
-                Whether the logits will be needed; otherwise nothing behind the last layer is looked at.
-        """
-        sample = self.adapt(sample)
+        """Go on with a copy of the teacher that gives the same maps in less time; the user's own stays as it was."""
+        sample = self.to_teacher_inputs(sample)
 
         def run(model):
             tap = FeatureTap(model, self.tap.layers, self.tap.before_activation)
@@ -108,7 +95,7 @@ class FrozenTeacher(nn.Module):
     def probe(self, sample: dict, with_logits: bool) -> tuple[torch.Tensor | None, list[int]]:
         """Return the logits and the maps' channels; raise `ValueError` where the student's batch does not suit it."""
         try:
-            outputs, channels = self.tap.probe(self.adapt(sample), not with_logits)
+            outputs, channels = self.tap.probe(self.to_teacher_inputs(sample), not with_logits)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             shapes = {name: tuple(x.shape) for name, x in sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
@@ -117,7 +104,7 @@ class FrozenTeacher(nn.Module):
             ) from error
         return logits_of(outputs) if with_logits else None, channels
 
-    def adapt(self, inputs: dict) -> dict:
+    def to_teacher_inputs(self, inputs: dict) -> dict:
         """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
         pixels = inputs[self.main_input_name if self.main_input_name in inputs else "pixel_values"]
         if self.teacher_pixels is not None:
@@ -130,32 +117,22 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def feature_maps(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """
-        Run the teacher as far as needed.
-
-        Args:
-            inputs (`dict`):
-                The student's batch.
-            with_logits (`bool`, *optional*, defaults to `False`):
-                Whether the logits are needed; otherwise the forward pass ends after the last layer.
-
-        Returns:
-            `tuple`: the maps f_T, `(batch_size, channels, height, width)` each, and the logits or `None`.
-        """
-        outputs, feature_maps = self.tap.run(self.adapt(inputs), stop_after_last=not with_logits)
+        """Run the teacher as far as needed."""
+        outputs, feature_maps = self.tap.run(self.to_teacher_inputs(inputs), stop_after_last=not with_logits)
         if self.dtype in (torch.float16, torch.bfloat16):  # a teacher loaded so, before float32 paraphrasers
             feature_maps = [f_T.float() for f_T in feature_maps]
         return feature_maps, logits_of(outputs) if with_logits else None
 
     @torch.no_grad()
-    def forward(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Return the factors F_T of each pair (none without paraphrasers), and the logits or `None`."""
+    def forward(self, inputs: dict, with_logits: bool = False) -> TeacherTargets:
+        """Return the factors of each pair (none without paraphrasers), and the logits or `None`."""
         if not self.paraphrasers and not with_logits:
-            return [], None
+            return TeacherTargets([], None)
         feature_maps, logits = self.feature_maps(inputs, with_logits)
         if not self.paraphrasers:
-            return [], logits
-        return [p.encode(f_T) for p, f_T in zip(self.paraphrasers, feature_maps, strict=True)], logits
+            return TeacherTargets([], logits)
+        factors = [p.encode(f_T) for p, f_T in zip(self.paraphrasers, feature_maps, strict=True)]
+        return TeacherTargets(factors, logits)
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> str:

@@ -17,12 +17,6 @@ class TeacherPixels(nn.Module):
     A batch is processed once, for the student. If the teacher was trained with another mean, standard deviation,
     scale or size, it would see wrong pixels and say nothing.
 
-    Args:
-        student_processor (`BaseImageProcessor`):
-            The processor that made the batch.
-        teacher_processor (`BaseImageProcessor`):
-            The processor that the teacher expects.
-
     Example:
 
     ```python
@@ -59,19 +53,7 @@ class TeacherPixels(nn.Module):
         return None if same_size and same_values else pixels
 
     def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Make the teacher's pixels.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                The student's.
-            pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
-                Where the images are in a padded batch. Padding is 0 in the teacher's pixels, too, as its processor
-                would pad, and is scaled along with the images.
-
-        Returns:
-            `torch.Tensor`: the teacher's `pixel_values`.
-        """
+        """Make the teacher's pixels."""
         pixel_values = pixel_values * self.scale.to(pixel_values.dtype) + self.shift.to(pixel_values.dtype)
         pixel_values = zero_padding(pixel_values, pixel_mask)
         size = self._size_of(*pixel_values.shape[-2:], padded=pixel_mask is not None)

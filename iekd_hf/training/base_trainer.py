@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..features.detectors import NOT_PREDICTIONS as NOT_PREDICTED_BY_DETECTORS
 from ..hub.push import HubTrainer
+from ..method.objective import Objective
 from ..models.adapters import is_adapted
 from .checkpoints import load_weights
 from .component_log import ComponentLog
@@ -20,6 +20,14 @@ from .component_log import ComponentLog
 
 logger = logging.get_logger(__name__)
 
+# What detectors return beside loss, logits and boxes. Kept, it would be more than the images that it was made of.
+_NOT_PREDICTED_BY_DETECTORS = (
+    *("last_hidden_state", "encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"),
+    *("encoder_attentions", "decoder_attentions", "cross_attentions", "auxiliary_outputs", "backbone_features"),
+    *("intermediate_hidden_states", "intermediate_logits", "intermediate_predicted_corners"),
+    *("intermediate_reference_points", "init_reference_points", "initial_reference_points"),
+    *("enc_outputs_class", "enc_outputs_coord_logits", "enc_topk_logits", "enc_topk_bboxes", "denoising_meta_values"),
+)
 # Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
 _NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
 
@@ -44,8 +52,9 @@ class DistillationTrainer(HubTrainer):
 
     # Put before each name in the logs, by a trainer whose logs trackers may put into one run with another's.
     log_prefix = ""
-    # The arguments that weigh a loss, as both trainers name them for `loss_weights`.
-    _weight_names: tuple[str, ...] = ()
+    # What a trainer that weighs losses sets; without it there is the task's loss alone.
+    # Not `objective`, which is what a hyperparameter search of Trainer maximises.
+    distillation_objective: Objective | None = None
 
     # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
@@ -169,13 +178,13 @@ class DistillationTrainer(HubTrainer):
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
 
     @property
-    def has_own_loss(self) -> bool:
-        """Tell whether the task's loss is another one than the model's own."""
+    def has_custom_loss(self) -> bool:
+        """Whether a custom loss or label smoothing replaces the model's loss."""
         return self.compute_loss_func is not None or self.label_smoother is not None
 
-    def take_labels(self, inputs: dict) -> torch.Tensor | None:
-        """Take the labels out of a batch where the task's loss is not the model's own."""
-        return inputs.pop("labels") if self.has_own_loss and "labels" in inputs else None
+    def pop_custom_labels(self, inputs: dict) -> torch.Tensor | None:
+        """Take the labels out of a batch where a custom loss needs them."""
+        return inputs.pop("labels") if self.has_custom_loss and "labels" in inputs else None
 
     def task_loss(self, model: nn.Module, outputs: dict, labels: torch.Tensor | None) -> torch.Tensor:
         """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
@@ -190,20 +199,16 @@ class DistillationTrainer(HubTrainer):
             )
         return outputs["loss"]
 
-    def weights_in_use(self) -> dict[str, float]:
-        """Return the weights of the losses beside the task's as the arguments have them; none is 0."""
-        return {name: getattr(self.args, name) for name in self._weight_names if getattr(self.args, name) > 0}
-
-    def loss_weights(self) -> dict[str, float]:
-        """Return the weights of the losses beside the task's as they are at this step, by argument; none is 0."""
-        weights = self.weights_in_use()
-        scale = self.args.lambda_scale(self.state.global_step / self.state.max_steps) if weights else 1.0
-        return {name: scale * value for name, value in weights.items()}
+    @property
+    def progress(self) -> float:
+        """Return the share of the training steps that are done."""
+        return self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the components' means and the weights as they are now beside the training loss."""
         if "loss" in logs:
-            logs = {**logs, **self.check_finite(), **self.loss_weights()}
+            weights = self.distillation_objective.weights_at(self.progress) if self.distillation_objective else {}
+            logs = {**logs, **self.check_finite(), **weights}
             self.components.reset()
         super().log({self.log_prefix + name: value for name, value in logs.items()}, start_time)
 
@@ -213,7 +218,7 @@ class DistillationTrainer(HubTrainer):
             ignore_keys = [
                 *getattr(self.model.config, "keys_to_ignore_at_inference", []),
                 *_NOT_PREDICTIONS,
-                *NOT_PREDICTED_BY_DETECTORS,
+                *_NOT_PREDICTED_BY_DETECTORS,
             ]
         with self.accelerator.autocast():  # where the bare model was not prepared by accelerate
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -22,35 +22,14 @@ ENCODERS_FOLDER = "_encoders"
 
 
 def save_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str) -> None:
-    """
-    Save everything that trains but the students, which are saved as models.
-
-    Args:
-        module (`nn.Module`):
-            Holds each student in an attribute `student`, with its encoders and splits beside it.
-        folder (`str`):
-            The checkpoint's folder; made where it is not there.
-        trainer (`str`):
-            Name of the trainer's class.
-        made_for (`str`):
-            What the encoders belong to: `student_layers` and a fingerprint of `paraphrasers`; `peers` and so on.
-    """
+    """Save everything that trains but the students, which are saved as models."""
     os.makedirs(folder, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in _beside_students(module).items()}
     save_file(tensors, Path(folder) / ENCODERS_FILE, metadata={"format": "pt", "trainer": trainer, **made_for})
 
 
 def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
-    """
-    Refuse a checkpoint of another trainer, or one whose encoders belong to something else.
-
-    Args:
-        folder (`str`), trainer (`str`), made_for (`str`):
-            As in [`save_encoders`].
-
-    Raises:
-        `ValueError`: no such checkpoint, or one of another trainer, other paraphrasers or layers.
-    """
+    """Refuse a checkpoint of another trainer, or one whose encoders belong to something else."""
     file = Path(folder) / ENCODERS_FILE
     if not file.is_file():
         raise ValueError(
@@ -80,16 +59,7 @@ def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
 
 
 def load_encoders(module: nn.Module, folder: str) -> None:
-    """
-    Restore what [`save_encoders`] has saved, into encoders of the same shapes.
-
-    Args:
-        module (`nn.Module`), folder (`str`):
-            As in [`save_encoders`].
-
-    Raises:
-        `ValueError`: other shapes.
-    """
+    """Restore what [`save_encoders`] has saved, into encoders of the same shapes."""
     own, tensors = _beside_students(module), load_file(Path(folder) / ENCODERS_FILE)
     different = different_weights(own, tensors)
     if different:
@@ -106,15 +76,7 @@ def _beside_students(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_paraphrasers(paraphrasers: nn.ModuleList, folder: Path) -> None:
-    """
-    Save paraphrasers, whole or not at all: one in the folder itself, several in folders `0`, `1`, ... of it.
-
-    Args:
-        paraphrasers (`nn.ModuleList`):
-            One paraphraser for each pair of layers.
-        folder (`Path`):
-            Where to; replaced if it exists.
-    """
+    """Save paraphrasers, whole or not at all: one in the folder itself, several in folders `0`, `1`, ... of it."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     for index, paraphraser in enumerate(paraphrasers):
@@ -126,23 +88,7 @@ def save_paraphrasers(paraphrasers: nn.ModuleList, folder: Path) -> None:
 def load_paraphrasers(
     source: Paraphraser | list[Paraphraser] | str, num_layers: int, kind: type[PyTorchModelHubMixin] = Paraphraser
 ) -> list[Paraphraser]:
-    """
-    Take paraphrasers as objects, or load them from a Hub id or a folder.
-
-    Args:
-        source (`Paraphraser`, `list[Paraphraser]` or `str`):
-            One, several, or where they are.
-        num_layers (`int`):
-            How many the layers need.
-        kind (`type`, *optional*, defaults to `Paraphraser`):
-            Their class; another one where something else stands for them.
-
-    Returns:
-        `list[Paraphraser]`: one for each layer.
-
-    Raises:
-        `ValueError`: not as many as layers, or not to be had.
-    """
+    """Take paraphrasers as objects, or load them from a Hub id or a folder."""
     if isinstance(source, (str, Path)):
         name = str(source)
         if num_layers > 1 and not os.path.isdir(name):
@@ -176,15 +122,6 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
 
     Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on
     disk, which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
-
-    Args:
-        model (`PreTrainedModel`):
-            The model; changed in place.
-        folder (`str`):
-            A folder that `save_pretrained` has written.
-
-    Raises:
-        `ValueError`: weights that are missing, left over, or of another shape.
     """
     if is_adapted(model):
         load_adapter(model, folder)

@@ -1,6 +1,7 @@
 """What is refused before training starts: data without rows or with unknown labels, models that do not go together."""
 
 import warnings
+from collections.abc import Iterable
 
 import datasets
 import torch
@@ -10,24 +11,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
 from ..data.decoded_images import DecodedImages
-from ..features.detectors import refuse_logit_term
-from ..features.tap import FeatureTap, pair_layers
-from ..models.adapters import check_adapted, is_adapted
+from ..features.layers import check_layers, is_detector, pair_layers
+from ..features.tap import FeatureTap
+from ..models.adapters import check_adapted, is_adapted, without_adapters
 
 
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
-    """
-    Apply [`check_dataset`] to all that were given.
-
-    Args:
-        model (`PreTrainedModel`):
-            The student.
-        train_dataset (`Dataset`, *optional*), eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
-            As Trainer takes them.
-
-    Raises:
-        `ValueError`: as [`check_dataset`].
-    """
+    """Apply [`check_dataset`] to all that were given."""
     for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         for dataset in given.values() if isinstance(given, dict) else [given]:
             if dataset is not None:
@@ -40,17 +30,6 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
 
     Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
     [`DecodedImages`].
-
-    Args:
-        dataset (`Dataset`):
-            The dataset.
-        name (`str`):
-            What the argument is called: `"train_dataset"`.
-        model (`PreTrainedModel`):
-            The student.
-
-    Raises:
-        `ValueError`: no rows, or a label outside `range(num_labels)`; -100, which the loss ignores, is fine.
     """
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(
@@ -77,21 +56,8 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
             )
 
 
-def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, term: str, way_out: str) -> None:
-    """
-    Refuse the logit term between models of different labels.
-
-    Args:
-        first (`PreTrainedModel`), second (`PreTrainedModel`):
-            The models.
-        who (`str`):
-            What to call them: `"student and teacher"`.
-        term (`str`), way_out (`str`):
-            The arguments that turn the logit term on, and off.
-
-    Raises:
-        `ValueError`: the label maps `id2label` differ. A model that has none is not asked, see [`check_logits`].
-    """
+def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, term: str, remedy: str) -> None:
+    """Refuse the logit term between models of different labels."""
     ours, theirs = label_map(first), label_map(second)
     if None not in (ours, theirs) and ours != theirs:
         sizes = [None if labels is None else len(labels) for labels in (ours, theirs)]
@@ -101,34 +67,45 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
         raise ValueError(
             f"Expected equal label maps of {who} for {term}, got {sizes[0]} and {sizes[1]} labels, which differ first "
             f"at {difference} ({(ours or {}).get(difference)!r} and {(theirs or {}).get(difference)!r}): load both "
-            f"with the same id2label, or set {way_out}; the feature losses do not need it."
+            f"with the same id2label, or set {remedy}; the feature losses do not need it."
         )
 
 
-def check_student(student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict) -> None:
-    """
-    Refuse what does not fit the student before anything is created on disk or on the Hub.
-
-    Args:
-        student (`PreTrainedModel`):
-            The student.
-        teacher (`nn.Module`):
-            The teacher.
-        args (`IEKDTrainingArguments`):
-            The training arguments.
-        kwargs (`dict`):
-            The trainer's other arguments.
-
-    Raises:
-        `ValueError`: a layer that does not exist, other labels with a logit term, data that do not fit.
-    """
+def check_student(
+    student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict
+) -> tuple[list[str], list[str]]:
+    """Refuse what does not fit the student before anything is created on disk or on the Hub."""
     check_adapted(student)
-    student_layers, _ = pair_layers(student, teacher, args.student_layers, args.teacher_layers)
-    FeatureTap(student, student_layers)
+    for model, named in ((teacher, args.teacher_layers), (student, args.student_layers)):
+        check_layers(model, named or [])
+    layers = pair_layers(student, teacher, args.student_layers, args.teacher_layers)
     if args.lambda_kd > 0:
         refuse_logit_term([student, teacher], "lambda_kd > 0", "Set lambda_kd=0, or a method without '+kd'")
         check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
     check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    return layers
+
+
+def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> None:
+    """Refuse a term between the logits of detectors."""
+    for model in map(without_adapters, models):
+        if is_detector(model):
+            raise ValueError(
+                f"Expected no {term} with a detector, got it with {type(model).__name__}: the queries of two "
+                "detectors do not correspond, so there are no logits to compare. "
+                f"{remedy}; the feature losses do not need it."
+            )
+
+
+def check_trainable(tap: FeatureTap, inputs: dict) -> None:
+    """Refuse a map that no feature loss can change; one of which a part is frozen is fine."""
+    if tap.layers and (frozen := tap.frozen_layers(inputs)):
+        raise ValueError(
+            f"Expected the student's feature map at {frozen[0]!r} to carry a gradient, got one without: all "
+            f"parameters of {type(tap.model).__name__} before it are frozen, as Transformers builds a ResNet in "
+            "DETR and its kin. Call requires_grad_(True) on the student, or on its backbone, or name a layer that "
+            "trains; no feature loss would reach the student."
+        )
 
 
 def label_map(model: nn.Module) -> dict[int, str] | None:
@@ -137,20 +114,7 @@ def label_map(model: nn.Module) -> dict[int, str] | None:
 
 
 def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Tensor) -> None:
-    """
-    Compare what the logit term needs of a teacher without a label map: as many logits as the student has.
-
-    Args:
-        student (`PreTrainedModel`):
-            The student.
-        teacher (`nn.Module`):
-            The teacher; one with a label map has been compared by that.
-        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
-            What it gives for an example.
-
-    Raises:
-        `ValueError`: another number of logits.
-    """
+    """Compare what the logit term needs of a teacher without a label map: as many logits as the student has."""
     labels = label_map(student)
     if label_map(teacher) is not None or labels is None:
         return
@@ -168,21 +132,7 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
 
 
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
-    """
-    Refuse what cannot be trained side by side.
-
-    Args:
-        models (`list[PreTrainedModel]`):
-            The models.
-        args (`MutualTrainingArguments`):
-            The training arguments.
-        kwargs (`dict`):
-            The trainer's other arguments.
-
-    Raises:
-        `ValueError`: fewer than two models, common weights, adapters, a model without loss, arguments for one model
-        only, data that do not fit.
-    """
+    """Refuse what cannot be trained side by side."""
     if len(models) < 2:
         raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
     owners = {}

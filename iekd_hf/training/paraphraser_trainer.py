@@ -30,20 +30,6 @@ class ParaphraserTrainer(DistillationTrainer):
 
     SGD with Nesterov momentum 0.9 and weight decay 5e-4, as both papers have it; the learning rate falls along a
     cosine.
-
-    Args:
-        paraphrasers (`ParaphraserStack`):
-            What is trained.
-        teacher (`FrozenTeacher`):
-            Gives the maps.
-        args (`IEKDTrainingArguments`):
-            The arguments of stage 2; what stage 1 does otherwise is set here.
-        output_dir (`str`):
-            Where this stage's checkpoints go.
-        train_dataset (`Dataset`), held_out (`Dataset`, *optional*):
-            Images to train on, and images to report on.
-        data_collator (`Callable`), augmentation (`nn.Module`, *optional*):
-            As in [`DistillationTrainer`].
     """
 
     log_prefix = "paraphraser/"
@@ -103,9 +89,6 @@ class ParaphraserTrainer(DistillationTrainer):
         Compare the reconstruction error on held-out images with that of the trivial predictor.
 
         That predictor is the mean map of the first training images.
-
-        Returns:
-            `dict[str, float]`: `reconstruction_loss` and `mean_map_loss`; empty without held-out images.
         """
         if self.eval_dataset is None:
             logger.warning("No held-out images: the paraphraser's reconstruction error is not reported.")

@@ -11,10 +11,6 @@ class PartwiseOptimizer(torch.optim.Optimizer):
     one file in a checkpoint. A part without gradients keeps its state as it is: no moment decays and no step is
     counted, which optimizers that count steps by group would do in one common `step()`.
 
-    Args:
-        optimizers (`list[torch.optim.Optimizer]`):
-            The parts' optimizers, without common parameters.
-
     Example:
 
     ```python
