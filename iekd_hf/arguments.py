@@ -196,16 +196,7 @@ class IETrainingArguments(TrainingArguments):
         return new
 
     def lambda_scale(self, progress: float) -> float:
-        """
-        Return the factor in [0, 1] on the λs.
-
-        Args:
-            progress (`float`):
-                Share of the training steps done, in [0, 1].
-
-        Returns:
-            `float`: linear warm-up, then the schedule.
-        """
+        """Return the factor in [0, 1] on the λs when a share `progress` of the training steps is done."""
         return lambda_scale(progress, self.lambda_schedule, self.lambda_warmup_ratio)
 
 

@@ -384,7 +384,7 @@ class IEKDTrainer(DistillationTrainer):
         return CardFacts([self.teacher_summary, student], distilled(self.args, self.teacher_summary), ("ie",))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the plain student; a checkpoint and the run's own folder get encoders and splits beside it."""
+        """Save the plain student; checkpoints and `output_dir` also get encoders and splits."""
         super().save_model(output_dir, _internal_call)
         folder = output_dir if _internal_call else None  # a checkpoint's; a push has none
         if not _internal_call and self._fingerprint and output_dir in (None, self.args.output_dir):

@@ -1,4 +1,4 @@
-"""IE-DML: networks that teach each other by inheritance and exploration while they learn (CVPR 2021)."""
+"""IE-DML: networks that teach each other by inheritance and exploration (CVPR 2021)."""
 
 import torch
 from torch import nn
@@ -283,13 +283,13 @@ class MutualTrainer(PeersTrainer):
         return CardFacts(rows, taught_each_other(self.args, len(rows)), papers)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save each peer in a folder of its own; a checkpoint gets encoders, splits and paraphrasers beside them."""
+        """Save each peer in its own folder; checkpoints also get encoders, splits and paraphrasers."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:
             save_encoders(self.group, output_dir, type(self).__name__, **self._encoders_made_for())
 
     def load_peers(self, folder: str) -> None:
-        """Restore the peers and all that trains beside them."""
+        """Restore the peers, encoders, splits and paraphrasers."""
         check_made_by(folder, type(self).__name__, **self._encoders_made_for())  # before a weight is changed
         super().load_peers(folder)
         load_encoders(self.group, folder)

@@ -191,3 +191,8 @@ def test_no_mask_makes_anybody_wait_for_the_device(loss, distance):
         assert loss(student.requires_grad_(), teacher, distance, mask=mask_at(pixel_mask, (8, 8))).shape == ()
         with pytest.raises(DataDependentOutputException):
             pixel_mask.all().item()
+
+
+def test_a_mask_on_another_grid_has_its_nearest_entries():
+    assert mask_at(torch.tensor([[[1, 1, 1, 0, 0, 0]]]), (1, 3)).tolist() == [[[True, True, False]]]
+    assert mask_at(None, (1, 3)) is None

@@ -13,12 +13,12 @@ from ..models.adapters import without_adapters
 from .maps import count_extra_tokens, first_tensor, several_maps, split_index, suggest_layers, to_map
 
 
-# Where DETR and its kin keep a timm model, bare of the backbone's own class.
+# Where DETR-like detectors keep a bare timm model.
 _BARE_BACKBONES = ("backbone.model", "backbone.conv_encoder.model")
 
 
 def default_layers(model: nn.Module) -> list[str]:
-    """Name the layers whose maps are taken where none is named, the last one last."""
+    """Return the layers whose maps are taken by default, in the order of the forward pass."""
     if hasattr(model, "timm_model"):  # of Transformers, around a timm model with its head
         return [f"timm_model.{last_features_layer(model.timm_model)}"]
     if hasattr(model, "forward_features"):
@@ -47,10 +47,10 @@ def pair_layers(
     student: nn.Module, teacher: nn.Module, student_layers: list[str] | None, teacher_layers: list[str] | None
 ) -> tuple[list[str], list[str]]:
     """
-    Say which layers of student and teacher are compared.
+    Return the layers of student and teacher that are compared, in order.
 
-    Where one side has more layers by default than the other side has, as an RT-DETR's three levels against the one map
-    of a DETR or a classifier, the last ones are taken: pairs are made from the last map backwards.
+    If one side has more default layers than the other (an RT-DETR's three levels against a classifier's one map), its
+    last ones are taken.
     """
     named = (student_layers, teacher_layers)
     found = [
@@ -75,20 +75,8 @@ def backbone_layers(model: nn.Module) -> list[str]:
     """
     Name the maps of the backbone that a model holds.
 
-    A detector whose encoder fuses the levels of a pyramid (RT-DETR, D-FINE and their kin, whose configuration has
-    `encoder_in_channels`) has one layer for each level, all others have the last map alone.
-
-    Example:
-
-    ```python
-    >>> from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
-    >>> from iekd_hf.features.layers import backbone_layers
-    >>> backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    >>> config = DetrConfig(backbone_config=backbone, d_model=16, encoder_layers=1, decoder_layers=1)
-    >>> backbone_layers(DetrForObjectDetection(config))
-    ['model.backbone.model[-1]']
-
-    ```
+    A detector whose encoder fuses the levels of a pyramid (RT-DETR, D-FINE and others whose configuration has
+    `encoder_in_channels`) has one layer for each level; all other models have the last map alone.
     """
     if not isinstance(model, PreTrainedModel):
         return []
@@ -104,7 +92,7 @@ def backbone_layers(model: nn.Module) -> list[str]:
 
 def last_features_layer(model: nn.Module) -> str:
     """
-    Find the layer by one forward pass: the one that has made the very tensor that `forward_features` returns.
+    Find the layer of a timm model that makes the tensor that `forward_features` returns, by one forward pass.
 
     timm has no name for it: it is `layer4` in a ResNet, `norm` in a ViT, `bn2` in an EfficientNet; of these
     `feature_info` knows the first only.
@@ -216,7 +204,7 @@ def find_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> di
 
 
 def _candidates(model: nn.Module) -> str:
-    """Name the last layers that give a map, if an image of the usual size goes through the model."""
+    """Suggest the last layers that give a map, if the model takes an image of 224 pixels."""
     try:
         found = list(find_layers(model))
     except Exception:  # a model that nothing is known of, such as which size it takes

@@ -15,7 +15,7 @@ _ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry 
 
 
 class _LastLayerReached(Exception):
-    """Ends a forward pass of which nothing more is needed."""
+    """Ends a forward pass after the last layer that is needed."""
 
 
 class FeatureTap:
@@ -66,13 +66,13 @@ class FeatureTap:
         self._going_in = None
 
     def probe(self, inputs: dict, stop_after_last: bool = True) -> tuple[dict | None, list[int]]:
-        """Return the model's output (or `None`) and each map's channels, by one forward pass that leaves no trace."""
+        """Return the model's output (or `None`) and each map's channels, by one forward pass in eval mode."""
         with torch.no_grad():
             outputs, maps = self._run_once(inputs, stop_after_last)
         return outputs, [feature_map.shape[1] for feature_map in maps]
 
     def frozen_layers(self, inputs: dict) -> list[str]:
-        """Return the layers whose map carries no gradient, as nothing before it trains, by a pass as in [`probe`]."""
+        """Return the layers whose map carries no gradient because nothing before it trains."""
         with torch.enable_grad():
             _, maps = self._run_once(inputs, stop_after_last=True)
         return [name for name, feature_map in zip(self.layers, maps, strict=True) if not feature_map.requires_grad]

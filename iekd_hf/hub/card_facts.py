@@ -1,4 +1,4 @@
-"""What a model card tells of a run: the networks, what they measured, the curve and the recipe."""
+"""Facts for the model card: networks and their metrics, the training curve, the recipe."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from transformers.modelcard import make_markdown_table
 from ..models.adapters import without_adapters
 
 
-# What Trainer measures beside the metrics.
+# Trainer's own measurements among the metrics.
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 _MOST_ROWS = 20
 # Arguments that change no result.
@@ -22,18 +22,7 @@ _ONLY_SPEED = {"channels_last", "fast_teacher", "compile_teacher", "teacher_cach
 
 
 def hub_id(name: str | None) -> str | None:
-    """
-    Return a name if it is one on the Hub.
-
-    Example:
-
-    ```python
-    >>> from iekd_hf.hub.model_card import hub_id
-    >>> [hub_id(name) for name in ("microsoft/resnet-18", "/home/me/student", "./student", "", None)]
-    ['microsoft/resnet-18', None, None, None, None]
-
-    ```
-    """
+    """Return a name if it is one on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -1,4 +1,4 @@
-"""The model card: what the Hub indexes, and what a stranger wants to know of a model."""
+"""Write the model card: metadata that the Hub indexes, and how the model was trained."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from ..models.adapters import is_adapted, without_adapters
 from .card_facts import CardFacts, Network, curve, hub_id, link, recipe
 
 
-_TASKS = {  # beside those that TrainingSummary knows by the classes of transformers
+_TASKS = {  # those that TrainingSummary does not know
     "ForImageClassification": "image-classification",
     "ForObjectDetection": "object-detection",
     "ForSemanticSegmentation": "image-segmentation",
@@ -32,7 +32,7 @@ _NOUNS = {
 
 
 def distilled(args: TrainingArguments, teacher: Network) -> str:
-    """Say to a stranger how a student was taught."""
+    """Describe for the card how the student was trained."""
     inherits, explores = args.lambda_inh > 0 and args.inheritance_ratio > 0, args.lambda_exp > 0
     if not (inherits or explores or args.lambda_kd > 0):
         return "It was trained on the labels of its images alone, to compare others with."
@@ -61,7 +61,7 @@ def distilled(args: TrainingArguments, teacher: Network) -> str:
 
 
 def taught_each_other(args: TrainingArguments, count: int) -> str:
-    """Say to a stranger how peers were taught."""
+    """Describe for the card how the peers were trained."""
     ways = {
         "ie": "part of the features of each imitates the others', the rest is pushed to find what they do not look at "
         "(IE-DML, [Huang et al., CVPR 2021](https://arxiv.org/abs/2107.00181))",
@@ -149,7 +149,7 @@ def _listed(value) -> list[str]:
 
 
 def _describe(network: Network, task: str | None, images: str) -> str:
-    """Say to a stranger what a model is."""
+    """Describe a network in one sentence."""
     labels = [label for label in map(str, network.labels) if not label.startswith("LABEL_")]
     told = f" ({', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''})" if labels else ""
     return (

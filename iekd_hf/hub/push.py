@@ -1,4 +1,4 @@
-"""Push to the Hub: a push that fails costs a message and no training, and no path of this machine leaves it."""
+"""Push to the Hub: a failed push never ends training, and no local path is uploaded."""
 
 import contextlib
 import os
@@ -32,10 +32,9 @@ class HubTrainer(Trainer):
     """
     Extend [`~transformers.Trainer`]'s pushes.
 
-    - A push that fails, at the end or in the background, is told of with the command that makes up for it, and ends
-      no training: what it would have pushed is saved in `output_dir`.
-    - A Hub that refuses the repository is told of before training starts.
-    - A branch that is pushed to is made where it is missing.
+    - A failed push is logged with the command to retry it; training goes on, and everything is saved in `output_dir`.
+    - A repository that cannot be written to is an error before training starts.
+    - A missing branch is created.
     - With `hub_strategy="checkpoint"` or `"all_checkpoints"`, a checkpoint is pushed with all that resuming it takes,
       from a copy that later saves cannot remove in the middle of the upload.
     - The model card says what the model is, how it was taught and what was measured.
@@ -224,7 +223,7 @@ def check_base_is_public(model: nn.Module) -> None:
         if base and hub_id(base) is None:
             raise ValueError(
                 "Expected an adapter of a model of the Hub to push, got one of the folder "
-                f"{os.path.basename(base)!r}, which nobody else could load: load the base by its name on the Hub, or "
+                f"{os.path.basename(base)!r}, which no one else could load: load the base by its name on the Hub, or "
                 "push model.merge_and_unload()."
             )
 
@@ -238,7 +237,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Say in one line what has failed; of an upload without its address, which is signed."""
+    """Describe an error in one line, without the signed URL of an upload."""
     cause = error.__cause__ if isinstance(error, (RuntimeError, ValueError)) and error.__cause__ else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     text = str(error).strip().partition("\n")[0].rstrip(".:")

@@ -88,19 +88,7 @@ class MarginReLU(
 
 
 class Connector(nn.Sequential):
-    """
-    Bring a part of the student's responses to the teacher's channels by a 1x1 convolution and BatchNorm (OD).
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.method.knowledge import Connector
-    >>> Connector(in_channels=8, out_channels=32)(torch.randn(2, 8, 4, 4)).shape
-    torch.Size([2, 32, 4, 4])
-
-    ```
-    """
+    """Bring a part of the student's responses to the teacher's channels by a 1x1 convolution and BatchNorm (OD)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
@@ -112,13 +100,13 @@ class Connector(nn.Sequential):
 class Knowledge:
     """Describe what the maps of a pair of layers are compared by, and the modules that make it of either map."""
 
-    teacher_side: type[nn.Module]
-    student_side: Callable[[int, int], nn.Module]
-    width: Callable[[int, int | None], int]
-    is_kept: bool = True
-    is_trained: bool = True
-    before_activation: bool = False
-    normalize: bool = True
+    teacher_side: type[nn.Module]  # turns the teacher's map into the target, by `encode`
+    student_side: Callable[[int, int], nn.Module]  # from a part's channels and the target's: the part's encoder
+    width: Callable[[int, int | None], int]  # from the teacher's channels and `factor_channels`: the target's
+    is_kept: bool = True  # whether the teacher's side has weights, which stage 1 makes and a run keeps
+    is_trained: bool = True  # by the reconstruction error; otherwise stage 1 measures them
+    before_activation: bool = False  # whether maps are taken before the activation that ends a layer
+    normalize: bool = True  # whether what inherits is compared by its direction
 
 
 KNOWLEDGE = {

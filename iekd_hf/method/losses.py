@@ -291,7 +291,7 @@ EXPLORATION_DISTANCES = {
 }
 
 
-# ---- What every loss does first ----
+# ---- Common first steps of all losses ----
 
 
 @contextlib.contextmanager

@@ -5,19 +5,7 @@ import torch.nn.functional as F
 
 
 def mask_at(pixel_mask: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor | None:
-    """
-    Bring a batch's `pixel_mask` to another grid by its nearest entries, as detectors do.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.method.padding import mask_at
-    >>> mask_at(torch.tensor([[[1, 1, 1, 0, 0, 0]]]), (1, 3))
-    tensor([[[ True,  True, False]]])
-
-    ```
-    """
+    """Bring a batch's `pixel_mask` to another grid by its nearest entries, as detectors do."""
     return None if pixel_mask is None else F.interpolate(pixel_mask[None].float(), size=tuple(size))[0].bool()
 
 
@@ -29,11 +17,7 @@ def zero_padding(maps: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.T
 
 
 class Valid:
-    """
-    Leave the padding of a batch of maps out of sums and means.
-
-    With a mask of ones the results are those without a mask, to the last bit.
-    """
+    """Leave the padding of a batch of maps out of sums and means; without a mask nothing is changed, to the bit."""
 
     def __init__(self, mask: torch.Tensor | None):
         self.mask = None if mask is None else mask.bool()

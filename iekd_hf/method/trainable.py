@@ -1,4 +1,4 @@
-"""What trains, each in one `forward`: students and peers with their encoders, and paraphrasers."""
+"""The modules that train, each in one `forward`: students and peers with their encoders, paraphrasers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,8 +15,7 @@ from .knowledge import KNOWLEDGE, Knowledge
 
 class StudentWithEncoders(nn.Module):
     """
-    Hold everything that trains in stage 2 in one `forward`, so that one DDP wrapper, one compiler and one optimizer
-    see it.
+    Hold everything that trains in stage 2 in one `forward`, for one DDP wrapper, one compiler and one optimizer.
     """
 
     def __init__(
@@ -74,8 +73,8 @@ class StudentWithEncoders(nn.Module):
 
 class Peer(StudentWithEncoders):
     """
-    Hold one of several networks that teach each other, with the encoders of what it learns: a student as above, whose
-    pairs are the other peers, all against its one feature map. Without pairs (logits only) it taps nothing.
+    Hold one of several networks that teach each other, with its encoders: a student whose pairs are the other peers,
+    all against its one feature map. With logits alone it has no pairs.
     """
 
     def forward(self, **inputs) -> tuple[dict, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
@@ -85,7 +84,7 @@ class Peer(StudentWithEncoders):
 
     @torch.no_grad()
     def teach(self, inputs: dict, with_logits: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return the map, and the logits if they are wanted, of the network as it is now, and leave no trace in it."""
+        """Return the current map, and the logits if asked for, without moving BatchNorm statistics."""
         with frozen_statistics(self.student):
             outputs, feature_maps = self.tap.run(inputs, stop_after_last=not with_logits)
         return feature_maps[0] if feature_maps else None, outputs["logits"] if with_logits else None
@@ -93,7 +92,7 @@ class Peer(StudentWithEncoders):
 
 @contextlib.contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """Draw weights from a seed of their own: the same ones whatever was built before, and after."""
+    """Draw weights from their own seed, whatever was built before, and leave the global state as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

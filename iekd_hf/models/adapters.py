@@ -12,12 +12,12 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Tell whether `peft.get_peft_model` has wrapped a model."""
+    """Return whether `peft.get_peft_model` has wrapped a model."""
     return hasattr(model, "get_base_model")
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """Return the model that PEFT has wrapped, which holds the adapters in its layers; any other as it is."""
+    """Return the model inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if is_adapted(model) else model
 
 
@@ -32,7 +32,7 @@ def check_adapted(model: nn.Module) -> None:
     if not is_adapted(model):
         return
     norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    # Where `modules_to_save` names a layer, PEFT trains a copy beside the original, which rests.
+    # Where `modules_to_save` names a layer, PEFT trains a copy beside the original, which does not train.
     lost = [n for n in norms if ".modules_to_save." not in n and not n.endswith(".original_module")]
     if lost:
         last = lost[0].rpartition(".")[2]

@@ -18,12 +18,12 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 logger = logging.get_logger(__name__)
 
-# What says which files of a repository are meant, and who asks for them.
+# Keywords of from_pretrained that say where files come from.
 _HUB_KEYWORDS = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
 
 
 def load_if_named(model: nn.Module | str | None, role: str, init_kwargs: dict | None, dtype: str) -> nn.Module | None:
-    """Load a model that was given by name; return any other as it is."""
+    """Load a model given by name; return a model unchanged."""
     if isinstance(model, str):
         return load_model(model, role, **{"dtype": dtype, **(init_kwargs or {})})
     if init_kwargs:
@@ -74,7 +74,7 @@ def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
 
 
 def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
-    """Say why a Hub name or folder could not be loaded and what to do."""
+    """Explain why a Hub name or folder could not be loaded, and what to do."""
     if "trust_remote_code" in str(error):
         return (
             f"Expected {role} without code of its own, got {name_or_path!r}, which has some that is not run unless "

@@ -1,4 +1,4 @@
-"""What a frozen teacher says of augmented images, computed once, kept on disk, memory-mapped."""
+"""Memory-mapped disk cache of a frozen teacher's factors and logits."""
 
 import copy
 import hashlib
@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 # Images between two notes of what is done: what an interruption loses at most.
 _BLOCK = 1024
 _COMPLETE = "complete.json"
-# What a configuration says of how a model was made, loaded or trained, but not of its features.
+# Configuration entries that do not change the features.
 _NOT_THE_TEACHER = ("_name_or_path", "transformers_version", "architectures", "dtype", "problem_type")
 
 
@@ -38,8 +38,8 @@ class TeacherCache:
     """
     Hold the factors F_T, and the logits if a logit term is on, of K views of each image, in float16.
 
-    It lies in a folder named by a digest of everything that the numbers depend on. An unfinished one is continued, and
-    never read.
+    Its folder is named by a digest of everything that the numbers depend on. An unfinished cache is continued, never
+    read.
     """
 
     def __init__(

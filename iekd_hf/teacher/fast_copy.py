@@ -17,20 +17,6 @@ def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: S
 
     Which convolution feeds which BatchNorm is seen in one forward pass: a tensor that a convolution has made and that
     a BatchNorm, and no other layer, takes.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.teacher.fast_copy import fold_batchnorm
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
-    >>> with torch.no_grad():
-    ...     fold_batchnorm(model, lambda model: model(torch.zeros(1, 3, 8, 8)))
-    1
-    >>> model[1]
-    Identity()
-
-    ```
     """
     made_by: dict[int, str] = {}
     alive, uses, calls, pairs = [], Counter(), Counter(), {}
@@ -62,9 +48,7 @@ def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: S
 
 
 def copy_fast(model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]], keep: Sequence[str] = ()) -> nn.Module:
-    """
-    Copy a model in eval mode, fold its BatchNorm layers, and lay its weights out channels last if it is convolutional.
-    """
+    """Copy a model, fold its BatchNorm layers, and lay it out channels last if it is convolutional."""
     fast = copy.deepcopy(model).eval()
     if fold_batchnorm(fast, run, keep):
         for expected, got in zip(run(model), run(fast), strict=True):

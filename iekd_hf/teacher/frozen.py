@@ -1,4 +1,4 @@
-"""What is frozen: the teacher with what makes factors of its maps, fed with the student's batch."""
+"""The frozen teacher: its inputs from the student's batch, its feature maps, factors and logits."""
 
 import hashlib
 import inspect
@@ -15,7 +15,7 @@ from .pixels import TeacherPixels
 
 
 def logits_of(outputs: torch.Tensor | dict) -> torch.Tensor:
-    """Return a teacher's logits: the entry of that name, or a tensor as it is."""
+    """Return a teacher's logits: its output, or the output's entry of that name."""
     if isinstance(outputs, torch.Tensor):
         return outputs
     if isinstance(outputs, dict) and "logits" in outputs:
@@ -36,8 +36,8 @@ class TeacherTargets(NamedTuple):
 
 class FrozenTeacher(nn.Module):
     """
-    Hold what never trains in stage 2: the teacher, and its paraphrasers (or what else makes of its maps what is
-    compared). It stays in eval mode whatever is asked.
+    Hold what never trains in stage 2: the teacher and its paraphrasers (for AT and OD, the modules in their place).
+    It always stays in eval mode.
 
     It is kept off the student's module tree: Trainer calls `train()` on that every step, and a teacher on it would
     move its BatchNorm statistics.
@@ -64,14 +64,14 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     def set_paraphrasers(self, paraphrasers: list[nn.Module]) -> None:
-        """Take the trained paraphrasers, or what stands for them, one for each layer."""
+        """Set the trained paraphrasers, one for each layer."""
         self.paraphrasers = nn.ModuleList(paraphrasers).eval()
 
     @torch.no_grad()
     def use_fast_copy(
         self, sample: dict, dtype: torch.dtype | None = None, compiled: bool = False, with_logits: bool = True
     ) -> None:
-        """Go on with a copy of the teacher that gives the same maps in less time; the user's own stays as it was."""
+        """Use a faster copy of the teacher with the same maps; the given model stays unchanged."""
         sample = self.to_teacher_inputs(sample)
 
         def run(model):
@@ -88,7 +88,7 @@ class FrozenTeacher(nn.Module):
         self.tap = FeatureTap(self.teacher, self.tap.layers, self.tap.before_activation)
         self.fast = True
         if compiled:
-            # Outside of the hooks, of which the last one leaves the forward pass.
+            # Outside the hooks: the last one leaves the forward pass.
             for module in dict.fromkeys(self.tap.modules):
                 module.forward = torch.compile(module.forward)
 

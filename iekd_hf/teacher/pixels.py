@@ -16,20 +16,6 @@ class TeacherPixels(nn.Module):
 
     A batch is processed once, for the student. If the teacher was trained with another mean, standard deviation,
     scale or size, it would see wrong pixels and say nothing.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers import ViTImageProcessorPil
-    >>> from iekd_hf.teacher.pixels import TeacherPixels
-    >>> student = ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 4, "width": 4})
-    >>> teacher = ViTImageProcessorPil(image_mean=[0.0] * 3, image_std=[0.1] * 3, size={"height": 8, "width": 8})
-    >>> pixels = TeacherPixels(student, teacher)(torch.zeros(1, 3, 4, 4))
-    >>> pixels.shape, round(pixels.mean().item(), 4)
-    (torch.Size([1, 3, 8, 8]), 5.0)
-
-    ```
     """
 
     def __init__(self, student_processor: BaseImageProcessor, teacher_processor: BaseImageProcessor):

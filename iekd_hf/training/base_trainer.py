@@ -1,4 +1,4 @@
-"""What every trainer here shares, without any algorithm: logs, the finite-loss guard, strict loads."""
+"""What all trainers share, without any algorithm: component logs, the finite-loss guard, strict loading."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from .component_log import ComponentLog
 
 logger = logging.get_logger(__name__)
 
-# What detectors return beside loss, logits and boxes. Kept, it would be more than the images that it was made of.
+# Outputs of detectors that are no predictions; gathered, they would take more memory than the images.
 _NOT_PREDICTED_BY_DETECTORS = (
     *("last_hidden_state", "encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"),
     *("encoder_attentions", "decoder_attentions", "cross_attentions", "auxiliary_outputs", "backbone_features"),
@@ -34,7 +34,7 @@ _NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states"
 
 class DistillationTrainer(HubTrainer):
     """
-    Extend [`~transformers.Trainer`] by what distillation trainers share.
+    Extend [`~transformers.Trainer`] with what distillation trainers share.
 
     - `self.components.record({...}, step)` in `compute_loss` puts each component, raw, beside `loss` in the logs;
     - a component that is NaN or infinite stops training at the next log or save, before anything is overwritten;
@@ -52,7 +52,7 @@ class DistillationTrainer(HubTrainer):
 
     # Put before each name in the logs, by a trainer whose logs trackers may put into one run with another's.
     log_prefix = ""
-    # What a trainer that weighs losses sets; without it there is the task's loss alone.
+    # Set by trainers that weigh several losses.
     # Not `objective`, which is what a hyperparameter search of Trainer maximises.
     distillation_objective: Objective | None = None
 
@@ -135,18 +135,9 @@ class DistillationTrainer(HubTrainer):
         return _PassBatches(super()._get_collator_with_removed_columns(data_collator, description))
 
     def prepare_to_train(self, module: nn.Module, example: dict) -> nn.Module:
-        """
-        Prepare a student with its encoders through Accelerate.
-
-        DDP searches each step's graph for parameters without a gradient only where there are any, which one backward
-        pass of an example tells; with a `compute_loss_func`, whose graph is not known, Trainer's own choice stays.
-
-        Args:
-            module (`nn.Module`):
-                What trains; its forward returns the output, F_inh and F_exp first.
-            example (`dict`):
-                A batch for it.
-        """
+        """Prepare a module whose forward returns the output, F_inh and F_exp first, through Accelerate."""
+        # DDP searches each step's graph for unused parameters only if an example's backward pass has some; with a
+        # `compute_loss_func`, whose graph is not known, Trainer's own choice stays.
         undecided = self.args.ddp_find_unused_parameters is None and not self.args.gradient_checkpointing
         if self.args.world_size > 1 and undecided and self.compute_loss_func is None:
             was_training = module.training
@@ -174,7 +165,7 @@ class DistillationTrainer(HubTrainer):
         return 0 if pixels is None else 6 * pixels.numel() * self._num_parameters
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # Without clipping nobody has asked for the norm, which Trainer would compute for the logs at every step.
+        # Trainer computes the norm for the logs at every step, even without clipping.
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
 
     @property
@@ -205,7 +196,7 @@ class DistillationTrainer(HubTrainer):
         return self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the components' means and the weights as they are now beside the training loss."""
+        """Log the training loss together with the components' means and the current weights."""
         if "loss" in logs:
             weights = self.distillation_objective.weights_at(self.progress) if self.distillation_objective else {}
             logs = {**logs, **self.check_finite(), **weights}
@@ -269,7 +260,7 @@ class DistillationTrainer(HubTrainer):
 
 
 class _PassBatches:
-    """Collate a list of examples; a batch that a data set gave as a whole goes through as it is."""
+    """Collate a list of examples; pass on a batch that the data set has collated itself."""
 
     def __init__(self, collate):
         self.collate = collate

@@ -1,4 +1,4 @@
-"""What a run keeps on disk and reads back, all of it or none: students, encoders with their split, paraphrasers."""
+"""What a run keeps on disk: students, encoders with their splits, paraphrasers; each is loaded whole or not at all."""
 
 import os
 import shutil

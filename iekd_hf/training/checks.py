@@ -1,4 +1,4 @@
-"""What is refused before training starts: data without rows or with unknown labels, models that do not go together."""
+"""Checks before training: empty datasets, unknown labels, incompatible models."""
 
 import warnings
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from ..models.adapters import check_adapted, is_adapted, without_adapters
 
 
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
-    """Apply [`check_dataset`] to all that were given."""
+    """Check all given datasets."""
     for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         for dataset in given.values() if isinstance(given, dict) else [given]:
             if dataset is not None:
@@ -52,7 +52,7 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
             raise ValueError(
                 f"Expected labels of {name} within 0 and {num_labels - 1}, the student's {num_labels} classes, got "
                 f"{int(labels[row])} in row {row} of column {column!r}: load the student with num_labels="
-                f"{int(labels.max()) + 1}, or mend the labels."
+                f"{int(labels.max()) + 1}, or fix the labels."
             )
 
 
@@ -74,7 +74,7 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
 def check_student(
     student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict
 ) -> tuple[list[str], list[str]]:
-    """Refuse what does not fit the student before anything is created on disk or on the Hub."""
+    """Check the student against teacher, arguments and data; return the layers that are paired."""
     check_adapted(student)
     for model, named in ((teacher, args.teacher_layers), (student, args.student_layers)):
         check_layers(model, named or [])
@@ -98,7 +98,7 @@ def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> No
 
 
 def check_trainable(tap: FeatureTap, inputs: dict) -> None:
-    """Refuse a map that no feature loss can change; one of which a part is frozen is fine."""
+    """Refuse a feature map without gradient; a partly frozen backbone is fine."""
     if tap.layers and (frozen := tap.frozen_layers(inputs)):
         raise ValueError(
             f"Expected the student's feature map at {frozen[0]!r} to carry a gradient, got one without: all "
@@ -109,12 +109,12 @@ def check_trainable(tap: FeatureTap, inputs: dict) -> None:
 
 
 def label_map(model: nn.Module) -> dict[int, str] | None:
-    """Return a model's `id2label`; `None` for one from elsewhere."""
+    """Return a model's `id2label`, or `None` without one."""
     return getattr(getattr(model, "config", None), "id2label", None)
 
 
 def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Tensor) -> None:
-    """Compare what the logit term needs of a teacher without a label map: as many logits as the student has."""
+    """Refuse a teacher without a label map whose logits are not as many as the student's classes."""
     labels = label_map(student)
     if label_map(teacher) is not None or labels is None:
         return
@@ -132,7 +132,7 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
 
 
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
-    """Refuse what cannot be trained side by side."""
+    """Refuse models that cannot be trained together."""
     if len(models) < 2:
         raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
     owners = {}

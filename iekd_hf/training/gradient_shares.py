@@ -1,4 +1,4 @@
-"""How much each loss pulls at the student's feature maps beside the task's own: what a weight amounts to."""
+"""Gradient of each weighted loss at the student's feature maps, relative to the task's."""
 
 import warnings
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from ..method.objective import LAMBDA_OF
 from ..method.trainable import frozen_statistics
 
 
-# Below it, a loss is said to do next to nothing.
+# Below this share a warning says that a loss hardly acts.
 SMALL_SHARE = 0.01
 # Keeps the gradients of half precision inside their range; it cancels out.
 _SCALE = 1024.0
@@ -20,22 +20,7 @@ _BATCHES = 4
 def gradient_shares(
     runs: Iterable[tuple[list[torch.Tensor], dict[str, torch.Tensor]]], weights: dict[str, float]
 ) -> dict[str, float]:
-    """
-    Compare the gradients of weighted losses at the feature maps with that of the task's loss.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.training.gradient_shares import gradient_shares
-    >>> f_S = torch.tensor([3.0, 4.0], requires_grad=True)
-    >>> losses = {"task_loss": f_S.square().sum() / 2, "inheritance_loss": f_S[0]}
-    >>> shares = gradient_shares([([f_S], losses)], {"lambda_inh": 10.0})
-    >>> {name: round(share, 3) for name, share in shares.items()}
-    {'inheritance_loss': 2.0}
-
-    ```
-    """
+    """Return the gradient norm of each weighted loss at the feature maps over that of the task's loss."""
     norms, losses = 0.0, {}
     for feature_maps, losses in runs:
         norms = norms + torch.stack([_gradient_norm(loss, feature_maps) for loss in losses.values()])
@@ -46,7 +31,7 @@ def gradient_shares(
 
 
 def measure_gradient_shares(trainer: Trainer) -> dict[str, float]:
-    """Measure the shares on some batches before training, and warn of losses whose gradient is next to nothing."""
+    """Measure the shares on some batches before training, and warn of losses that hardly act."""
     side, weights = trainer.student_side, trainer.distillation_objective.weights()
     if not weights:
         return {}
@@ -66,7 +51,7 @@ def _gradient_norm(loss: torch.Tensor, feature_maps: list[torch.Tensor]) -> torc
 
 
 def warn_of_small_shares(shares: dict[str, float], weights: dict[str, float]) -> None:
-    """Warn of losses whose gradient is next to nothing beside the task's."""
+    """Warn of losses whose gradient is negligible next to the task's."""
     for name, share in shares.items():
         if share < SMALL_SHARE:
             argument, loss = LAMBDA_OF[name], name.replace("_", " ")

@@ -150,7 +150,7 @@ class _ReportAtTheEnd(TrainerCallback):
 
 
 def summed(feature_map: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
-    """Sum maps over a batch; where an image is padded, the mean of the others stands for it."""
+    """Sum maps over a batch; a padded position counts as the mean of the others."""
     if pixel_mask is None:
         return feature_map.sum(dim=0)
     mask = mask_at(pixel_mask, feature_map.shape[2:])[:, None]

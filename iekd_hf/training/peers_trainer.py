@@ -1,4 +1,4 @@
-"""What makes several models one to Trainer, without any algorithm: evaluation, saving, loading and pushing of each."""
+"""Make Trainer treat several models as one: evaluate, save, load and push each of them."""
 
 import contextlib
 import inspect

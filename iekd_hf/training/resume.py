@@ -15,26 +15,13 @@ STAGE_1_FOLDER = "_stage_1"
 class ResumePoint:
     """Say where a run goes on."""
 
-    checkpoint: str | None = None
-    stage_1_checkpoint: str | None = None
-    paraphrasers: Path | None = None
+    checkpoint: str | None = None  # of stage 2
+    stage_1_checkpoint: str | None = None  # where stage 1 is not over
+    paraphrasers: Path | None = None  # folder of the finished ones
 
 
 def find_resume_point(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> ResumePoint | None:
-    """
-    Find where a run goes on; only the disk is read.
-
-    Example:
-
-    ```python
-    >>> from iekd_hf.training.resume import find_resume_point
-    >>> print(find_resume_point("no/such/folder", True))
-    None
-    >>> find_resume_point("out", "out/_stage_1/checkpoint-5")
-    ResumePoint(checkpoint=None, stage_1_checkpoint='out/_stage_1/checkpoint-5', paraphrasers=None)
-
-    ```
-    """
+    """Find where a run goes on; only the disk is read."""
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is not True:

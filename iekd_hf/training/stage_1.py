@@ -1,4 +1,4 @@
-"""Stage 1: get the paraphrasers of a teacher, or what stands for them: check given ones, measure or train them."""
+"""Stage 1: get a teacher's paraphrasers: check given ones, train them, or measure OD's margins."""
 
 import shutil
 import time
@@ -27,7 +27,7 @@ MARGIN_BATCHES = 8
 
 
 def get_paraphrasers(source, teacher_channels: list[int], args: IEKDTrainingArguments) -> list[nn.Module]:
-    """Take paraphrasers that were trained elsewhere, after a look at whether they fit."""
+    """Load paraphrasers and check that they fit the teacher and the arguments."""
     knowledge = KNOWLEDGE[args.knowledge]
     if not knowledge.is_kept:
         raise ValueError("Expected no paraphraser with knowledge='attention', got one: maps of attention need none.")
@@ -68,7 +68,7 @@ def train_paraphrasers(
 def measure_margins(
     teacher: FrozenTeacher, teacher_channels: list[int], batches: Iterable[dict]
 ) -> tuple[list[MarginReLU], dict[str, float]]:
-    """Measure the margins of OD on some batches, which takes the place of a training."""
+    """Measure the margins of OD on some batches; there is nothing to train."""
     start = time.monotonic()
     maps = [maps_without_padding(teacher, inputs) for inputs in batches]
     margins = [MarginReLU(channels) for channels in teacher_channels]
