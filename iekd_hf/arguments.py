@@ -20,13 +20,11 @@ PARAPHRASER_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fus
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 MUTUAL_LOSSES = ("ie", "kl", "ie+kl")
 
-# The methods that `IEKDTrainer` knows by name, as defaults of its other arguments.
-# Weights as chosen on held-out images of CIFAR-10, a ResNet-56 teaching a ResNet-20 (README, "Which λ?").
+# Weights chosen on held-out images of CIFAR-10, a ResNet-56 teaching a ResNet-20 (docs/results/weights.md).
 _LAMBDA_KD = 1.0
 
 _FACTORS = {"knowledge": "factors", "inheritance_distance": "l1", "exploration_distance": "l1"}
-# What AT and OD minimise; to explore is to turn it round. OD's squared distance has no bound, so what explores is
-# compared by its direction.
+# AT and OD minimise these; exploring turns them round, and compares directions, as OD's distance has no bound.
 _ATTENTION = {"knowledge": "attention", "inheritance_distance": "cosine", "exploration_distance": "orthogonal"}
 _PREACTIVATION = {
     "knowledge": "preactivation",
@@ -35,6 +33,7 @@ _PREACTIVATION = {
 }
 _WHOLE, _HALF = {"inheritance_ratio": 1.0}, {"inheritance_ratio": 0.5}
 
+# The methods that `IEKDTrainer` knows by name, as defaults of its other arguments.
 METHODS: dict[str, dict[str, str | float]] = {
     "plain": {**_FACTORS, **_HALF, "lambda_inh": 0.0, "lambda_exp": 0.0},
     "kd": {**_FACTORS, **_HALF, "lambda_inh": 0.0, "lambda_exp": 0.0, "lambda_kd": _LAMBDA_KD},

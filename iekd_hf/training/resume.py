@@ -1,14 +1,23 @@
 """Where a run goes on: which stage, from which checkpoint, with which paraphrasers."""
 
+import json
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
 
+from .manifest import find_checkpoint_damage, find_damage, read_manifest, write_whole
+
+
+logger = logging.get_logger(__name__)
 
 # Trainer never uploads names that begin with an underscore: what is pushed is the plain student.
 PARAPHRASER_FOLDER = "_paraphraser"
 STAGE_1_FOLDER = "_stage_1"
+# Names the run that an `output_dir` belongs to, so that a new run never goes on from an old one's checkpoint.
+RUN_FILE = "_run.json"
 
 
 @dataclass(frozen=True)
@@ -26,18 +35,55 @@ def find_resume_point(output_dir: str | Path, resume_from_checkpoint: str | bool
         return None
     if resume_from_checkpoint is not True:
         named = Path(resume_from_checkpoint)
+        check_undamaged(named)
         if named.parent.name == STAGE_1_FOLDER:
             return ResumePoint(stage_1_checkpoint=str(resume_from_checkpoint))
         # A checkpoint from the Hub has them inside.
         inside, beside = named / PARAPHRASER_FOLDER, named.parent / PARAPHRASER_FOLDER
         return ResumePoint(str(resume_from_checkpoint), paraphrasers=inside if inside.is_dir() else beside)
     finished = Path(output_dir) / PARAPHRASER_FOLDER
-    if checkpoint := _last_checkpoint(Path(output_dir)):
+    if checkpoint := find_last_checkpoint(output_dir):
         return ResumePoint(checkpoint, paraphrasers=finished)
-    if checkpoint := _last_checkpoint(Path(output_dir) / STAGE_1_FOLDER):
+    if finished.is_dir():  # stage 1 is over, even if its checkpoints have not all been removed
+        return ResumePoint(paraphrasers=finished)
+    if checkpoint := find_last_checkpoint(Path(output_dir) / STAGE_1_FOLDER):
         return ResumePoint(stage_1_checkpoint=checkpoint)
-    return ResumePoint(paraphrasers=finished) if finished.is_dir() else None
+    return None
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(folder) if folder.is_dir() else None
+def find_last_checkpoint(folder: str | Path) -> str | None:
+    """Return the newest whole checkpoint of the last run in a folder; log which newer ones are passed over, and why."""
+    run = last_run(folder)
+    for checkpoint in reversed(sort_checkpoints(str(folder)) if Path(folder).is_dir() else []):
+        damage = find_checkpoint_damage(checkpoint)
+        if damage is None and run is not None and read_manifest(checkpoint).get("run") != run:
+            damage = "it belongs to an earlier run in this folder; to go on from it, name it"
+        if damage is None:
+            return checkpoint
+        logger.warning(f"{checkpoint} is passed over: {damage}.")
+    return None
+
+
+def check_undamaged(folder: Path) -> None:
+    """Refuse a folder of which a file is missing, cut or changed."""
+    if damage := find_damage(folder):
+        raise ValueError(
+            f"Expected {folder} as it was written, got another: {damage}. Copy it again from where it came, or go on "
+            "from an earlier checkpoint (resume_from_checkpoint=True takes the newest whole one)."
+        )
+
+
+def begin_run(output_dir: str | Path, checkpoint: str | None) -> str:
+    """Name the run that an `output_dir` belongs to from now on: a new one, or that of the checkpoint it resumes."""
+    run = (read_manifest(checkpoint).get("run") if checkpoint else None) or uuid.uuid4().hex
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(output_dir, RUN_FILE), json.dumps({"run": run}))
+    return run
+
+
+def last_run(output_dir: str | Path) -> str | None:
+    """Return the name of the run that was last begun in a folder; none in folders of other programs."""
+    try:
+        return json.loads(Path(output_dir, RUN_FILE).read_text())["run"]
+    except FileNotFoundError:
+        return None
