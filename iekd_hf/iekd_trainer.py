@@ -26,7 +26,7 @@ from .training.base_trainer import DistillationTrainer
 from .training.checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_encoders, save_paraphrasers
 from .training.checks import check_logits, check_student, check_trainable
 from .training.gradient_shares import measure_gradient_shares
-from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint, find_resume_point
+from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
 from .training.stage_1 import (
     MARGIN_BATCHES,
     get_paraphrasers,
@@ -138,6 +138,7 @@ class IEKDTrainer(DistillationTrainer):
         self.cache: TeacherCache | None = None
         self.has_given_paraphrasers = paraphraser is not None
         self._fingerprint: str | None = None  # of the paraphrasers, once stage 1 is over
+        self._metrics_before: dict[str, float] = {}  # of stage 1, and the gradient shares
         self._trained_with: tuple | None = None  # the settings of a stage 1 that has run here
         if self.train_dataset is not None:
             if args.cache_teacher:
@@ -226,30 +227,8 @@ class IEKDTrainer(DistillationTrainer):
         """
         if self.train_dataset is None:
             raise ValueError("Expected a train_dataset, got None: pass one to train.")
-        self._hp_search_setup(trial)  # a search's values must be in the arguments before stage 1 reads them
-        point = find_resume_point(self.args.output_dir, resume_from_checkpoint)
-        if point is None and resume_from_checkpoint:
-            raise ValueError(
-                f"Expected a checkpoint to resume from in output_dir={str(Path(self.args.output_dir))!r}, got none: "
-                "train without resume_from_checkpoint, or name the run's output_dir."
-            )
-        checkpoint = point.checkpoint if point else None
-        if checkpoint:
-            check_made_by(checkpoint, type(self).__name__)
-        self.teacher.tap.attach()
         try:
-            metrics = self.run_stage_1(point)
-            # Once: they are frozen from here on.
-            self._fingerprint = fingerprint(self.teacher.paraphrasers)
-            if self.args.cache_teacher and self.distillation_objective.weights():
-                self.cache = TeacherCache(
-                    self.teacher, self.train_dataset, self.augmentation, self.args, self.accelerator
-                )
-            shares = {} if checkpoint or self.model_init else measure_gradient_shares(self)
-            # Stage 2 draws the same numbers whether stage 1 has run, was resumed, or was left out.
-            set_seed(self.args.seed)
-            self.components.reset()
-            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             self.check_finite()
             self.sync_buffers(self.student_side)
         finally:
@@ -259,9 +238,27 @@ class IEKDTrainer(DistillationTrainer):
             # Give the student's side its own forward back, without accelerate's autocast around it.
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             self.model_wrapped = self.model
-        output.metrics.update({f"paraphraser_{name}": value for name, value in metrics.items()})
-        output.metrics.update(shares)
+        output.metrics.update(self._metrics_before)
         return output
+
+    def before_training(self, point: ResumePoint | None, trial) -> None:
+        """Run stage 1 where it is not over, fill the teacher's cache, and measure what the weights amount to."""
+        self._hp_search_setup(trial)  # a search's values must be in the arguments before stage 1 reads them
+        checkpoint = point.checkpoint if point else None
+        if checkpoint:
+            check_made_by(checkpoint, type(self).__name__)
+        self.teacher.tap.attach()
+        metrics = {f"paraphraser_{name}": value for name, value in self.run_stage_1(point).items()}
+        # Once: they are frozen from here on.
+        self._fingerprint = fingerprint(self.teacher.paraphrasers)
+        if self.args.cache_teacher and self.distillation_objective.weights():
+            self.cache = TeacherCache(self.teacher, self.train_dataset, self.augmentation, self.args, self.accelerator)
+        if not checkpoint and not self.model_init:
+            metrics |= measure_gradient_shares(self)
+        self._metrics_before = metrics
+        # Stage 2 draws the same numbers whether stage 1 has run, was resumed, or was left out.
+        set_seed(self.args.seed)
+        self.components.reset()
 
     # ---- Stage 1 ----
 
@@ -314,7 +311,7 @@ class IEKDTrainer(DistillationTrainer):
         self.teacher.set_paraphrasers(paraphrasers)
         self._trained_with = settings
         if args.should_save:
-            save_paraphrasers(self.teacher.paraphrasers, finished)
+            save_paraphrasers(self.teacher.paraphrasers, finished, self.run)
             remove_checkpoints(unfinished)
         self.accelerator.wait_for_everyone()
         return metrics
@@ -396,6 +393,7 @@ class IEKDTrainer(DistillationTrainer):
         """Add the paraphrasers, which are kept in `output_dir`, to a checkpoint that is pushed."""
         if self.knowledge.is_kept and self.teacher.paraphrasers:
             save_paraphrasers(self.teacher.paraphrasers, Path(folder) / PARAPHRASER_FOLDER)
+        super().complete_checkpoint(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,21 +1,27 @@
 """What all trainers share, without any algorithm: component logs, the finite-loss guard, strict loading."""
 
 import itertools
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from ..hub.push import HubTrainer
 from ..method.objective import Objective
 from ..models.adapters import is_adapted
-from .checkpoints import load_weights
+from .checkpoints import check_optimizer_state, load_weights
 from .component_log import ComponentLog
+from .manifest import is_disk_error, write_manifest
+from .resume import ResumePoint, begin_run, find_last_checkpoint, find_resume_point
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +36,9 @@ _NOT_PREDICTED_BY_DETECTORS = (
 )
 # Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
 _NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
+
+# Where a checkpoint is while it is being written; Trainer never uploads such names.
+SAVING_FOLDER = "_saving"
 
 
 class DistillationTrainer(HubTrainer):
@@ -65,6 +74,8 @@ class DistillationTrainer(HubTrainer):
         self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
         self.model_accepts_loss_kwargs = False
         self.components = ComponentLog()
+        self.run = ""  # its name, in the manifests of its checkpoints
+        self._saving_folder: Path | None = None  # while a checkpoint is being written
         self._counted: nn.Module | None = None
         name = type(self).__name__
         if self.args.n_gpu > 1:
@@ -229,9 +240,107 @@ class DistillationTrainer(HubTrainer):
             )
         return means
 
+    # ---- Checkpoints, whole or not there ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial=None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Train as Trainer does, or go on from a whole checkpoint.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` takes the newest whole checkpoint of the last run in `output_dir`; or a checkpoint's folder.
+            trial, ignore_keys_for_eval (*optional*):
+                As in Trainer.
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]
+
+        Raises:
+            `ValueError`: no checkpoint to go on from, or a damaged one.
+        """
+        point = find_resume_point(self.args.output_dir, resume_from_checkpoint)
+        if point is None and resume_from_checkpoint:
+            raise ValueError(
+                f"Expected a checkpoint to resume from in output_dir={str(Path(self.args.output_dir))!r}, got none: "
+                "train without resume_from_checkpoint, or name the run's output_dir."
+            )
+        if self.args.should_save:
+            self.run = begin_run(self.args.output_dir, point)
+        self.before_training(point, trial)
+        return super().train(point.checkpoint if point else None, trial, ignore_keys_for_eval)
+
+    def before_training(self, point: ResumePoint | None, trial) -> None:
+        """Prepare what a training needs, where the run begins or goes on."""
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._saving_folder is None else str(self._saving_folder)
+
     def _save_checkpoint(self, model, trial):
+        # Trainer writes checkpoints file by file in their place; here they are written beside it and moved.
         self.check_finite()
-        super()._save_checkpoint(model, trial)
+        run_dir = Path(self._get_output_dir(trial))
+        self._saving_folder, name = run_dir / SAVING_FOLDER, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        part, checkpoint = self._saving_folder / name, run_dir / name
+        if self.is_local_process_zero():
+            shutil.rmtree(self._saving_folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                if self.state.best_model_checkpoint == str(part):
+                    self.state.best_model_checkpoint = str(checkpoint)
+                    self.state.save_to_json(str(part / TRAINER_STATE_NAME))
+                self.accelerator.wait_for_everyone()
+                write_manifest(part, run=self.run)
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                part.rename(checkpoint)
+            else:
+                self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_disk_error(error):
+                raise
+            self._tell_failed_save(checkpoint, error)
+            return
+        finally:
+            self._saving_folder = None
+            if self.is_local_process_zero():
+                shutil.rmtree(run_dir / SAVING_FOLDER, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+
+    def _tell_failed_save(self, checkpoint: Path, error: Exception) -> None:
+        """Log that a checkpoint could not be written; in distributed training, where other ranks wait, raise it."""
+        last = find_last_checkpoint(checkpoint.parent)
+        message = (
+            f"Expected to write {checkpoint}, got {type(error).__name__}: {error}. "
+            + (f"{Path(last).name} is the last whole checkpoint. " if last else "There is no other checkpoint. ")
+            + "Make room on that disk, or lower save_total_limit."
+        )
+        if self.args.world_size > 1:
+            raise OSError(message) from error
+        logger.error(f"{message} Training goes on.")
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._saving_folder is None:  # what is pushed is a checkpoint in its place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def complete_checkpoint(self, folder: str) -> None:
+        """List what has been added to the copy of a checkpoint that is pushed."""
+        write_manifest(folder, run=self.run)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            check_optimizer_state(checkpoint, self.args.save_only_model)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def sync_buffers(self, module: nn.Module) -> None:
         """Give every rank the buffers of rank 0."""

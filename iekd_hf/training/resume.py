@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
-from .manifest import find_checkpoint_damage, find_damage, read_manifest, write_whole
+from .manifest import check_undamaged, find_checkpoint_damage, read_manifest, write_whole
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +44,8 @@ def find_resume_point(output_dir: str | Path, resume_from_checkpoint: str | bool
     finished = Path(output_dir) / PARAPHRASER_FOLDER
     if checkpoint := find_last_checkpoint(output_dir):
         return ResumePoint(checkpoint, paraphrasers=finished)
-    if finished.is_dir():  # stage 1 is over, even if its checkpoints have not all been removed
+    # Stage 1 is over, even if its checkpoints have not all been removed.
+    if finished.is_dir() and _is_of_run(finished, last_run(output_dir)):
         return ResumePoint(paraphrasers=finished)
     if checkpoint := find_last_checkpoint(Path(output_dir) / STAGE_1_FOLDER):
         return ResumePoint(stage_1_checkpoint=checkpoint)
@@ -52,11 +53,11 @@ def find_resume_point(output_dir: str | Path, resume_from_checkpoint: str | bool
 
 
 def find_last_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest whole checkpoint of the last run in a folder; log which newer ones are passed over, and why."""
+    """Return the newest whole checkpoint of a folder's last run; log which newer ones are passed over."""
     run = last_run(folder)
     for checkpoint in reversed(sort_checkpoints(str(folder)) if Path(folder).is_dir() else []):
         damage = find_checkpoint_damage(checkpoint)
-        if damage is None and run is not None and read_manifest(checkpoint).get("run") != run:
+        if damage is None and not _is_of_run(checkpoint, run):
             damage = "it belongs to an earlier run in this folder; to go on from it, name it"
         if damage is None:
             return checkpoint
@@ -64,21 +65,18 @@ def find_last_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-def check_undamaged(folder: Path) -> None:
-    """Refuse a folder of which a file is missing, cut or changed."""
-    if damage := find_damage(folder):
-        raise ValueError(
-            f"Expected {folder} as it was written, got another: {damage}. Copy it again from where it came, or go on "
-            "from an earlier checkpoint (resume_from_checkpoint=True takes the newest whole one)."
-        )
-
-
-def begin_run(output_dir: str | Path, checkpoint: str | None) -> str:
-    """Name the run that an `output_dir` belongs to from now on: a new one, or that of the checkpoint it resumes."""
-    run = (read_manifest(checkpoint).get("run") if checkpoint else None) or uuid.uuid4().hex
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(output_dir, RUN_FILE), json.dumps({"run": run}))
+def begin_run(output_dir: str | Path, point: ResumePoint | None) -> str:
+    """Name the run that an `output_dir` belongs to from now on: a new one, or the one that goes on."""
+    run = read_manifest(point.checkpoint).get("run") if point and point.checkpoint else None
+    run = run or (last_run(output_dir) if point else None) or uuid.uuid4().hex
+    if run != last_run(output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(output_dir, RUN_FILE), json.dumps({"run": run}))
     return run
+
+
+def _is_of_run(folder: str | Path, run: str | None) -> bool:
+    return run is None or read_manifest(folder).get("run") == run
 
 
 def last_run(output_dir: str | Path) -> str | None:
