@@ -15,16 +15,15 @@ from .hub.card_facts import CardFacts, Network, numbers
 from .hub.model_card import distilled
 from .method.factors import Paraphraser
 from .method.knowledge import KNOWLEDGE, Knowledge
-from .method.losses import kd_loss
 from .method.objective import Objective, factor_losses
 from .method.trainable import StudentWithEncoders, drawn_from
 from .models.loading import find_processor, load_if_named
-from .teacher.cache import TeacherCache, check_cacheable
+from .teacher.cache import TeacherCache, check_cache_folder, check_cacheable
 from .teacher.frozen import FrozenTeacher, TeacherTargets, fingerprint
 from .teacher.pixels import TeacherPixels
 from .training.base_trainer import DistillationTrainer
 from .training.checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_encoders, save_paraphrasers
-from .training.checks import check_logits, check_student, check_trainable
+from .training.checks import check_batches_of_one, check_logits, check_precision, check_student, check_trainable
 from .training.gradient_shares import measure_gradient_shares
 from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
 from .training.stage_1 import (
@@ -144,7 +143,8 @@ class IEKDTrainer(DistillationTrainer):
             if args.cache_teacher:
                 check_cacheable(self.train_dataset, self.augmentation)
             self._sample = self.sample_batch()
-            logits, self.teacher_channels = self.teacher.probe(self._sample, with_logits=args.lambda_kd > 0)
+            logits, shapes = self.teacher.probe(self._sample, with_logits=args.lambda_kd > 0)
+            self.teacher_channels = [shape[0] for shape in shapes]
             if args.lambda_kd > 0:
                 check_logits(self.model, teacher_model, logits)
             if args.fast_teacher:
@@ -152,7 +152,13 @@ class IEKDTrainer(DistillationTrainer):
                 self.teacher.use_fast_copy(self._sample, dtype, args.compile_teacher, with_logits=args.lambda_kd > 0)
             if self.has_given_paraphrasers:
                 self.teacher.set_paraphrasers(get_paraphrasers(paraphraser, self.teacher_channels, args))
+            if args.cache_teacher:
+                cells = sum(k * shape[1:].numel() for k, shape in zip(self._factor_channels(), shapes, strict=True))
+                image_bytes = 2 * (cells + (logits.shape[1:].numel() if logits is not None else 0))
+                check_cache_folder(args, len(self.train_dataset), image_bytes)
             self._build_student_side()
+            check_batches_of_one(self.train_dataset, args, [*shapes, *self.student_shapes])
+            self._optimize_encoders()
 
     @property
     def student(self) -> PreTrainedModel:
@@ -190,16 +196,17 @@ class IEKDTrainer(DistillationTrainer):
         labels = self.pop_custom_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
-        losses = self._losses(outputs, F_inh, F_exp, labels, targets, inputs.get("pixel_mask"))
+        losses = self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
         self.components.record(losses, self.state.global_step + 1)
         loss = self.distillation_objective(losses, self.progress)
         return (loss, outputs) if return_outputs else loss
 
-    def _losses(self, outputs, F_inh, F_exp, labels, targets: TeacherTargets, pixel_mask) -> dict[str, torch.Tensor]:
-        losses = {"task_loss": self.task_loss(self.model, outputs, labels)}
-        losses |= factor_losses(F_inh, F_exp, targets.factors, self.args, self.knowledge.normalize, pixel_mask)
+    def _losses(self, outputs, F_inh, F_exp, labels, targets: TeacherTargets, inputs) -> dict[str, torch.Tensor]:
+        losses, mask = {"task_loss": self.task_loss(self.model, outputs, labels)}, inputs.get("pixel_mask")
+        losses |= factor_losses(F_inh, F_exp, targets.factors, self.args, self.knowledge.normalize, mask)
         if self.args.lambda_kd > 0:
-            losses["kd_loss"] = kd_loss(outputs["logits"], targets.logits, self.args.temperature)
+            labels = inputs.get("labels") if labels is None else labels
+            losses["kd_loss"] = self.logit_loss(self.model, outputs["logits"], targets.logits, labels)
         return losses
 
     def _teach(self, inputs: dict) -> TeacherTargets:
@@ -296,6 +303,7 @@ class IEKDTrainer(DistillationTrainer):
                 *(self.teacher, widths, args, unfinished, checkpoint),
                 train_dataset=train_dataset,
                 held_out=held_out,
+                columns=self.batch_columns(),
                 data_collator=self.data_collator,
                 augmentation=self.augmentation,
             )
@@ -328,12 +336,15 @@ class IEKDTrainer(DistillationTrainer):
         """Find the student's channels, split them, and make the encoders; refuse a student without a loss."""
         tap = FeatureTap(self.model, self.student_layers, self.knowledge.before_activation)
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
-        outputs, widths = tap.probe(sample if self.has_custom_loss else self._sample, stop_after_last=False)
+        check_precision(self.model, sample)
+        outputs, shapes = tap.probe(sample if self.has_custom_loss else self._sample, stop_after_last=False)
+        self.student_shapes = shapes
         if not self.has_custom_loss:
             self.task_loss(self.model, outputs, labels=None)
         if self.args.lambda_inh > 0 or self.args.lambda_exp > 0:
             check_trainable(tap, sample)
         with drawn_from(self.args.seed):
+            widths = [shape[0] for shape in shapes]
             side = StudentWithEncoders.of(tap, widths, self._factor_channels(), self.args, self.knowledge)
         self.student_side = side.to(self.args.device, self.model.dtype, memory_format=self.args.memory_format)
 
@@ -342,6 +353,22 @@ class IEKDTrainer(DistillationTrainer):
             self.student_side.tap.attach()
             return self.prepare_to_train(self.student_side, self._sample)
         return super()._wrap_model(model, training, dataloader)
+
+    def _optimize_encoders(self) -> None:
+        """Add the encoders to an optimizer that was given, which knows the student alone."""
+        if self.optimizer is None:
+            return
+        known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        student = {id(parameter) for parameter in self.model.parameters()}
+        missing = [p for p in self.student_side.parameters() if id(p) not in known | student]
+        if missing and self.lr_scheduler is not None:
+            raise ValueError(
+                "Expected an optimizer without a schedule in optimizers, got both: the factor encoders have to be "
+                "added to the optimizer before its schedule is made. Pass optimizers=(optimizer, None) with "
+                "lr_scheduler_type, or optimizer_cls_and_kwargs."
+            )
+        if missing:
+            self.optimizer.add_param_group({"params": missing})
 
     def create_optimizer(self, model=None):
         """Make the optimizer over the student and its encoders."""
@@ -356,7 +383,7 @@ class IEKDTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             outputs, feature_maps = self.student_side.tap.run(inputs)
             F_inh, F_exp = self.student_side.factors(feature_maps)
-        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, targets, inputs.get("pixel_mask"))
+        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
 
     # ---- The teacher's cache ----
 

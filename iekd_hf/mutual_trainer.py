@@ -10,7 +10,7 @@ from .features.layers import default_layers
 from .features.tap import FeatureTap
 from .hub.card_facts import CardFacts
 from .hub.model_card import taught_each_other
-from .method.losses import kd_loss, reconstruction_loss
+from .method.losses import reconstruction_loss
 from .method.objective import Objective, factor_losses
 from .method.padding import mask_at
 from .method.trainable import PeerGroup, drawn_from, frozen_statistics
@@ -97,6 +97,8 @@ class MutualTrainer(PeersTrainer):
         self.with_logits = "kl" in args.mutual_loss
         names = {"ie": ("lambda_inh", "lambda_exp"), "kl": ("lambda_kl",)}
         lambdas = tuple(name for term in args.mutual_loss.split("+") for name in names[term])
+        if not isinstance(models, (list, tuple)):
+            raise ValueError(f"Expected models as a list, got {type(models).__name__}: pass models=[first, second].")
         models = [load_if_named(m, f"models[{i}]", None, dtype="float32") for i, m in enumerate(models)]
         check_models(models, args, kwargs)
         self.taps = _tap(models, args)
@@ -142,7 +144,7 @@ class MutualTrainer(PeersTrainer):
             # Updates 2 and 4: the peer and its encoders, towards the others as they are by now.
             outputs, F_inh, F_exp, _ = runs.pop(i, None) or self._wrapped_peers[i](**self.inputs_of(i, inputs))
             others = [targets[j] for j in range(len(self.models)) if j != i]
-            own = self._losses(i, outputs, F_inh, F_exp, labels, others, pixel_mask)
+            own = self._losses(i, outputs, F_inh, F_exp, labels, others, inputs)
             losses |= {f"peer_{i + 1}/{name}": loss for name, loss in own.items()}
             objectives.append(self.distillation_objective(own, self.progress))
             self.accelerator.backward(objectives[-1])
@@ -160,14 +162,15 @@ class MutualTrainer(PeersTrainer):
         return torch.stack([objective.detach() for objective in objectives]).mean()
 
     def _losses(
-        self, i: int, outputs, F_inh, F_exp, labels, others: list[TeacherTargets], pixel_mask
+        self, i: int, outputs, F_inh, F_exp, labels, others: list[TeacherTargets], inputs: dict
     ) -> dict[str, torch.Tensor]:
         """Return the losses of peer `i`, each the mean over the others."""
         losses = {"task_loss": self.task_loss(self.models[i], outputs, labels)}
         F_T = [factor for targets in others for factor in targets.factors]
-        losses |= factor_losses(F_inh, F_exp, F_T, self.args, pixel_mask=pixel_mask)
+        losses |= factor_losses(F_inh, F_exp, F_T, self.args, pixel_mask=inputs.get("pixel_mask"))
         if self.with_logits and self.args.lambda_kl > 0:
-            divergences = [kd_loss(outputs["logits"], targets.logits, self.args.temperature) for targets in others]
+            labels, logits = inputs.get("labels") if labels is None else labels, outputs["logits"]
+            divergences = [self.logit_loss(self.models[i], logits, targets.logits, labels) for targets in others]
             losses["kl_loss"] = torch.stack(divergences).mean()
         return losses
 
@@ -236,7 +239,7 @@ class MutualTrainer(PeersTrainer):
         args, self._sample = self.args, self.sample_batch()
         widths = []
         for i, tap in enumerate(self.taps):
-            outputs, channels = tap.probe(self.inputs_of(i, self._sample), stop_after_last=False)
+            outputs, shapes = tap.probe(self.inputs_of(i, self._sample), stop_after_last=False)
             if not self.has_custom_loss and outputs.get("loss") is None:
                 raise ValueError(
                     f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "
@@ -244,7 +247,7 @@ class MutualTrainer(PeersTrainer):
                     "task, or compute_loss_func."
                 )
             check_trainable(tap, self.inputs_of(i, self._sample))
-            widths.append(channels[0] if channels else 0)
+            widths.append(shapes[0][0] if shapes else 0)
         with drawn_from(args.seed):
             self.group = PeerGroup(self.taps, widths, args).to(args.device, memory_format=args.memory_format)
 

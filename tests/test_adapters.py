@@ -120,7 +120,11 @@ def test_statistics_that_would_be_lost_are_refused(make_trainer, tmp_path):
 
 def test_adapters_of_transformers_own_are_refused(make_trainer):
     student = make_base("vit")
-    student.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    try:
+        student.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    except ValueError as error:  # Transformers 5.24 asks for PEFT 0.22, which is not released
+        assert "version of PEFT" in str(error)
+        student._hf_peft_config_loaded = True
     with pytest.raises(ValueError, match=r"after add_adapter\(\).*get_peft_model"):
         make_trainer(student)
 
@@ -138,8 +142,12 @@ def test_another_adapter_is_refused_whole(make_trainer, tmp_path):
         make_trainer(other, max_steps=4).train(resume_from_checkpoint=True)
     assert same(other.state_dict(), before)
     (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").unlink()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is missing"):
+        make_trainer(make_adapted("vit"), max_steps=4).train(resume_from_checkpoint=checkpoint)
+    (tmp_path / "out" / "checkpoint-2" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"got no adapter_model\.safetensors"):
-        make_trainer(make_adapted("vit"), max_steps=4).train(resume_from_checkpoint=True)
+        make_trainer(make_adapted("vit"), max_steps=4).train(resume_from_checkpoint=checkpoint)
 
 
 def test_layers_have_the_base_models_names(make_trainer, capsys):

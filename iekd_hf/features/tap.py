@@ -65,11 +65,11 @@ class FeatureTap:
         self._before.clear()
         self._going_in = None
 
-    def probe(self, inputs: dict, stop_after_last: bool = True) -> tuple[dict | None, list[int]]:
-        """Return the model's output (or `None`) and each map's channels, by one forward pass in eval mode."""
+    def probe(self, inputs: dict, stop_after_last: bool = True) -> tuple[dict | None, list[torch.Size]]:
+        """Return the model's output (or `None`) and each map's `(channels, height, width)`, in eval mode."""
         with torch.no_grad():
             outputs, maps = self._run_once(inputs, stop_after_last)
-        return outputs, [feature_map.shape[1] for feature_map in maps]
+        return outputs, [feature_map.shape[1:] for feature_map in maps]
 
     def frozen_layers(self, inputs: dict) -> list[str]:
         """Return the layers whose map carries no gradient because nothing before it trains."""

@@ -187,9 +187,17 @@ def reconstruction_loss(
         return error(R * weights, f_T * weights)
 
 
-def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0) -> torch.Tensor:
+def kd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float = 4.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     r"""
     Compare softened class probabilities: \(T^2 KL(p_T^{(T)} \| p_S^{(T)})\) of Hinton et al., 2015.
+
+    Logits are `(batch_size, num_labels)` or dense, `(batch_size, num_labels, height, width)`. The loss is the mean
+    over images, or over all positions; `mask`, `(batch_size, height, width)`, is 1 where a position counts.
 
     Example:
 
@@ -207,9 +215,13 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperat
             f"{tuple(teacher_logits.shape)}: give both models the same labels, or set lambda_kd=0."
         )
     with _prepared(student_logits, teacher_logits, Valid(None), normalize=False) as (z_S, z_T):
-        log_p_S = F.log_softmax(z_S / temperature, dim=-1)
-        log_p_T = F.log_softmax(z_T / temperature, dim=-1)
-        return F.kl_div(log_p_S, log_p_T, reduction="batchmean", log_target=True) * temperature**2
+        # A row for each image, or for each position.
+        log_p_S, log_p_T = (F.log_softmax(z.movedim(1, -1).flatten(0, -2) / temperature, dim=-1) for z in (z_S, z_T))
+        if mask is None:
+            return F.kl_div(log_p_S, log_p_T, reduction="batchmean", log_target=True) * temperature**2
+        divergence = F.kl_div(log_p_S, log_p_T, reduction="none", log_target=True).sum(dim=-1)
+        counts = mask.flatten().to(divergence.dtype)
+        return (divergence * counts).sum() / counts.sum().clamp_min(1) * temperature**2
 
 
 # ---- Distances ----

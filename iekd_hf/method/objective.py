@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .losses import exploration_loss, inheritance_loss
-from .padding import match_sizes
+from .losses import exploration_loss, inheritance_loss, kd_loss
+from .padding import mask_at, match_sizes
 
 
 # The argument that weighs each loss; the task's own has the weight 1.
@@ -92,3 +92,38 @@ def factor_losses(
             of_pairs = [loss(F_S, F_T, distance, args.loss_reduction, mask=mask) for F_S, F_T, mask in pairs]
             losses[name] = torch.stack(of_pairs).mean()
     return losses
+
+
+def logit_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    multi_label: bool = False,
+) -> torch.Tensor:
+    r"""
+    Return the logit term as the task has it.
+
+    Args:
+        student_logits (`torch.Tensor`), teacher_logits (`torch.Tensor`):
+            `(batch_size, num_labels)`, or dense, `(batch_size, num_labels, height, width)`.
+        temperature (`float`):
+            As in [`kd_loss`].
+        labels (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+            Labels of dense logits, of any size: positions that they leave out do not count.
+        ignore_index (`int`, *optional*, defaults to -100):
+            The label that leaves a position out.
+        multi_label (`bool`, *optional*, defaults to `False`):
+            Whether each label is a question of its own: the divergence is the mean over the two answers to each.
+
+    Returns:
+        `torch.Tensor`: a scalar, not negative.
+    """
+    mask = None
+    if multi_label:  # the softmax over (z, 0) is the sigmoid of z
+        logits = (student_logits, teacher_logits)
+        student_logits, teacher_logits = (torch.stack([z, torch.zeros_like(z)], dim=1) for z in logits)
+    elif student_logits.ndim > 2 and labels is not None:
+        mask = mask_at(labels != ignore_index, student_logits.shape[2:])
+    return kd_loss(student_logits, teacher_logits, temperature, mask)

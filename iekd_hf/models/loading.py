@@ -5,6 +5,7 @@ import os
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -45,9 +46,18 @@ def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
         # The checkpoint's own class (a detector stays a detector); custom code is known to the auto class alone.
         architecture = (config.architectures or [""])[0]
         model_class = getattr(transformers, architecture, AutoModelForImageClassification)
-        return model_class.from_pretrained(name_or_path, use_safetensors=True, **kwargs)
-    except (OSError, ValueError) as error:
+        model, report = model_class.from_pretrained(
+            name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(explain_unreachable(name_or_path, role, error)) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"Expected every weight of {type(model).__name__} in {role}={name_or_path!r}, got {len(missing)} missing "
+            f"({missing[0]} among them), which would be random: save it again with save_pretrained, or load it "
+            "yourself and pass the model."
+        )
+    return model
 
 
 def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
@@ -68,9 +78,11 @@ def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
             saved = False
     if not saved:
         return None
-    return AutoImageProcessor.from_pretrained(
-        name_or_path, trust_remote_code=kwargs.get("trust_remote_code", False), **where
-    )
+    trust = kwargs.get("trust_remote_code", False)
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust, **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(explain_unreachable(name_or_path, "the image processor of", error)) from error
 
 
 def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:

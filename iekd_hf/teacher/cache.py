@@ -56,13 +56,15 @@ class TeacherCache:
         spec = self._spec()
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(args.teacher_cache_dir or Path(args.output_dir) / "_teacher_cache") / digest
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        # Of several runs that want the same, one makes it while the others wait. What the main process finds holds
-        # for all ranks: they build together, or not at all.
-        lock = WeakFileLock(self.folder.with_suffix(".lock")) if accelerator.is_main_process else nullcontext()
-        with lock:
-            if not broadcast_object_list([(self.folder / _COMPLETE).is_file()])[0]:
-                self._build(spec)
+        # What the main process finds holds for all ranks: they build together, or not at all. A complete cache may be
+        # on a disk that cannot be written to.
+        if not broadcast_object_list([self._is_intact(_COMPLETE)])[0]:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            # Of several runs that want the same cache, one makes it while the others wait.
+            lock = WeakFileLock(self.folder.with_suffix(".lock")) if accelerator.is_main_process else nullcontext()
+            with lock:
+                if not broadcast_object_list([self._is_intact(_COMPLETE)])[0]:
+                    self._build(spec)
         self._check_shared(_COMPLETE)
         self._arrays = self._open("r")
         size = sum(array.nbytes for array in self._arrays) / 2**20
@@ -175,9 +177,20 @@ class TeacherCache:
     def _open(self, mode: str) -> list[np.ndarray]:
         return [np.load(self.folder / name, mmap_mode=mode) for name in self._names()]
 
+    def _is_intact(self, note: str) -> bool:
+        """Return whether a note is there, and with it every file in its full length."""
+        if not (self.folder / note).is_file():
+            return False
+        try:
+            self._open("r")  # numpy extends a short file that is opened to be written to, and refuses one to be read
+        except (OSError, ValueError) as error:
+            logger.warning(f"The teacher's cache in {self.folder} is damaged and made anew: {error}")
+            return False
+        return True
+
     def _allocate(self, num_blocks: int) -> None:
         """Make the files, if an interrupted run has not, on a disk that can hold them."""
-        if (self.folder / "done.npy").is_file():
+        if self._is_intact("done.npy"):
             logger.info("Continuing an unfinished cache of the teacher.")
             return
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -185,13 +198,7 @@ class TeacherCache:
         shapes = [(self.args.cache_views, len(self.images), *tensor.shape[1:]) for tensor in first]
         size = sum(2 * int(np.prod(shape)) for shape in shapes)
         self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if size > 0.95 * free:
-            raise ValueError(
-                f"Expected room for the teacher's cache, {size / 2**30:,.2f} GiB for {self.args.cache_views} views of "
-                f"{len(self.images):,} images, got {free / 2**30:,.2f} GiB free on its disk: lower cache_views, set "
-                "teacher_cache_dir to a larger disk, or cache_teacher=False."
-            )
+        check_room(self.folder, size, self.args.cache_views, len(self.images))
         for name, shape in zip(self._names(), shapes, strict=True):
             np.lib.format.open_memmap(self.folder / name, mode="w+", dtype=np.float16, shape=shape)
             if hasattr(os, "posix_fallocate"):  # a disk that fills up meanwhile is an error now, not a crash later
@@ -209,6 +216,17 @@ class TeacherCache:
             )
 
 
+def check_room(folder: Path, size: int, views: int, num_images: int) -> None:
+    """Refuse a cache of more bytes than its disk has free."""
+    free = shutil.disk_usage(folder).free
+    if size > 0.95 * free:
+        raise ValueError(
+            f"Expected room for the teacher's cache, {size / 2**30:,.2f} GiB for {views} views of {num_images:,} "
+            f"images, got {free / 2**30:,.2f} GiB free on its disk: lower cache_views, set teacher_cache_dir to a "
+            "larger disk, or cache_teacher=False."
+        )
+
+
 def check_cacheable(dataset: Dataset, augmentation: nn.Module | None) -> None:
     """Refuse images whose views cannot be made again."""
     if not isinstance(dataset, DecodedImages) or augmentation is None:
@@ -217,6 +235,20 @@ def check_cacheable(dataset: Dataset, augmentation: nn.Module | None) -> None:
             f"{type(augmentation).__name__}: only their views can be made again. Make them by "
             "DecodedImages.decode(dataset) and BatchAugmentation, or set cache_teacher=False."
         )
+
+
+def check_cache_folder(args: IEKDTrainingArguments, num_images: int, image_bytes: int) -> None:
+    """Refuse a folder that cannot be made, or whose disk cannot hold the cache."""
+    folder = Path(args.teacher_cache_dir or args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"Expected a folder for the teacher's cache, got {str(folder)!r}, which cannot be made ({error}): set "
+            "teacher_cache_dir to another."
+        ) from error
+    if not any(folder.rglob(_COMPLETE)):  # one that is there may be the one
+        check_room(folder, image_bytes * args.cache_views * num_images, args.cache_views, num_images)
 
 
 def _digest(module: nn.Module | None) -> str:

@@ -92,17 +92,17 @@ class FrozenTeacher(nn.Module):
             for module in dict.fromkeys(self.tap.modules):
                 module.forward = torch.compile(module.forward)
 
-    def probe(self, sample: dict, with_logits: bool) -> tuple[torch.Tensor | None, list[int]]:
-        """Return the logits and the maps' channels; raise `ValueError` where the student's batch does not suit it."""
+    def probe(self, sample: dict, with_logits: bool) -> tuple[torch.Tensor | None, list[torch.Size]]:
+        """Return the logits and the maps' shapes; raise `ValueError` where the student's batch does not suit it."""
         try:
-            outputs, channels = self.tap.probe(self.to_teacher_inputs(sample), not with_logits)
+            outputs, shapes_of_maps = self.tap.probe(self.to_teacher_inputs(sample), not with_logits)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             shapes = {name: tuple(x.shape) for name, x in sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
                 f"Expected {type(self.teacher).__name__} to take the student's batch {shapes}, got: {error} "
                 "If it needs another size, pass teacher_processor."
             ) from error
-        return logits_of(outputs) if with_logits else None, channels
+        return logits_of(outputs) if with_logits else None, shapes_of_maps
 
     def to_teacher_inputs(self, inputs: dict) -> dict:
         """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""

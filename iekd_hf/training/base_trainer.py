@@ -16,9 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from transformers.utils import logging
 
 from ..hub.push import HubTrainer
-from ..method.objective import Objective
-from ..models.adapters import is_adapted
+from ..method.objective import Objective, logit_loss
+from ..models.adapters import is_adapted, without_adapters
 from .checkpoints import check_optimizer_state, load_weights
+from .checks import is_stream
 from .component_log import ComponentLog
 from .manifest import is_disk_error, write_manifest
 from .resume import ResumePoint, begin_run, find_last_checkpoint, find_resume_point
@@ -97,14 +98,24 @@ class DistillationTrainer(HubTrainer):
         dataset = self.columns_in_use(self.train_dataset)
         hint = "if a transform makes it from other columns, set remove_unused_columns=False in the arguments"
         try:
-            example = dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
+            example = next(iter(dataset)) if is_stream(dataset) else dataset[0]
         except KeyError as error:
             raise ValueError(f"Expected a first training example, got no column {error} for it: {hint}.") from error
+        if not isinstance(example, Mapping):
+            raise ValueError(
+                f"Expected training examples as dictionaries with pixel_values and labels, got a "
+                f"{type(example).__name__}: wrap the data set, or make the dictionaries in its transform."
+            )
         batch = self._get_collator_with_removed_columns(self.data_collator)([example])
         name = self.model.main_input_name
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         return self._prepare_inputs(batch)
+
+    def batch_columns(self) -> list[str]:
+        """Return the columns of which a batch is made: those that the model takes, and its labels."""
+        self._set_signature_columns_if_needed()
+        return [*self._signature_columns, *self.label_names]
 
     def columns_in_use(self, dataset):
         """Leave out a data set's columns that Trainer would leave out."""
@@ -114,7 +125,7 @@ class DistillationTrainer(HubTrainer):
     def some_batches(self, count: int) -> Iterator[dict]:
         """Yield some training batches, the same on all ranks, without a part in the order of training."""
         dataset, batch_size = self.columns_in_use(self.train_dataset), self.args.train_batch_size
-        if hasattr(dataset, "__len__"):
+        if not is_stream(dataset):
             batch_size = min(batch_size, len(dataset))
             most = min(count, len(dataset) // batch_size) * batch_size
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
@@ -200,6 +211,13 @@ class DistillationTrainer(HubTrainer):
                 f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
             )
         return outputs["loss"]
+
+    def logit_loss(self, model: nn.Module, logits, teacher_logits, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return the logit term between two models that do the task of `model`."""
+        config = getattr(without_adapters(model), "config", None)
+        ignore_index = getattr(config, "semantic_loss_ignore_index", -100)
+        multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
+        return logit_loss(logits, teacher_logits, self.args.temperature, labels, ignore_index, multi_label)
 
     @property
     def progress(self) -> float:

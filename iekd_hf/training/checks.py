@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import datasets
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
@@ -14,6 +14,11 @@ from ..data.decoded_images import DecodedImages
 from ..features.layers import check_layers, is_detector, pair_layers
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
+
+
+def is_stream(dataset: Dataset) -> bool:
+    """Return whether a data set is read in its own order alone."""
+    return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
 
 
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
@@ -76,11 +81,18 @@ def check_student(
 ) -> tuple[list[str], list[str]]:
     """Check the student against teacher, arguments and data; return the layers that are paired."""
     check_adapted(student)
+    shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
+    if shared:
+        raise ValueError(
+            f"Expected a teacher with weights of its own, got one that shares {len(shared)} with the student: they "
+            "would train. Pass copy.deepcopy(model) as teacher_model."
+        )
     for model, named in ((teacher, args.teacher_layers), (student, args.student_layers)):
         check_layers(model, named or [])
     layers = pair_layers(student, teacher, args.student_layers, args.teacher_layers)
     if args.lambda_kd > 0:
         refuse_logit_term([student, teacher], "lambda_kd > 0", "Set lambda_kd=0, or a method without '+kd'")
+        check_not_regression(student, "lambda_kd > 0", "set lambda_kd=0, or a method without '+kd'")
         check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
     check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
     return layers
@@ -97,6 +109,27 @@ def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> No
             )
 
 
+def check_precision(model: nn.Module, inputs: dict) -> None:
+    """Refuse a student in half precision for inputs in float32: its weights would train in half precision, too."""
+    pixels = inputs.get(getattr(model, "main_input_name", "pixel_values"))
+    if pixels is not None and model.dtype in (torch.float16, torch.bfloat16) and pixels.dtype == torch.float32:
+        raise ValueError(
+            f"Expected a student in float32, got one in {str(model.dtype).removeprefix('torch.')}, as Transformers "
+            'loads a file of that type: load it with dtype="float32". To train in mixed precision, set bf16=True or '
+            "fp16=True in the arguments."
+        )
+
+
+def check_not_regression(model: nn.Module, term: str, remedy: str) -> None:
+    """Refuse a term between the outputs of a regression, which are no logits."""
+    config = getattr(without_adapters(model), "config", None)
+    if getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1:
+        raise ValueError(
+            f"Expected logits of classes for {term}, got the targets of a regression from {type(model).__name__}, "
+            f"between which a softmax means nothing: {remedy}; the feature losses do not need it."
+        )
+
+
 def check_trainable(tap: FeatureTap, inputs: dict) -> None:
     """Refuse a feature map without gradient; a partly frozen backbone is fine."""
     if tap.layers and (frozen := tap.frozen_layers(inputs)):
@@ -108,9 +141,27 @@ def check_trainable(tap: FeatureTap, inputs: dict) -> None:
         )
 
 
+def check_batches_of_one(dataset: Dataset, args: TrainingArguments, shapes: Iterable[torch.Size]) -> None:
+    """Refuse a batch of one image with maps of 1x1, on which BatchNorm of the encoders cannot train."""
+    if all(shape[1:].numel() > 1 for shape in shapes) or args.dataloader_drop_last:
+        return
+    if args.per_device_train_batch_size == 1 or leaves_one(dataset, args):
+        raise ValueError(
+            "Expected batches of at least two images where maps are 1x1, got one of a single image, which BatchNorm "
+            f"cannot train on ({len(dataset)} images in batches of {args.train_batch_size}): set "
+            "dataloader_drop_last=True, another per_device_train_batch_size, or earlier layers."
+        )
+
+
+def leaves_one(dataset: Dataset, args: TrainingArguments) -> bool:
+    """Return whether the last batch of an epoch holds a single image."""
+    return hasattr(dataset, "__len__") and len(dataset) % (args.train_batch_size * args.world_size) == 1
+
+
 def label_map(model: nn.Module) -> dict[int, str] | None:
-    """Return a model's `id2label`, or `None` without one."""
-    return getattr(getattr(model, "config", None), "id2label", None)
+    """Return a model's `id2label`, or `None` without one; keys as JSON has them are made numbers."""
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    return labels and {int(key): label for key, label in labels.items()}
 
 
 def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Tensor) -> None:
@@ -167,5 +218,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
     if "kl" in args.mutual_loss:
         term = f"mutual_loss={args.mutual_loss!r}"
         refuse_logit_term(models, term, "Set mutual_loss='ie'")
+        for model in models:
+            check_not_regression(model, term, "set mutual_loss='ie'")
         for i, model in enumerate(models):
             check_label_maps(models[0], model, f"models[0] and models[{i}]", term, "mutual_loss='ie'")

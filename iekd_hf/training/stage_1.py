@@ -18,6 +18,7 @@ from ..method.padding import zero_padding
 from ..method.trainable import ParaphraserStack
 from ..teacher.frozen import FrozenTeacher
 from .checkpoints import load_paraphrasers
+from .checks import is_stream
 from .paraphraser_trainer import ParaphraserTrainer
 
 
@@ -85,7 +86,7 @@ def maps_without_padding(teacher: FrozenTeacher, inputs: dict) -> list[torch.Ten
 def split_images(train_dataset: Dataset, eval_dataset, seed: int) -> tuple[Dataset, Dataset | None]:
     """Return images to train on and to report on: the evaluation set, or a twentieth of the training set."""
     held_out = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
-    if held_out is None and hasattr(train_dataset, "__len__") and len(train_dataset) > 1:
+    if held_out is None and not is_stream(train_dataset) and len(train_dataset) > 1:
         num_held_out = max(len(train_dataset) // 20, 1)
         sizes = [len(train_dataset) - num_held_out, num_held_out]
         train_dataset, held_out = random_split(train_dataset, sizes, generator=torch.Generator().manual_seed(seed))
