@@ -3,13 +3,14 @@
 import copy
 
 import datasets
+import PIL.Image
 import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Dinov2Config, Dinov2Model
 
-from iekd_hf import IEKDTrainingArguments, MutualTrainingArguments
+from iekd_hf import DecodedImages, IEKDTrainingArguments, MutualTrainingArguments
 from iekd_hf.method.losses import kd_loss
 from iekd_hf.method.objective import logit_loss
 
@@ -183,6 +184,77 @@ def test_label_maps_with_keys_as_json_has_them(make_trainer):
     teacher.config.id2label = {0: "cat", 1: "cow", 2: "dog"}
     with pytest.raises(ValueError, match="differ first at 1"):
         make_trainer(student, teacher, method="kd")
+
+
+# ---- Labels ----
+
+
+def decoded(labels, feature=None) -> DecodedImages:
+    """Make images that are all of one value, their row's, so that a row is known by its pixels."""
+    images = [PIL.Image.new("RGB", (4, 4), (10 * row,) * 3) for row in range(len(labels))]
+    table = datasets.Dataset.from_dict({"image": images, "label": labels}).cast_column("image", datasets.Image())
+    return DecodedImages.decode(table if feature is None else table.cast_column("label", feature))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 2, 1], torch.tensor([0, 2, 1])),
+        ([True, False, True], torch.tensor([1, 0, 1])),
+        ([0.5, 1.7, 2.9], torch.tensor([0.5, 1.7, 2.9])),
+        ([[1, 0], [0, 1], [1, 1]], torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])),
+        ([[0.4, 0.0], [0.0, 1.0], [1.0, 1.0]], torch.tensor([[0.4, 0.0], [0.0, 1.0], [1.0, 1.0]])),
+    ],
+)
+def test_labels_are_kept_as_they_are(labels, expected):
+    batch = decoded(labels).__getitems__([0, 1, 2])
+    assert batch["labels"].dtype == expected.dtype and torch.equal(batch["labels"], expected)
+
+
+def test_a_missing_label_is_named_by_its_row():
+    with pytest.raises(ValueError, match=r"got none in row 2 of column 'label' \(1 of 4 rows\)"):
+        decoded([0, 1, None, 1])
+
+
+def test_strings_are_no_labels():
+    with pytest.raises(ValueError, match=r"strings such as 'cat'.*class_encode_column"):
+        decoded(["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda table: table.select([5, 3, 1]),
+        lambda table: table.shuffle(seed=0),
+        lambda table: table.filter(lambda row: row["labels"] % 2 == 1),
+        lambda table: table.shard(2, 1),
+        lambda table: table.train_test_split(0.5, seed=0)["test"],
+    ],
+)
+def test_rows_that_are_picked_keep_their_labels(pick):
+    images = DecodedImages(pick(decoded(list(range(6))).table))
+    batch = images.__getitems__(list(range(len(images))))
+    assert [int(pixels.flatten()[0]) // 10 for pixels in batch["pixel_values"]] == batch["labels"].tolist()
+
+
+def test_targets_of_a_regression_are_no_classes(make_trainer):
+    rows = [{"pixel_values": r["pixel_values"].numpy(), "label": 20 + i} for i, r in enumerate(make_images())]
+    ages = datasets.Dataset.from_list(rows).with_format("torch")
+    models = [make_resnet(w, num_labels=1, problem_type="regression", seed=w) for w in (8, 16)]
+    make_trainer(*models, train_dataset=ages).train()
+    images = [{**row, "labels": 1.7} for row in make_images()]
+    make_trainer(*models, train_dataset=images).train()
+
+
+def test_a_label_outside_the_classes_is_refused_in_a_list_too(make_trainer, make_mutual):
+    images = make_images()
+    images[3]["labels"] = 7
+    with pytest.raises(ValueError, match=r"within 0 and 2.*got 7 in row 3"):
+        make_trainer(train_dataset=images)
+    with pytest.raises(ValueError, match=r"got 7 in row 3"):
+        make_mutual(train_dataset=images)
+    images[3]["labels"] = torch.tensor(-100)
+    make_trainer(train_dataset=images)
 
 
 # ---- Arguments ----

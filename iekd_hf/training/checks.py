@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable
 
 import datasets
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
@@ -40,17 +41,14 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
         )
-    if isinstance(dataset, DecodedImages):
-        dataset = dataset.table
-    if not isinstance(dataset, datasets.Dataset):
-        return
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    config = getattr(model, "config", None)
+    num_labels, problem = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
+    if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
+        return  # targets, not classes
     for column in ("labels", "label"):
-        feature = dataset.features.get(column)
-        integers = isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith("int")
-        if num_labels is None or not integers:
+        labels = _read_classes(dataset, column)
+        if labels is None:
             continue
-        labels = dataset.select_columns([column]).with_format("numpy")[:][column]
         outside = (labels != -100) & ((labels < 0) | (labels >= num_labels))
         if outside.any():
             row = int(outside.argmax())
@@ -59,6 +57,21 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
                 f"{int(labels[row])} in row {row} of column {column!r}: load the student with num_labels="
                 f"{int(labels.max()) + 1}, or fix the labels."
             )
+
+
+def _read_classes(dataset: Dataset, column: str) -> np.ndarray | None:
+    """Return a column of class labels, where that is cheap: of a table, of decoded images, of a list in memory."""
+    if isinstance(dataset, list):
+        values = [row.get(column) if isinstance(row, dict) else None for row in dataset]
+        numbers = all(isinstance(value, (int, np.integer)) or getattr(value, "ndim", 1) == 0 for value in values)
+        labels = np.array([int(value) if float(value).is_integer() else 0.5 for value in values]) if numbers else None
+        return labels if labels is not None and labels.dtype.kind in "iu" else None
+    if isinstance(dataset, DecodedImages):
+        dataset = dataset.table
+    feature = dataset.features.get(column) if isinstance(dataset, datasets.Dataset) else None
+    if isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith("int"):
+        return dataset.select_columns([column]).with_format("numpy")[:][column]
+    return None
 
 
 def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, term: str, remedy: str) -> None:
