@@ -14,8 +14,8 @@ from iekd_hf import (
     MutualTrainer,
     MutualTrainingArguments,
     Paraphraser,
-    teacher_cache,
 )
+from iekd_hf.teacher import cache
 from iekd_hf.teacher.frozen import FrozenTeacher
 
 
@@ -47,7 +47,7 @@ def distil_cached(output_dir: str) -> tuple[IEKDTrainer, dict]:
         return run(self, inputs, with_logits)
 
     FrozenTeacher.forward = counted
-    teacher_cache._BLOCK = 5
+    cache._BLOCK = 5
     torch.manual_seed(0)
     paraphraser = Paraphraser(16, 8)
     for cached in (False, True):
