@@ -118,7 +118,9 @@ def test_statistics_that_would_be_lost_are_refused(make_trainer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_of_transformers_own_are_refused(make_trainer):
+def test_adapters_of_transformers_own_are_refused(make_trainer, monkeypatch):
+    # Transformers 5.24 asks for PEFT 0.22 here, which is newer than the version in constraints.txt.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
     student = make_base("vit")
     try:
         student.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
