@@ -47,7 +47,7 @@ quality: .venv/test
 	touch $@
 
 .venv/examples: .venv/torch setup.cfg
-	$(PIP) -e ".[examples]"
+	$(PIP) -e ".[cli]"
 	touch $@
 
 .venv/test: .venv/torch setup.cfg

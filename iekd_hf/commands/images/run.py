@@ -1,14 +1,10 @@
-"""What the classification examples share: networks by name, images as they take them, and what is measured."""
+"""What `distill` and `mutual` share: classifiers by name, images as they take them, and what is measured."""
 
 import logging
 import re
 
 import datasets
 import evaluate
-from example_run import ExampleRun, label_maps, load_for_classes
-from image_data import DataArguments, load_images
-from image_metrics import MacroF1, TopKAccuracy
-from image_transforms import prepare
 from transformers import (
     AutoModelForImageClassification,
     BaseImageProcessor,
@@ -19,7 +15,13 @@ from transformers import (
 )
 
 from iekd_hf import CifarResNetConfig
-from iekd_hf.models.loading import find_processor
+
+from ...models.loading import find_processor
+from ..networks import label_maps, load_for_classes
+from ..run import CommandRun
+from .data import DataArguments, load_images
+from .metrics import MacroF1, TopKAccuracy
+from .transforms import prepare
 
 
 logger = logging.getLogger(__name__)
@@ -75,9 +77,9 @@ def build_processor(student: str, image_size: int | None, first_image, **hub) ->
     return ViTImageProcessorPil(size={"height": height, "width": width}, **mean_and_std)
 
 
-class ImageRun(ExampleRun):
+class ImageRun(CommandRun):
     """
-    Hold the data, and what the trainers of one script share.
+    Hold the data, and what the trainers of one command share.
 
     Args:
         data_args (`DataArguments`):
@@ -122,7 +124,7 @@ class ImageRun(ExampleRun):
         return self.metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
     def common(self) -> dict:
-        """Return the arguments that every trainer of this script takes."""
+        """Return the arguments that every trainer of this command takes."""
         return {
             "train_dataset": self.images["train"],
             "eval_dataset": self.images["validation"],

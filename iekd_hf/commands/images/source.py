@@ -1,4 +1,4 @@
-"""Where an example's images come from: the Hub, files or folders; every image is looked at before training."""
+"""Where a command's images come from: the Hub, files or folders; every image is looked at before training."""
 
 import io
 import os
@@ -114,7 +114,7 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
 
     ```python
     >>> import datasets
-    >>> from image_source import find_column
+    >>> from iekd_hf.commands.images.source import find_column
     >>> features = datasets.Features({"img": datasets.Image(), "fine": datasets.Value("int64")})
     >>> split = datasets.Dataset.from_dict({"img": [], "fine": []}, features=features)
     >>> find_column(split, "train", "image", None, datasets.Image)
@@ -151,7 +151,7 @@ def rename_columns(split: datasets.Dataset, roles: dict[str, str]) -> datasets.D
 
     ```python
     >>> import datasets
-    >>> from image_source import rename_columns
+    >>> from iekd_hf.commands.images.source import rename_columns
     >>> split = datasets.Dataset.from_dict({"path": ["a.png"], "id": [0], "fine": [3]})
     >>> rename_columns(split, {"path": "image", "fine": "label"}).features["image"]
     Image(mode=None, decode=True)

@@ -1,4 +1,4 @@
-"""The table and the picture at the end of a detection run."""
+"""The picture at the end of a run of detectors."""
 
 import matplotlib
 
@@ -8,45 +8,6 @@ import matplotlib.pyplot as plt
 import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from report import Result, align
-
-
-def table(results: list[Result]) -> str:
-    """
-    Lay results out as a text table.
-
-    Args:
-        results (`list[Result]`):
-            A row each.
-
-    Returns:
-        `str`: aligned columns: model, parameters, mAP and mAP50 in percent, images a second, seconds of each stage.
-
-    Example:
-
-    ```python
-    >>> from detection_report import table
-    >>> from report import Result
-    >>> print(table([Result("teacher", 1000, {"map": 0.5, "map_50": 0.75}, {"training": 3.21}, latency=4.0)]))
-    model    parameters   mAP  mAP50  images/s  seconds
-    -------  ----------  ----  -----  --------  ------------
-    teacher       1,000  50.0   75.0       250  training 3.2
-
-    ```
-    """
-    rows = [["model", "parameters", "mAP", "mAP50", "images/s", "seconds"]]
-    for result in results:
-        measured = [result.metrics.get(name) for name in ("map", "map_50")]
-        rows.append(
-            [
-                result.name,
-                f"{result.parameters:,}",
-                *("-" if value is None else f"{100 * value:.1f}" for value in measured),
-                "-" if result.latency is None else f"{1000 / result.latency:.0f}",
-                ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()) or "-",
-            ]
-        )
-    return align(rows)
 
 
 def draw_detections(

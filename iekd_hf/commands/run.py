@@ -1,155 +1,35 @@
-"""What the example scripts share: their arguments, models by name, and runs to compare with."""
+"""What `distill`, `mutual` and `detect` share: resuming, networks to compare with, and the run of a distillation."""
 
 import copy
 import json
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import PIL.Image
 import torch
 import transformers
-from latency import median_milliseconds
-from report import Result
-from transformers import AutoConfig, BaseImageProcessor, HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from iekd_hf import IEKDTrainer
-from iekd_hf.models.loading import explain_unreachable
-from iekd_hf.training.base_trainer import DistillationTrainer
-from iekd_hf.training.checkpoints import load_weights
-from iekd_hf.training.paraphraser_stage import has_begun
+
+from ..training.base_trainer import DistillationTrainer
+from ..training.checkpoints import load_weights
+from ..training.paraphraser_stage import has_begun
+from .arguments import ModelArguments
+from .report.latency import median_milliseconds
+from .report.table import Result, latencies
 
 
 logger = logging.getLogger(__name__)
 
-# The digits are small and learnt in a few epochs.
-DIGITS_EPOCHS = {"num_train_epochs": 6.0, "paraphraser_epochs": 4.0}
-OTHER_EPOCHS = 30.0
 # What a network that was trained to compare with leaves in its folder at its end.
 _DONE = "done.json"
-
-
-@dataclass
-class ScriptArguments:
-    """Change those defaults of a trainer's arguments that suit a script; each can be set on the command line."""
-
-    output_dir: str | None = field(default="out", metadata={"help": "Where the results and checkpoints go."})
-    do_train: bool = field(default=True, metadata={"help": "Train; otherwise measure the models as they are."})
-    num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs. Default: 6 for the digits, otherwise 30."}
-    )
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size of each device."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Batch size of each device in evaluation."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate. Default: 0.1 for students from scratch, otherwise 0.01."}
-    )
-    optim: str = field(default="sgd", metadata={"help": "Optimizer, as in TrainingArguments; the papers use SGD."})
-    optim_args: str | None = field(
-        default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}
-    )
-    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in the papers, for none."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log the losses."})
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "Pin the batches' memory, which serves a GPU only."}
-    )
-    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..., or none."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: transforms need the images."})
-    seed: int = field(default=42, metadata={"help": "Seed of everything."})
-    license: str | None = field(
-        default=None,
-        metadata={"help": "Licence of what is pushed, as the Hub names it (mit, ...). Default: the pretrained one's."},
-    )
-
-    # Epochs on the data that a script makes itself, and on all other data.
-    own_epochs = DIGITS_EPOCHS
-    other_epochs = OTHER_EPOCHS
-
-    def __post_init__(self):
-        # Which default holds is known when the data is.
-        self.undecided = [name for name in self.own_epochs if getattr(self, name, 0) is None]
-        for name in self.undecided:
-            setattr(self, name, self.other_epochs)
-        super().__post_init__()
-
-    def use_own_epochs(self) -> None:
-        """Take the epochs of a script's own data where none were given."""
-        for name in self.undecided:
-            setattr(self, name, self.own_epochs[name])
-
-
-def parse_arguments(kinds: tuple[type, ...], description: str) -> tuple:
-    """Read flags, or one JSON or YAML file."""
-    parser = HfArgumentParser(kinds, description=description)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(sys.argv[1])
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(sys.argv[1])
-    return parser.parse_args_into_dataclasses()
-
-
-def load_for_classes(
-    auto_class: type,
-    name: str,
-    role: str,
-    names: list[str],
-    from_scratch: bool,
-    trust_remote_code: bool,
-    dtype: str = "float32",
-    **hub,
-) -> PreTrainedModel:
-    """
-    Load a model for these classes.
-
-    Args:
-        auto_class (`type`):
-            `AutoModelForImageClassification` and its like.
-        name (`str`):
-            Hub id or folder.
-        role (`str`):
-            What to call it in an error.
-        names (`list[str]`):
-            The classes.
-        from_scratch (`bool`):
-            Whether to take the configuration only.
-        trust_remote_code (`bool`), dtype (`str`), hub (`revision`, `token`):
-            As in `from_pretrained`.
-
-    Returns:
-        `PreTrainedModel`: with a new head where its classes were others.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **label_maps(names))
-        if from_scratch:
-            config.name_or_path = ""  # its weights are not that model's
-            # float32, whatever type the weights that are left out were saved in
-            return auto_class.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
-        return auto_class.from_pretrained(
-            name,
-            config=config,
-            ignore_mismatched_sizes=True,  # the head of other classes
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            **hub,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(explain_unreachable(name, role, error)) from error
-
-
-def label_maps(names: list[str]) -> dict[str, dict]:
-    """Return a configuration's `id2label` and `label2id`."""
-    return {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
 
 
 def check_output_dir(args: TrainingArguments) -> str | bool | None:
@@ -172,17 +52,27 @@ def check_output_dir(args: TrainingArguments) -> str | bool | None:
     return resume
 
 
-class ExampleRun:
+@dataclass
+class Compared:
+    """Hold a row of the table with its model, and the model's own image processor where that is another."""
+
+    result: Result
+    model: PreTrainedModel
+    processor: BaseImageProcessor | None = None
+
+
+class CommandRun:
     """
-    Hold what the trainers of one script share; a subclass has the data.
+    Hold what the trainers of one command share; a subclass has the data.
 
     Args:
         args (`TrainingArguments`):
             Made of [`ScriptArguments`] and a trainer's own.
     """
 
-    # Trains what the result is compared with.
+    # Trains what the result is compared with, and what distils.
     trainer_class: type[DistillationTrainer] = DistillationTrainer
+    distiller_class: type[IEKDTrainer] = IEKDTrainer
     # The images, and the student's image processor, once they are known.
     splits: datasets.DatasetDict
     processor: BaseImageProcessor
@@ -201,12 +91,72 @@ class ExampleRun:
         set_seed(args.seed)
 
     def common(self) -> dict:
-        """Return the arguments that every trainer of this script takes."""
+        """Return the arguments that every trainer of this command takes."""
         raise NotImplementedError
 
     def evaluate(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> dict[str, float]:
         """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
         raise NotImplementedError
+
+    def get_teacher(self, model_args: ModelArguments) -> Compared:
+        """Load the teacher, or build and train it, and measure it where it knows the data's classes."""
+        raise NotImplementedError
+
+    def measure_student(self, trainer: DistillationTrainer, result: Result) -> dict[str, float]:
+        """Measure and save the metrics of the trainer's student, set those of its row, and return the card's."""
+        raise NotImplementedError
+
+    def predict(self, trainer: DistillationTrainer, student: PreTrainedModel) -> None:
+        """Write what the student predicts for the test split, or else for the validation images."""
+        raise NotImplementedError
+
+    def report(self, compared: list[Compared]) -> None:
+        """Print the table, and draw the picture."""
+        raise NotImplementedError
+
+    def for_the_card(self) -> dict:
+        """Return what the model card says of the data and the run."""
+        raise NotImplementedError
+
+    def distil(self, student: PreTrainedModel, model_args: ModelArguments) -> None:
+        """Train, measure and report a teacher, the student without it and the student with it; push the last."""
+        args, compared, teacher_metrics, metrics = self.args, [], None, None
+        if args.do_train:
+            plain = copy.deepcopy(student)  # the same start as the distilled student's
+            teacher = self.get_teacher(model_args)
+            compared.append(teacher)
+            teacher_metrics = teacher.result.metrics
+            if model_args.plain_student:
+                compared.append(Compared(self.train_plain(plain), plain))
+            trainer = self.distiller_class(
+                model=student,
+                teacher_model=teacher.model,
+                teacher_processor=teacher.processor,
+                paraphraser=model_args.paraphraser,
+                args=args,
+                **self.common(),
+            )
+            compared.append(Compared(self.train_distilled(trainer), student))
+        else:
+            trainer = self.trainer_class(model=student, args=args, **self.common())
+            compared.append(Compared(Result("student", student.num_parameters()), student))
+
+        if args.do_eval:
+            metrics = self.measure_student(trainer, compared[-1].result)
+        if args.do_predict:
+            self.predict(trainer, student)
+        if trainer.is_world_process_zero():
+            if args.do_eval:  # all at the end, one after the other, so that they can be compared
+                for row in compared:
+                    row.result.latency = self.latency(row.model, row.processor)
+            self.report(compared)
+        if args.push_to_hub:
+            trainer.push_to_hub(
+                teacher_metrics=teacher_metrics,
+                metrics=metrics,
+                latencies=latencies([row.result for row in compared]),
+                **self.for_the_card(),
+            )
 
     def train_beside(
         self, name: str, epochs: float, models: dict[str, PreTrainedModel], make_trainer: Callable
@@ -275,7 +225,7 @@ class ExampleRun:
         measured = self.evaluate(student) if self.args.do_eval else {}
         return Result("plain student", student.num_parameters(), measured, {"training": seconds}, history)
 
-    def distil(self, trainer: IEKDTrainer) -> Result:
+    def train_distilled(self, trainer: IEKDTrainer) -> Result:
         """Train both stages, and save the student with what is known of the training."""
         logger.warning("Distilling the student: stage 1 (paraphraser), then stage 2.")
         metrics = trainer.train(resume_from_checkpoint=self.resume).metrics

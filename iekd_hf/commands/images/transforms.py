@@ -1,16 +1,16 @@
 """From images to a model's input: decoded once and augmented as whole batches, or one by one as they are read."""
 
 import datasets
-import kornia.augmentation as K
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from image_data import DataArguments
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
 from iekd_hf import BatchAugmentation, DecodedImages
+
+from .data import DataArguments
 
 
 def prepare(
@@ -97,6 +97,8 @@ def add_transforms(
     Returns:
         `dict[str, datasets.Dataset]`: the splits with their transforms.
     """
+    import kornia.augmentation as K
+
     size = output_size(processor)
     kind = crop_kind(args, size)
     flip = [K.RandomHorizontalFlip()] if args.horizontal_flip else []

@@ -1,4 +1,4 @@
-"""Images with boxes for the detection example: where they come from, what is checked, what is left out."""
+"""Images with boxes: where they come from, what is checked, what is left out."""
 
 import logging
 from collections.abc import Iterator
@@ -6,9 +6,18 @@ from dataclasses import dataclass, field
 
 import datasets
 import PIL.Image
-from boxes import clean
-from image_source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
-from shapes import make_shapes
+
+from ..images.source import (
+    SourceArguments,
+    check_filled,
+    check_images,
+    find_column,
+    limit,
+    load_source,
+    rename_columns,
+)
+from .clean import clean
+from .shapes import make_shapes
 
 
 logger = logging.getLogger(__name__)
@@ -175,8 +184,8 @@ def fields_of(split: datasets.Dataset, name: str, column: str) -> dict:
     Example:
 
     ```python
-    >>> from detection_data import fields_of
-    >>> from shapes import make_shapes
+    >>> from iekd_hf.commands.boxes.data import fields_of
+    >>> from iekd_hf.commands.boxes.shapes import make_shapes
     >>> fields_of(make_shapes(1, seed=0), "train", "objects")["category"].names
     ['circle', 'square', 'triangle', 'cross']
 

@@ -1,11 +1,12 @@
-"""Images and labels for the classification examples: where they come from, and what is checked."""
+"""Images and labels for classification: where they come from, and what is checked."""
 
 from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
 import PIL.Image
-from image_source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
+
+from .source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The command line: a file for each subcommand of `iekd-hf`, and folders for the parts they share."""
