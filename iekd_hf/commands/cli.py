@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="\n".join(["commands, each with an example:", *lines, "", "All arguments: iekd-hf COMMAND --help"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1]).command
     importlib.import_module(f"iekd_hf.commands.{command}").main(argv[1:])
 
