@@ -65,17 +65,7 @@ class AnalysisArguments:
 
 
 class Tapped(nn.Module):
-    """
-    Let a model's feature map pass through a module of its own, at which captum can attribute.
-
-    Args:
-        model (`PreTrainedModel`):
-            An image classifier.
-        layers (`list[str]`, *optional*):
-            The layer of the map, as in [`FeatureTap`].
-        channels (`torch.Tensor`, *optional*):
-            Which of its channels count; by default all.
-    """
+    """Pass a model's feature map through a module of its own, where captum can attribute."""
 
     def __init__(self, model: PreTrainedModel, layers: list[str] | None = None, channels: torch.Tensor | None = None):
         super().__init__()
@@ -101,12 +91,7 @@ class Tapped(nn.Module):
         return f if self.channels is None else f.index_select(1, self.channels)
 
     def relevance(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Return Grad-CAM of the predicted class, of the channels that count, at the images' size.
-
-        Returns:
-            `torch.Tensor`: of shape `(batch_size, height, width)`, within [0, 1] for each image.
-        """
+        """Return Grad-CAM of the predicted class in [0, 1], at the images' size (N, H, W)."""
         from captum.attr import LayerGradCam
 
         grad_cam = LayerGradCam(self, self.map)
@@ -151,16 +136,7 @@ def active_neurons(features: torch.Tensor, threshold: float = 0.1) -> dict[str, 
 
 
 def cka_matrix(features: dict[str, torch.Tensor]) -> np.ndarray:
-    """
-    Compare maps by linear CKA (Kornblith et al., 2019), each position of each image being a sample.
-
-    Args:
-        features (`dict[str, torch.Tensor]`):
-            Maps `(num_images, channels, height, width)`; brought to the smallest grid first.
-
-    Returns:
-        `numpy.ndarray`: of shape `(len(features), len(features))`, within [0, 1].
-    """
+    """Compare maps (N, C, H, W) by linear CKA (Kornblith et al., 2019); each position of each image is a sample."""
     size = tuple(min(f.shape[axis] for f in features.values()) for axis in (2, 3))
     maps = [F.adaptive_avg_pool2d(f, size) for f in features.values()]
     return np.array([[_cka(first, second) for second in maps] for first in maps])

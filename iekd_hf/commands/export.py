@@ -3,8 +3,8 @@ Export a saved classifier to ONNX, and compare both runtimes on the CPU.
 
     iekd-hf export --model out --output student.onnx
 
-The file takes `pixel_values` of any batch size, as the model's image processor makes them, and gives `logits`. What is
-written has passed a comparison with the model's own logits.
+The file takes `pixel_values` of any batch size, as the model's image processor makes them, and gives `logits`. It is
+written only if its logits are the model's own.
 """
 
 import json
@@ -72,17 +72,7 @@ def load(args: ExportArguments) -> tuple[PreTrainedModel, torch.Tensor]:
 
 
 def export(model: PreTrainedModel, pixels: torch.Tensor, path: str) -> None:
-    """
-    Write a model as ONNX, with its labels in the file's metadata.
-
-    Args:
-        model (`PreTrainedModel`):
-            A classifier in eval mode.
-        pixels (`torch.Tensor` of shape `(1, channels, height, width)`):
-            What it takes; the batch size stays open.
-        path (`str`):
-            The file to write.
-    """
+    """Write a model as ONNX for any batch size, with its labels in the file's metadata."""
     program = torch.onnx.export(
         Logits(model).eval(),
         (pixels.repeat(2, 1, 1, 1),),  # a size of 1 would be taken as fixed
@@ -97,21 +87,7 @@ def export(model: PreTrainedModel, pixels: torch.Tensor, path: str) -> None:
 
 
 def compare(model: PreTrainedModel, pixels: torch.Tensor, session: "onnxruntime.InferenceSession") -> float:
-    """
-    Run both on batches of several sizes.
-
-    Args:
-        model (`PreTrainedModel`), pixels (`torch.Tensor`):
-            As in [`export`].
-        session (`onnxruntime.InferenceSession`):
-            What was exported.
-
-    Returns:
-        `float`: the largest difference of two logits.
-
-    Raises:
-        `ValueError`: a difference that rounding does not explain.
-    """
+    """Return the largest difference of two logits in batches of several sizes; refuse more than rounding explains."""
     generator, differences, largest = torch.Generator().manual_seed(0), [], 0.0
     for batch_size in (1, 3, 8):
         noise = torch.randn(batch_size, *pixels.shape[1:], generator=generator)

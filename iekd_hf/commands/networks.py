@@ -16,26 +16,7 @@ def load_for_classes(
     dtype: str = "float32",
     **hub,
 ) -> PreTrainedModel:
-    """
-    Load a model for these classes.
-
-    Args:
-        auto_class (`type`):
-            `AutoModelForImageClassification` and its like.
-        name (`str`):
-            Hub id or folder.
-        role (`str`):
-            What to call it in an error.
-        names (`list[str]`):
-            The classes.
-        from_scratch (`bool`):
-            Whether to take the configuration only.
-        trust_remote_code (`bool`), dtype (`str`), hub (`revision`, `token`):
-            As in `from_pretrained`.
-
-    Returns:
-        `PreTrainedModel`: with a new head where its classes were others.
-    """
+    """Load a model, or its configuration only, for these classes, with a new head where its own were others."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **label_maps(names))
         if from_scratch:

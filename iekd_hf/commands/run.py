@@ -62,13 +62,7 @@ class Compared:
 
 
 class CommandRun:
-    """
-    Hold what the trainers of one command share; a subclass has the data.
-
-    Args:
-        args (`TrainingArguments`):
-            Made of [`ScriptArguments`] and a trainer's own.
-    """
+    """Hold what the trainers of one command share; a subclass has the data."""
 
     # Trains what the result is compared with, and what distils.
     trainer_class: type[DistillationTrainer] = DistillationTrainer
@@ -161,22 +155,7 @@ class CommandRun:
     def train_beside(
         self, name: str, epochs: float, models: dict[str, PreTrainedModel], make_trainer: Callable
     ) -> tuple[float, list[dict]]:
-        """
-        Train what the result is compared with, in a folder that is never pushed; a resumed run finds it there.
-
-        Args:
-            name (`str`):
-                What to call it and its folder.
-            epochs (`float`):
-                How long.
-            models (`dict[str, PreTrainedModel]`):
-                The models by the folder, inside of that one, that the trainer saves them in; changed in place.
-            make_trainer (`Callable`):
-                Makes the trainer from its arguments.
-
-        Returns:
-            `tuple`: seconds, and the log history.
-        """
+        """Train a network to compare with in a folder that is never pushed; a resumed run finds it there."""
         folder = Path(self.args.output_dir) / f"_{re.sub('[^a-z0-9]+', '_', name.lower())}"
         done = folder / _DONE
         if self.reuses and done.is_file():

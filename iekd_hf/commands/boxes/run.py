@@ -152,15 +152,7 @@ def build_processor(name: str, args: DetectionDataArguments, size: tuple[int, in
 
 
 class DetectionRun(CommandRun):
-    """
-    Hold the data, and what the trainers of the command share.
-
-    Args:
-        data_args (`DetectionDataArguments`):
-            Where the images come from.
-        args (`TrainingArguments`):
-            Made of [`DetectionScriptArguments`] and a trainer's own; open defaults are set.
-    """
+    """Hold the annotated images, and what the trainers of `detect` share."""
 
     trainer_class = DetectionTrainer
     distiller_class = IEKDDetectionTrainer
@@ -184,16 +176,7 @@ class DetectionRun(CommandRun):
         self.train_images = DetectionImages(self.splits["train"], self.processor, **jitter)
 
     def check_size(self, model: PreTrainedModel) -> None:
-        """
-        Let a detector see the first image, so that a size which it cannot take is told of before anything trains.
-
-        Args:
-            model (`PreTrainedModel`):
-                The detector.
-
-        Raises:
-            `ValueError`: a size that does not suit it.
-        """
+        """Refuse images of a size that a detector does not take, before anything trains."""
         try:
             list(self.detect(model, self.splits["train"].select([0])))
         except RuntimeError as error:

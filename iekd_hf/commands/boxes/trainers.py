@@ -42,17 +42,7 @@ class IEKDDetectionTrainer(_PredictsBoxes, IEKDTrainer):
 
 
 class BoxMetrics:
-    """
-    Compute COCO's metrics batch by batch, as `compute_metrics` of a Trainer with `batch_eval_metrics`.
-
-    Args:
-        split (`Annotated`):
-            The images that are evaluated.
-        processor (`BaseImageProcessor`):
-            Makes boxes of a detector's output.
-        names (`list[str]`):
-            The classes.
-    """
+    """Compute COCO's metrics batch by batch, as `compute_metrics` of a Trainer with `batch_eval_metrics`."""
 
     def __init__(self, split: Annotated, processor: BaseImageProcessor, names: list[str]):
         self.split, self.processor, self.names = split, processor, names

@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor
 from .data import Annotated
 
 
-# A box of which a crop leaves less than this share of its area is dropped.
+# A box is dropped if a crop leaves less than this share of its area.
 MIN_VISIBLE = 0.3
 
 
@@ -101,17 +101,7 @@ _GREY = (114, 114, 114)
 
 
 class DetectionImages(Dataset):
-    """
-    Give the examples of a split as a detector takes them, read by the batch.
-
-    Args:
-        split (`Annotated`):
-            The images and their objects.
-        processor (`BaseImageProcessor`):
-            The detector's image processor.
-        horizontal_flip (`bool`, *optional*, defaults to `False`), scale_jitter (`float`, *optional*, defaults to 1):
-            How images are augmented, by numbers of torch's generator.
-    """
+    """Give the examples of a split as a detector takes them, augmented by numbers of torch's generator."""
 
     def __init__(
         self,

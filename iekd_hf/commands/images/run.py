@@ -32,24 +32,7 @@ PICTURE = "report.png"
 def build_model(
     name: str, role: str, names: list[str], from_scratch: bool, trust_remote_code: bool, dtype: str = "float32", **hub
 ) -> PreTrainedModel:
-    """
-    Make a classifier for these classes.
-
-    Args:
-        name (`str`):
-            Hub id, folder or `cifar-resnet-<depth>`.
-        role (`str`):
-            What to call it in an error.
-        names (`list[str]`):
-            The classes.
-        from_scratch (`bool`):
-            Whether to take the configuration only.
-        trust_remote_code (`bool`), dtype (`str`), hub (`revision`, `token`):
-            As in `from_pretrained`.
-
-    Returns:
-        `PreTrainedModel`: with a new head where its classes were others.
-    """
+    """Make a classifier for these classes, with a new head where its own were others."""
     if match := re.fullmatch(r"cifar-resnet-(\d+)", name):
         config = CifarResNetConfig.from_depth(int(match[1]), **label_maps(names))
         return AutoModelForImageClassification.from_config(config)
@@ -78,15 +61,7 @@ def build_processor(student: str, image_size: int | None, first_image, **hub) ->
 
 
 class ImageRun(CommandRun):
-    """
-    Hold the data, and what the trainers of one command share.
-
-    Args:
-        data_args (`DataArguments`):
-            Where the images come from.
-        args (`TrainingArguments`):
-            Made of [`ScriptArguments`] and a trainer's own; open defaults are set.
-    """
+    """Hold the images, and what the trainers of `distill` and `mutual` share."""
 
     def __init__(self, data_args: DataArguments, args: TrainingArguments):
         super().__init__(args)
@@ -99,17 +74,7 @@ class ImageRun(CommandRun):
         self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
 
     def prepare_images(self, network: str, from_scratch: bool, **hub) -> None:
-        """
-        Let the images come as a network takes them, and choose the learning rate that goes with its start.
-
-        Args:
-            network (`str`):
-                Hub id, folder or `cifar-resnet-<depth>`, whose image processor is used.
-            from_scratch (`bool`):
-                Whether it starts without weights.
-            hub (`revision`, `token`, `trust_remote_code`):
-                As in `from_pretrained`.
-        """
+        """Process images as a network takes them, and choose the learning rate that suits its start."""
         if self.args.learning_rate is None:
             self.args.learning_rate = 0.1 if from_scratch else 0.01
         first = self.splits["train"][0]["image"]

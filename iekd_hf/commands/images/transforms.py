@@ -16,22 +16,7 @@ from .data import DataArguments
 def prepare(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments, seed: int
 ) -> tuple[dict[str, Dataset], BatchAugmentation | None]:
-    """
-    Make what trainers take.
-
-    Args:
-        splits (`datasets.DatasetDict`):
-            What `load_images` gave.
-        processor (`BaseImageProcessor`):
-            The student's image processor.
-        args (`DataArguments`):
-            Which augmentation, and whether images are decoded once.
-        seed (`int`):
-            Seed of the augmentation of whole batches.
-
-    Returns:
-        `tuple`: the splits, that for training augmented; and the trainers' `augmentation`, if images are decoded once.
-    """
+    """Make the splits that trainers take, and their `augmentation` where images are decoded once."""
     if not args.decode_once:
         return add_transforms(splits, processor, args), None
     size = output_size(processor)
@@ -83,20 +68,7 @@ class _Fit:
 def add_transforms(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments
 ) -> dict[str, datasets.Dataset]:
-    """
-    Turn images into `pixel_values` when they are read, the training images augmented.
-
-    Args:
-        splits (`datasets.DatasetDict`):
-            What `load_images` gave.
-        processor (`BaseImageProcessor`):
-            The student's image processor.
-        args (`DataArguments`):
-            Which augmentation.
-
-    Returns:
-        `dict[str, datasets.Dataset]`: the splits with their transforms.
-    """
+    """Turn images into `pixel_values` when they are read, the training images augmented."""
     import kornia.augmentation as K
 
     size = output_size(processor)

@@ -10,15 +10,7 @@ from .table import Result
 
 
 def draw(results: list[Result], path: str) -> None:
-    """
-    Draw losses by component, accuracy by epoch, and sizes.
-
-    Args:
-        results (`list[Result]`):
-            Those of the table; the losses are the last one's.
-        path (`str`):
-            The PNG file to write.
-    """
+    """Draw losses by component (of the last result), accuracy by epoch, and sizes, as a PNG file."""
     colours = {result.name: f"C{index}" for index, result in enumerate(results)}
     figure, (losses, accuracy, sizes) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     history = results[-1].log_history

@@ -13,21 +13,7 @@ from matplotlib.patches import Rectangle
 def draw_detections(
     images: list[PIL.Image.Image], truth: list[dict], found: dict[str, list[dict]], names: list[str], path: str
 ) -> None:
-    """
-    Draw predicted boxes over true ones, the models side by side.
-
-    Args:
-        images (`list[PIL.Image.Image]`):
-            Some images, a row each.
-        truth (`list[dict]`):
-            The true `boxes` [x, y, width, height] and `labels` of each.
-        found (`dict[str, list[dict]]`):
-            By the model's name, the predicted `boxes`, `labels` and `scores` of each.
-        names (`list[str]`):
-            The classes.
-        path (`str`):
-            The PNG file to write.
-    """
+    """Draw predicted boxes over true ones, the models side by side, as a PNG file."""
     across = min(2, len(images))  # of images in a row, each once for each model
     down = -(-len(images) // across)
     columns = across * len(found)
