@@ -29,10 +29,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from iekd_hf import FactorEncoder
+from iekd_hf import FactorEncoder, exploration_loss
 
 from ..features.tap import FeatureTap
-from ..method.losses import exploration_loss
 from ..training.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
 from .arguments import parse_arguments
 from .images.data import DataArguments, load_images
