@@ -76,7 +76,7 @@ quality: .venv/test  ## check style and format
 	touch $@
 
 .venv/examples: .venv/torch setup.cfg
-	$(PIP) -e ".[examples]"
+	$(PIP) -e ".[cli]"
 	touch $@
 
 .venv/test: .venv/torch setup.cfg

@@ -4,11 +4,12 @@ import functools
 import json
 import re
 
-import analyze_student
 import pytest
 import torch
-from analyze_student import Tapped, active_neurons, cka_matrix, encode, varying_share
 from conftest import make_resnet
+
+from iekd_hf.commands import analyze as analyze_student
+from iekd_hf.commands.analyze import Tapped, active_neurons, cka_matrix, encode, varying_share
 
 
 def test_cka_of_maps_of_other_widths_against_its_definition():

@@ -17,9 +17,10 @@ import PIL.Image
 import pytest
 from conftest import make_resnet
 from hub_server import HubServer
-from shapes import make_shapes
-from tiny_detectors import tiny_detector, tiny_processor
 from transformers import ViTImageProcessorPil
+
+from iekd_hf.commands.boxes.shapes import make_shapes
+from iekd_hf.commands.boxes.tiny_detectors import tiny_detector, tiny_processor
 
 
 ROOT = Path(__file__).parent.parent

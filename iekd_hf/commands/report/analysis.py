@@ -1,4 +1,4 @@
-"""The pictures of analyze_student.py."""
+"""The pictures of `iekd-hf analyze`."""
 
 from pathlib import Path
 

@@ -11,12 +11,13 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from detection_data import Annotated
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
+from .data import Annotated
 
-# A box of which a crop leaves less than this share of its area is dropped.
+
+# A box is dropped if a crop leaves less than this share of its area.
 MIN_VISIBLE = 0.3
 
 
@@ -37,7 +38,7 @@ def flip(image: PIL.Image.Image, boxes: np.ndarray) -> tuple[PIL.Image.Image, np
 
     ```python
     >>> import numpy as np, PIL.Image
-    >>> from detection_transforms import flip
+    >>> from iekd_hf.commands.boxes.transforms import flip
     >>> flip(PIL.Image.new("RGB", (10, 8)), np.array([[1.0, 2.0, 3.0, 4.0]]))[1]
     array([[6., 2., 3., 4.]])
 
@@ -71,7 +72,7 @@ def zoom(
 
     ```python
     >>> import numpy as np, PIL.Image
-    >>> from detection_transforms import zoom
+    >>> from iekd_hf.commands.boxes.transforms import zoom
     >>> boxes = np.array([[0.0, 0.0, 4.0, 4.0], [6.0, 6.0, 2.0, 2.0]])
     >>> zoom(PIL.Image.new("RGB", (8, 8)), boxes, factor=2, place=(0, 0))[1:]
     (array([[0., 0., 8., 8.]]), array([0]))
@@ -100,17 +101,7 @@ _GREY = (114, 114, 114)
 
 
 class DetectionImages(Dataset):
-    """
-    Give the examples of a split as a detector takes them, read by the batch.
-
-    Args:
-        split (`Annotated`):
-            The images and their objects.
-        processor (`BaseImageProcessor`):
-            The detector's image processor.
-        horizontal_flip (`bool`, *optional*, defaults to `False`), scale_jitter (`float`, *optional*, defaults to 1):
-            How images are augmented, by numbers of torch's generator.
-    """
+    """Give the examples of a split as a detector takes them, augmented by numbers of torch's generator."""
 
     def __init__(
         self,
@@ -182,7 +173,7 @@ def frame_of(pixels: torch.Tensor, mask: torch.Tensor | None, size: tuple[int, i
 
     ```python
     >>> import torch
-    >>> from detection_transforms import frame_of
+    >>> from iekd_hf.commands.boxes.transforms import frame_of
     >>> mask = torch.zeros(64, 64)
     >>> mask[:48] = 1
     >>> frame_of(torch.zeros(3, 64, 64), mask, size=(480, 640))
@@ -210,7 +201,7 @@ def collate(examples: list[dict]) -> dict:
 
     ```python
     >>> import torch
-    >>> from detection_transforms import collate
+    >>> from iekd_hf.commands.boxes.transforms import collate
     >>> batch = collate([{"pixel_values": torch.zeros(3, 8, 8), "labels": {}} for _ in range(2)])
     >>> batch["pixel_values"].shape, batch["labels"]
     (torch.Size([2, 3, 8, 8]), [{}, {}])

@@ -1,4 +1,4 @@
-"""The table and the picture at the end of a detection run."""
+"""The picture at the end of a run of detectors."""
 
 import matplotlib
 
@@ -8,65 +8,12 @@ import matplotlib.pyplot as plt
 import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from report import Result, align
-
-
-def table(results: list[Result]) -> str:
-    """
-    Lay results out as a text table.
-
-    Args:
-        results (`list[Result]`):
-            A row each.
-
-    Returns:
-        `str`: aligned columns: model, parameters, mAP and mAP50 in percent, images a second, seconds of each stage.
-
-    Example:
-
-    ```python
-    >>> from detection_report import table
-    >>> from report import Result
-    >>> print(table([Result("teacher", 1000, {"map": 0.5, "map_50": 0.75}, {"training": 3.21}, latency=4.0)]))
-    model    parameters   mAP  mAP50  images/s  seconds
-    -------  ----------  ----  -----  --------  ------------
-    teacher       1,000  50.0   75.0       250  training 3.2
-
-    ```
-    """
-    rows = [["model", "parameters", "mAP", "mAP50", "images/s", "seconds"]]
-    for result in results:
-        measured = [result.metrics.get(name) for name in ("map", "map_50")]
-        rows.append(
-            [
-                result.name,
-                f"{result.parameters:,}",
-                *("-" if value is None else f"{100 * value:.1f}" for value in measured),
-                "-" if result.latency is None else f"{1000 / result.latency:.0f}",
-                ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()) or "-",
-            ]
-        )
-    return align(rows)
 
 
 def draw_detections(
     images: list[PIL.Image.Image], truth: list[dict], found: dict[str, list[dict]], names: list[str], path: str
 ) -> None:
-    """
-    Draw predicted boxes over true ones, the models side by side.
-
-    Args:
-        images (`list[PIL.Image.Image]`):
-            Some images, a row each.
-        truth (`list[dict]`):
-            The true `boxes` [x, y, width, height] and `labels` of each.
-        found (`dict[str, list[dict]]`):
-            By the model's name, the predicted `boxes`, `labels` and `scores` of each.
-        names (`list[str]`):
-            The classes.
-        path (`str`):
-            The PNG file to write.
-    """
+    """Draw predicted boxes over true ones, the models side by side, as a PNG file."""
     across = min(2, len(images))  # of images in a row, each once for each model
     down = -(-len(images) // across)
     columns = across * len(found)

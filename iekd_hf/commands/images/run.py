@@ -1,14 +1,10 @@
-"""What the classification examples share: networks by name, images as they take them, and what is measured."""
+"""What `distill` and `mutual` share: classifiers by name, images as they take them, and what is measured."""
 
 import logging
 import re
 
 import datasets
 import evaluate
-from example_run import ExampleRun, label_maps, load_for_classes
-from image_data import DataArguments, load_images
-from image_metrics import MacroF1, TopKAccuracy
-from image_transforms import prepare
 from transformers import (
     AutoModelForImageClassification,
     BaseImageProcessor,
@@ -19,7 +15,13 @@ from transformers import (
 )
 
 from iekd_hf import CifarResNetConfig
-from iekd_hf.models.loading import find_processor
+
+from ...models.loading import find_processor
+from ..networks import label_maps, load_for_classes
+from ..run import CommandRun
+from .data import DataArguments, load_images
+from .metrics import MacroF1, TopKAccuracy
+from .transforms import prepare
 
 
 logger = logging.getLogger(__name__)
@@ -30,24 +32,7 @@ PICTURE = "report.png"
 def build_model(
     name: str, role: str, names: list[str], from_scratch: bool, trust_remote_code: bool, dtype: str = "float32", **hub
 ) -> PreTrainedModel:
-    """
-    Make a classifier for these classes.
-
-    Args:
-        name (`str`):
-            Hub id, folder or `cifar-resnet-<depth>`.
-        role (`str`):
-            What to call it in an error.
-        names (`list[str]`):
-            The classes.
-        from_scratch (`bool`):
-            Whether to take the configuration only.
-        trust_remote_code (`bool`), dtype (`str`), hub (`revision`, `token`):
-            As in `from_pretrained`.
-
-    Returns:
-        `PreTrainedModel`: with a new head where its classes were others.
-    """
+    """Make a classifier for these classes, with a new head where its own were others."""
     if match := re.fullmatch(r"cifar-resnet-(\d+)", name):
         config = CifarResNetConfig.from_depth(int(match[1]), **label_maps(names))
         return AutoModelForImageClassification.from_config(config)
@@ -75,16 +60,8 @@ def build_processor(student: str, image_size: int | None, first_image, **hub) ->
     return ViTImageProcessorPil(size={"height": height, "width": width}, **mean_and_std)
 
 
-class ImageRun(ExampleRun):
-    """
-    Hold the data, and what the trainers of one script share.
-
-    Args:
-        data_args (`DataArguments`):
-            Where the images come from.
-        args (`TrainingArguments`):
-            Made of [`ScriptArguments`] and a trainer's own; open defaults are set.
-    """
+class ImageRun(CommandRun):
+    """Hold the images, and what the trainers of `distill` and `mutual` share."""
 
     def __init__(self, data_args: DataArguments, args: TrainingArguments):
         super().__init__(args)
@@ -97,17 +74,7 @@ class ImageRun(ExampleRun):
         self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
 
     def prepare_images(self, network: str, from_scratch: bool, **hub) -> None:
-        """
-        Let the images come as a network takes them, and choose the learning rate that goes with its start.
-
-        Args:
-            network (`str`):
-                Hub id, folder or `cifar-resnet-<depth>`, whose image processor is used.
-            from_scratch (`bool`):
-                Whether it starts without weights.
-            hub (`revision`, `token`, `trust_remote_code`):
-                As in `from_pretrained`.
-        """
+        """Process images as a network takes them, and choose the learning rate that suits its start."""
         if self.args.learning_rate is None:
             self.args.learning_rate = 0.1 if from_scratch else 0.01
         first = self.splits["train"][0]["image"]
@@ -122,7 +89,7 @@ class ImageRun(ExampleRun):
         return self.metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
     def common(self) -> dict:
-        """Return the arguments that every trainer of this script takes."""
+        """Return the arguments that every trainer of this command takes."""
         return {
             "train_dataset": self.images["train"],
             "eval_dataset": self.images["validation"],

@@ -30,7 +30,7 @@ def is_tiny(name: str | None) -> bool:
     Example:
 
     ```python
-    >>> from tiny_detectors import is_tiny
+    >>> from iekd_hf.commands.boxes.tiny_detectors import is_tiny
     >>> is_tiny("tiny-rt-detr-16"), is_tiny("PekingU/rtdetr_r18vd")
     (True, False)
 
@@ -61,7 +61,7 @@ def tiny_config(name: str, most_objects: int = 10, **labels) -> PreTrainedConfig
     Example:
 
     ```python
-    >>> from tiny_detectors import tiny_config
+    >>> from iekd_hf.commands.boxes.tiny_detectors import tiny_config
     >>> config = tiny_config("tiny-rt-detr-16")
     >>> config.encoder_in_channels, config.num_queries
     ([32, 64], 20)
@@ -118,7 +118,7 @@ def tiny_detector(name: str, most_objects: int = 10, **labels) -> PreTrainedMode
     Example:
 
     ```python
-    >>> from tiny_detectors import tiny_detector
+    >>> from iekd_hf.commands.boxes.tiny_detectors import tiny_detector
     >>> tiny_detector("tiny-rt-detr-8", id2label={0: "cat", 1: "dog"}).num_parameters()
     325534
 
@@ -143,7 +143,7 @@ def open_norms(model: nn.Module) -> None:
     Example:
 
     ```python
-    >>> from tiny_detectors import open_norms
+    >>> from iekd_hf.commands.boxes.tiny_detectors import open_norms
     >>> from torch import nn
     >>> norm = nn.BatchNorm2d(2)
     >>> _ = nn.init.normal_(norm.weight, std=0.01)
@@ -172,7 +172,7 @@ def tiny_processor(height: int, width: int) -> RTDetrImageProcessorPil:
     Example:
 
     ```python
-    >>> from tiny_detectors import tiny_processor
+    >>> from iekd_hf.commands.boxes.tiny_detectors import tiny_processor
     >>> tiny_processor(96, 128).size["width"]
     128
 

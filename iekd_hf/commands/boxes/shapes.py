@@ -30,7 +30,7 @@ def make_shapes(count: int, seed: int, size: int = 96) -> datasets.Dataset:
     Example:
 
     ```python
-    >>> from shapes import make_shapes
+    >>> from iekd_hf.commands.boxes.shapes import make_shapes
     >>> images = make_shapes(2, seed=0)
     >>> images.column_names, images[0]["image"].size, sorted(images[0]["objects"])
     (['image', 'objects'], (96, 96), ['area', 'bbox', 'category'])
@@ -69,7 +69,7 @@ def draw_image(generator: np.random.Generator, size: int) -> tuple[PIL.Image.Ima
 
     ```python
     >>> import numpy as np
-    >>> from shapes import draw_image
+    >>> from iekd_hf.commands.boxes.shapes import draw_image
     >>> image, objects = draw_image(np.random.default_rng(0), size=64)
     >>> image.size, len(objects["bbox"]) == len(objects["category"]) > 0
     ((64, 64), True)
@@ -125,7 +125,7 @@ def draw_mask(category: int, generator: np.random.Generator, size: int) -> PIL.I
 
     ```python
     >>> import numpy as np
-    >>> from shapes import draw_mask
+    >>> from iekd_hf.commands.boxes.shapes import draw_mask
     >>> draw_mask(0, np.random.default_rng(0), size=64).getextrema()
     (0, 255)
 
@@ -170,7 +170,7 @@ def box_of(pixels: np.ndarray) -> list[float]:
 
     ```python
     >>> import numpy as np
-    >>> from shapes import box_of
+    >>> from iekd_hf.commands.boxes.shapes import box_of
     >>> pixels = np.zeros((8, 8), dtype=bool)
     >>> pixels[2:4, 1:6] = True
     >>> box_of(pixels)

@@ -1,4 +1,4 @@
-"""What the detection example is made of: its arguments, detectors by name, and what is measured."""
+"""What `detect` is made of: its arguments, detectors by name, and what is measured."""
 
 import logging
 from collections.abc import Iterator
@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 
 import PIL.Image
 import torch
-from detection_data import Annotated, DetectionDataArguments, load_annotated
-from detection_trainers import BoxMetrics, DetectionTrainer, to_boxes
-from detection_transforms import DetectionImages, collate
-from example_run import ExampleRun, ScriptArguments, label_maps, load_for_classes
-from tiny_detectors import is_tiny, open_norms, tiny_detector, tiny_processor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForObjectDetection, BaseImageProcessor, PreTrainedModel, TrainingArguments
 
-from iekd_hf.models.loading import find_processor
+from ...models.loading import find_processor
+from ..arguments import ScriptArguments
+from ..networks import label_maps, load_for_classes
+from ..run import CommandRun
+from .data import Annotated, DetectionDataArguments, load_annotated
+from .tiny_detectors import is_tiny, open_norms, tiny_detector, tiny_processor
+from .trainers import BoxMetrics, DetectionTrainer, IEKDDetectionTrainer, to_boxes
+from .transforms import DetectionImages, collate
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ def build_detector(
     Example:
 
     ```python
-    >>> from detection import build_detector
+    >>> from iekd_hf.commands.boxes.run import build_detector
     >>> model = build_detector("tiny-rt-detr-8", "--student", ["cat", "dog"], most_objects=5, from_scratch=True)
     >>> type(model).__name__, model.config.num_queries
     ('RTDetrForObjectDetection', 10)
@@ -128,8 +130,8 @@ def build_processor(name: str, args: DetectionDataArguments, size: tuple[int, in
 
     ```python
     >>> import PIL.Image
-    >>> from detection import build_processor
-    >>> from detection_data import DetectionDataArguments
+    >>> from iekd_hf.commands.boxes.run import build_processor
+    >>> from iekd_hf.commands.boxes.data import DetectionDataArguments
     >>> processor = build_processor("tiny-rt-detr-8", DetectionDataArguments(image_square_size=64), (48, 96))
     >>> processor(PIL.Image.new("RGB", (96, 48)), return_tensors="pt")["pixel_values"].shape
     torch.Size([1, 3, 64, 64])
@@ -149,18 +151,11 @@ def build_processor(name: str, args: DetectionDataArguments, size: tuple[int, in
     return processor
 
 
-class DetectionRun(ExampleRun):
-    """
-    Hold the data, and what the trainers of the script share.
-
-    Args:
-        data_args (`DetectionDataArguments`):
-            Where the images come from.
-        args (`TrainingArguments`):
-            Made of [`DetectionScriptArguments`] and a trainer's own; open defaults are set.
-    """
+class DetectionRun(CommandRun):
+    """Hold the annotated images, and what the trainers of `detect` share."""
 
     trainer_class = DetectionTrainer
+    distiller_class = IEKDDetectionTrainer
 
     def __init__(self, data_args: DetectionDataArguments, args: TrainingArguments):
         super().__init__(args)
@@ -181,16 +176,7 @@ class DetectionRun(ExampleRun):
         self.train_images = DetectionImages(self.splits["train"], self.processor, **jitter)
 
     def check_size(self, model: PreTrainedModel) -> None:
-        """
-        Let a detector see the first image, so that a size which it cannot take is told of before anything trains.
-
-        Args:
-            model (`PreTrainedModel`):
-                The detector.
-
-        Raises:
-            `ValueError`: a size that does not suit it.
-        """
+        """Refuse images of a size that a detector does not take, before anything trains."""
         try:
             list(self.detect(model, self.splits["train"].select([0])))
         except RuntimeError as error:
@@ -202,7 +188,7 @@ class DetectionRun(ExampleRun):
             ) from error
 
     def common(self) -> dict:
-        """Return the arguments that every trainer of this script takes."""
+        """Return the arguments that every trainer of this command takes."""
         return {"train_dataset": self.train_images, "data_collator": collate, **self.of_evaluation(self.processor)}
 
     def of_evaluation(self, processor: BaseImageProcessor, split: str = "validation") -> dict:

@@ -1,13 +1,14 @@
 """Trainers that evaluate detectors image by image, in memory that does not grow with their number but for boxes."""
 
 import torch
-from detection_data import Annotated
-from detection_metrics import CocoDetection
 from transformers import BaseImageProcessor, EvalPrediction
 from transformers.utils import ModelOutput
 
 from iekd_hf import IEKDTrainer
-from iekd_hf.training.base_trainer import DistillationTrainer
+
+from ...training.base_trainer import DistillationTrainer
+from .data import Annotated
+from .metrics import CocoDetection
 
 
 class _PredictsBoxes:
@@ -41,17 +42,7 @@ class IEKDDetectionTrainer(_PredictsBoxes, IEKDTrainer):
 
 
 class BoxMetrics:
-    """
-    Compute COCO's metrics batch by batch, as `compute_metrics` of a Trainer with `batch_eval_metrics`.
-
-    Args:
-        split (`Annotated`):
-            The images that are evaluated.
-        processor (`BaseImageProcessor`):
-            Makes boxes of a detector's output.
-        names (`list[str]`):
-            The classes.
-    """
+    """Compute COCO's metrics batch by batch, as `compute_metrics` of a Trainer with `batch_eval_metrics`."""
 
     def __init__(self, split: Annotated, processor: BaseImageProcessor, names: list[str]):
         self.split, self.processor, self.names = split, processor, names
@@ -80,7 +71,7 @@ def to_boxes(
 `(batch_size, num_queries, 4)`):
             The output.
         frames (`torch.Tensor` of shape `(batch_size, 2)`):
-            What the boxes are relative to, see [`~detection_transforms.frame_of`].
+            What the boxes are relative to, see [`~iekd_hf.commands.boxes.transforms.frame_of`].
         processor (`BaseImageProcessor`):
             The detector's image processor.
         threshold (`float`, *optional*, defaults to 0):
@@ -93,8 +84,8 @@ def to_boxes(
 
     ```python
     >>> import torch
-    >>> from detection_trainers import to_boxes
-    >>> from tiny_detectors import tiny_processor
+    >>> from iekd_hf.commands.boxes.trainers import to_boxes
+    >>> from iekd_hf.commands.boxes.tiny_detectors import tiny_processor
     >>> logits, pred_boxes = torch.tensor([[[-9.0, 0.0]]]), torch.tensor([[[0.5, 0.5, 0.5, 0.25]]])
     >>> to_boxes(logits, pred_boxes, torch.tensor([[480.0, 640.0]]), tiny_processor(96, 128))
     [{'boxes': [[160.0, 180.0, 320.0, 120.0]], 'scores': [0.5], 'labels': [1]}]

@@ -1,4 +1,4 @@
-"""Where an example's images come from: the Hub, files or folders; every image is looked at before training."""
+"""Where a command's images come from: the Hub, files or folders; every image is looked at before training."""
 
 import io
 import os
@@ -44,19 +44,7 @@ class SourceArguments:
 
 
 def load_source(args: SourceArguments) -> datasets.DatasetDict:
-    """
-    Load the splits that the arguments name.
-
-    Args:
-        args (`SourceArguments`):
-            Where they come from.
-
-    Returns:
-        `datasets.DatasetDict`: `train` and whichever others there are, as they are.
-
-    Raises:
-        `ValueError`: no such data.
-    """
+    """Load `train` and whichever other splits the arguments name."""
     try:
         if args.dataset_name is not None:
             return datasets.load_dataset(args.dataset_name, args.dataset_config_name)
@@ -114,7 +102,7 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
 
     ```python
     >>> import datasets
-    >>> from image_source import find_column
+    >>> from iekd_hf.commands.images.source import find_column
     >>> features = datasets.Features({"img": datasets.Image(), "fine": datasets.Value("int64")})
     >>> split = datasets.Dataset.from_dict({"img": [], "fine": []}, features=features)
     >>> find_column(split, "train", "image", None, datasets.Image)
@@ -151,7 +139,7 @@ def rename_columns(split: datasets.Dataset, roles: dict[str, str]) -> datasets.D
 
     ```python
     >>> import datasets
-    >>> from image_source import rename_columns
+    >>> from iekd_hf.commands.images.source import rename_columns
     >>> split = datasets.Dataset.from_dict({"path": ["a.png"], "id": [0], "fine": [3]})
     >>> rename_columns(split, {"path": "image", "fine": "label"}).features["image"]
     Image(mode=None, decode=True)
@@ -178,21 +166,7 @@ def limit(splits: datasets.DatasetDict, args: SourceArguments, seed: int) -> Non
 
 
 def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
-    """
-    Read the header of every image, so that a file that is none is named now and not in the middle of an epoch.
-
-    Args:
-        split (`datasets.Dataset`):
-            With a column `image`.
-        name (`str`):
-            What the split is called.
-
-    Returns:
-        `list[tuple[int, int]]`: the (height, width) of each, turned as its EXIF data say, as `datasets` decodes it.
-
-    Raises:
-        `ValueError`: the first row that holds no image.
-    """
+    """Return every image's (height, width); a file that is no image is named now, not in the middle of an epoch."""
     sizes = []
     raw = split.select_columns("image").cast_column("image", datasets.Image(decode=False))
     for row, example in enumerate(tqdm(raw, desc=f"Checking {name} images", leave=False)):

@@ -1,4 +1,4 @@
-"""Images with boxes for the detection example: where they come from, what is checked, what is left out."""
+"""Images with boxes: where they come from, what is checked, what is left out."""
 
 import logging
 from collections.abc import Iterator
@@ -6,9 +6,18 @@ from dataclasses import dataclass, field
 
 import datasets
 import PIL.Image
-from boxes import clean
-from image_source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
-from shapes import make_shapes
+
+from ..images.source import (
+    SourceArguments,
+    check_filled,
+    check_images,
+    find_column,
+    limit,
+    load_source,
+    rename_columns,
+)
+from .clean import clean
+from .shapes import make_shapes
 
 
 logger = logging.getLogger(__name__)
@@ -63,18 +72,10 @@ class DetectionDataArguments(SourceArguments):
 
 @dataclass
 class Annotated:
-    """
-    Hold the images of a split beside their checked objects.
+    """Hold the images of a split beside their checked objects, row for row."""
 
-    Args:
-        images (`datasets.Dataset`):
-            With a column `image`.
-        objects (`datasets.Dataset`):
-            Row for row, the columns `boxes` [x, y, width, height] inside of the image, `labels`, `area`, `iscrowd`.
-    """
-
-    images: datasets.Dataset
-    objects: datasets.Dataset
+    images: datasets.Dataset  # the column `image`
+    objects: datasets.Dataset  # `boxes` [x, y, width, height] inside of the image, `labels`, `area`, `iscrowd`
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,25 +97,7 @@ class Annotated:
 
 
 def load_annotated(args: DetectionDataArguments, seed: int) -> tuple[dict[str, Annotated], list[str]]:
-    """
-    Load the data and bring it into one form.
-
-    Boxes are clipped to their image, those without area are left out, as COCO's tools do; both are counted and
-    reported.
-
-    Args:
-        args (`DetectionDataArguments`):
-            Where it comes from.
-        seed (`int`):
-            Seed of the validation split, where one is cut off.
-
-    Returns:
-        `tuple`: the splits `train`, `validation` and perhaps `test`, and the names of the classes.
-
-    Raises:
-        `ValueError`: no such data, an empty split or one without boxes, annotations of another form, a category
-        outside the label map, a file that is no image.
-    """
+    """Load the splits and the names of the classes; boxes are clipped, those without area left out and counted."""
     if args.is_given:
         splits = load_source(args)
     else:
@@ -175,8 +158,8 @@ def fields_of(split: datasets.Dataset, name: str, column: str) -> dict:
     Example:
 
     ```python
-    >>> from detection_data import fields_of
-    >>> from shapes import make_shapes
+    >>> from iekd_hf.commands.boxes.data import fields_of
+    >>> from iekd_hf.commands.boxes.shapes import make_shapes
     >>> fields_of(make_shapes(1, seed=0), "train", "objects")["category"].names
     ['circle', 'square', 'triangle', 'cross']
 

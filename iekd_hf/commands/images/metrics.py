@@ -7,7 +7,6 @@ They take logits, as Trainer has them, or class indices, as `evaluate.evaluator(
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import f1_score
 
 
 def describe(description: str) -> evaluate.MetricInfo:
@@ -78,6 +77,8 @@ class MacroF1(evaluate.Metric):
         return describe("Mean of the classes' F1 scores.")
 
     def _compute(self, predictions, references, **arguments_of_others):
+        from sklearn.metrics import f1_score
+
         # `evaluate.combine` gives all metrics the keywords of any.
         classes = to_classes(np.asarray(predictions))
         return {"macro_f1": float(f1_score(references, classes, average="macro", zero_division=0))}

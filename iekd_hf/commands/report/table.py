@@ -1,12 +1,6 @@
-"""The table and the picture at the end of a run."""
+"""The tables at the end of a run."""
 
 from dataclasses import dataclass, field
-
-import matplotlib
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclass
@@ -23,7 +17,7 @@ class Result:
 
 def table(results: list[Result]) -> str:
     """
-    Lay results out as a text table.
+    Lay the results of classifiers out as a text table.
 
     Args:
         results (`list[Result]`):
@@ -55,6 +49,44 @@ def table(results: list[Result]) -> str:
                 f"{result.parameters:,}",
                 *("-" if value is None else f"{value:.2%}" for value in percentages),
                 *(["-" if result.latency is None else f"{result.latency:.2f} ms"] if with_latency else []),
+                ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()) or "-",
+            ]
+        )
+    return align(rows)
+
+
+def detection_table(results: list[Result]) -> str:
+    """
+    Lay the results of detectors out as a text table.
+
+    Args:
+        results (`list[Result]`):
+            A row each.
+
+    Returns:
+        `str`: aligned columns: model, parameters, mAP and mAP50 in percent, images a second, seconds of each stage.
+
+    Example:
+
+    ```python
+    >>> from iekd_hf.commands.report.table import Result, detection_table
+    >>> result = Result("teacher", 1000, {"map": 0.5, "map_50": 0.75}, {"training": 3.21}, latency=4.0)
+    >>> print(detection_table([result]))
+    model    parameters   mAP  mAP50  images/s  seconds
+    -------  ----------  ----  -----  --------  ------------
+    teacher       1,000  50.0   75.0       250  training 3.2
+
+    ```
+    """
+    rows = [["model", "parameters", "mAP", "mAP50", "images/s", "seconds"]]
+    for result in results:
+        measured = [result.metrics.get(name) for name in ("map", "map_50")]
+        rows.append(
+            [
+                result.name,
+                f"{result.parameters:,}",
+                *("-" if value is None else f"{100 * value:.1f}" for value in measured),
+                "-" if result.latency is None else f"{1000 / result.latency:.0f}",
                 ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()) or "-",
             ]
         )
@@ -116,48 +148,3 @@ def latencies(results: list[Result]) -> dict[str, float]:
     """
     measured = {result.name.replace("distilled ", ""): result.latency for result in results}
     return {role: measured[role] for role in ("teacher", "student") if measured.get(role) is not None}
-
-
-def draw(results: list[Result], path: str) -> None:
-    """
-    Draw losses by component, accuracy by epoch, and sizes.
-
-    Args:
-        results (`list[Result]`):
-            Those of the table; the losses are the last one's.
-        path (`str`):
-            The PNG file to write.
-    """
-    colours = {result.name: f"C{index}" for index, result in enumerate(results)}
-    figure, (losses, accuracy, sizes) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
-    history = results[-1].log_history
-    for name in ("task_loss", "inheritance_loss", "exploration_loss", "kd_loss", "kl_loss"):
-        points = [(logs["epoch"], abs(logs[name])) for logs in history if name in logs]
-        if points:
-            losses.plot(*zip(*points, strict=True), label=f"|{name}|" if name == "exploration_loss" else name)
-    losses.set(title=f"{results[-1].name}: losses before their weights", xlabel="epoch", yscale="log")
-    losses.legend(fontsize="small")
-
-    for result in results:
-        points = [
-            (logs["epoch"], 100 * logs["eval_accuracy"]) for logs in result.log_history if "eval_accuracy" in logs
-        ]
-        if points and result.name != "teacher":
-            accuracy.plot(*zip(*points, strict=True), marker=".", color=colours[result.name], label=result.name)
-        elif "accuracy" in result.metrics:
-            label = f"{result.name} (final)"
-            accuracy.axhline(100 * result.metrics["accuracy"], linestyle="--", color=colours[result.name], label=label)
-    accuracy.set(title="Accuracy on the validation images", xlabel="epoch", ylabel="%")
-    accuracy.legend(fontsize="small")
-
-    bars = sizes.barh(
-        [result.name for result in results],
-        [result.parameters for result in results],
-        color=[colours[result.name] for result in results],
-    )
-    sizes.bar_label(bars, [f"{result.parameters:,}" for result in results], padding=4)
-    sizes.margins(x=0.25)
-    sizes.invert_yaxis()
-    sizes.set(title="Parameters")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -6,11 +6,14 @@ pycocotools and not one of its faster rewrites: it is the reference that publish
 
 import contextlib
 import io
+from typing import TYPE_CHECKING
 
 import datasets
 import evaluate
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 
 # What COCOeval.summarize() computes, in its order, by the names that transformers' examples use.
@@ -32,7 +35,7 @@ class CocoDetection(evaluate.Metric):
     Example:
 
     ```python
-    >>> from detection_metrics import CocoDetection
+    >>> from iekd_hf.commands.boxes.metrics import CocoDetection
     >>> metric = CocoDetection(keep_in_memory=True)
     >>> truth = {"boxes": [[0, 0, 10, 10], [20, 20, 10, 10]], "labels": [0, 1], "area": [100, 100], "iscrowd": [0, 0]}
     >>> found = {"boxes": [[0, 0, 10, 10], [20, 20, 10, 8]], "scores": [0.9, 0.8], "labels": [0, 1]}
@@ -62,6 +65,8 @@ class CocoDetection(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, class_names=None):
+        from pycocotools.cocoeval import COCOeval
+
         labels = {label for image in (*predictions, *references) for label in image["labels"]}
         labels |= set(range(len(class_names or ())))
         with contextlib.redirect_stdout(io.StringIO()):  # which pycocotools fills
@@ -79,8 +84,10 @@ class CocoDetection(evaluate.Metric):
         return {name: value for name, value in result.items() if value >= 0}
 
 
-def _as_coco(images: list[dict], labels: set[int]) -> COCO:
+def _as_coco(images: list[dict], labels: set[int]) -> "COCO":
     """Index boxes as COCO's evaluator reads them: true ones with their areas, predicted ones with their scores."""
+    from pycocotools.coco import COCO
+
     annotations = []
     for image_id, image in enumerate(images):
         for row, (box, label) in enumerate(zip(image["boxes"], image["labels"], strict=True)):

@@ -1,37 +1,22 @@
 """From images to a model's input: decoded once and augmented as whole batches, or one by one as they are read."""
 
 import datasets
-import kornia.augmentation as K
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from image_data import DataArguments
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
 from iekd_hf import BatchAugmentation, DecodedImages
 
+from .data import DataArguments
+
 
 def prepare(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments, seed: int
 ) -> tuple[dict[str, Dataset], BatchAugmentation | None]:
-    """
-    Make what trainers take.
-
-    Args:
-        splits (`datasets.DatasetDict`):
-            What `load_images` gave.
-        processor (`BaseImageProcessor`):
-            The student's image processor.
-        args (`DataArguments`):
-            Which augmentation, and whether images are decoded once.
-        seed (`int`):
-            Seed of the augmentation of whole batches.
-
-    Returns:
-        `tuple`: the splits, that for training augmented; and the trainers' `augmentation`, if images are decoded once.
-    """
+    """Make the splits that trainers take, and their `augmentation` where images are decoded once."""
     if not args.decode_once:
         return add_transforms(splits, processor, args), None
     size = output_size(processor)
@@ -83,20 +68,9 @@ class _Fit:
 def add_transforms(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments
 ) -> dict[str, datasets.Dataset]:
-    """
-    Turn images into `pixel_values` when they are read, the training images augmented.
+    """Turn images into `pixel_values` when they are read, the training images augmented."""
+    import kornia.augmentation as K
 
-    Args:
-        splits (`datasets.DatasetDict`):
-            What `load_images` gave.
-        processor (`BaseImageProcessor`):
-            The student's image processor.
-        args (`DataArguments`):
-            Which augmentation.
-
-    Returns:
-        `dict[str, datasets.Dataset]`: the splits with their transforms.
-    """
     size = output_size(processor)
     kind = crop_kind(args, size)
     flip = [K.RandomHorizontalFlip()] if args.horizontal_flip else []

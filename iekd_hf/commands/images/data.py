@@ -1,11 +1,12 @@
-"""Images and labels for the classification examples: where they come from, and what is checked."""
+"""Images and labels for classification: where they come from, and what is checked."""
 
 from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
 import PIL.Image
-from image_source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
+
+from .source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
 
 
 @dataclass
@@ -49,23 +50,7 @@ class DataArguments(SourceArguments):
 
 
 def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
-    """
-    Load the data and bring it into one form.
-
-    Args:
-        args (`DataArguments`):
-            Where it comes from.
-        seed (`int`):
-            Seed of the validation split, where one is cut off.
-
-    Returns:
-        `datasets.DatasetDict`: `train`, `validation` and perhaps `test`, with the columns `image` and `label`, a
-        `ClassLabel`.
-
-    Raises:
-        `ValueError`: no such data, a missing column, an empty split, a label outside the classes, a file that is no
-        image.
-    """
+    """Load `train`, `validation` and perhaps `test`, with the columns `image` and `label`, a `ClassLabel`."""
     splits = datasets.DatasetDict({"train": _digits()}) if args.uses_digits else load_source(args)
     if args.uses_digits:
         args.image_size = args.image_size or 16  # 8x8 scans leave no room for three stages

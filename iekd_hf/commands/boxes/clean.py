@@ -25,7 +25,7 @@ def clean(objects: list[dict], sizes: list[tuple[int, int]], name: str) -> tuple
     Example:
 
     ```python
-    >>> from boxes import clean
+    >>> from iekd_hf.commands.boxes.clean import clean
     >>> boxes = [[2.0, 2.0, 4.0, 4.0], [6.0, 6.0, 8.0, 2.0], [1.0, 1.0, 0.0, 3.0]]
     >>> clean([{"bbox": boxes, "category": [0, 1, 1]}], [(10, 10)], "train")[0][0]["bbox"]
     [[2.0, 2.0, 4.0, 4.0], [6.0, 6.0, 4.0, 2.0]]
