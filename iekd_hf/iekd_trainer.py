@@ -290,11 +290,11 @@ class IEKDTrainer(DistillationTrainer):
         settings = stage_1_settings(widths, args)
         if self.has_given_paraphrasers or (settings == self._trained_with and not checkpoint):
             return {}
-        if point and not checkpoint:
+        if point and point.paraphrasers:
             self.teacher.set_paraphrasers(get_paraphrasers(str(point.paraphrasers), self.teacher_channels, args))
             return {}
         finished, unfinished = (Path(args.output_dir) / name for name in (PARAPHRASER_FOLDER, STAGE_1_FOLDER))
-        if not point and self.is_world_process_zero():
+        if not checkpoint and self.is_world_process_zero():
             remove_checkpoints(unfinished)
             shutil.rmtree(finished, ignore_errors=True)
         if self.knowledge.is_trained:

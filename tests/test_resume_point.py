@@ -97,7 +97,7 @@ def test_a_new_run_never_goes_on_from_an_old_one(run, caplog):
     assert begin_run(folder, point) == last_run(folder) == old  # it goes on
     new = begin_run(folder, None)
     assert new != old
-    assert find_resume_point(folder, True) is None
+    assert find_resume_point(folder, True) == ResumePoint()  # it starts again
     assert "belongs to an earlier run" in caplog.text
     named = find_resume_point(folder, str(folder / "checkpoint-5"))
     assert begin_run(folder, named) == old

@@ -22,7 +22,7 @@ RUN_FILE = "_run.json"
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Say where a run goes on."""
+    """Say where a run goes on; with nothing set, it was broken off before there was anything to go on from."""
 
     checkpoint: str | None = None  # of stage 2
     stage_1_checkpoint: str | None = None  # where stage 1 is not over
@@ -49,6 +49,9 @@ def find_resume_point(output_dir: str | Path, resume_from_checkpoint: str | bool
         return ResumePoint(paraphrasers=finished)
     if checkpoint := find_last_checkpoint(Path(output_dir) / STAGE_1_FOLDER):
         return ResumePoint(stage_1_checkpoint=checkpoint)
+    if last_run(output_dir) is not None:
+        logger.warning(f"The run in {output_dir} was broken off before its first checkpoint: it starts again.")
+        return ResumePoint()
     return None
 
 
