@@ -9,7 +9,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 # Images for the second half of `make evidence`: any arguments of run_iekd.py that say where they are.
 CIFAR10 ?= --dataset_name uoft-cs/cifar10
 
-.PHONY: demo demo-mutual demo-detection evidence test style quality clean
+.PHONY: demo demo-mutual demo-detection evidence test docs style quality clean
 
 demo: .venv/examples
 	rm -rf demo
@@ -33,6 +33,9 @@ evidence: .venv/examples
 test: .venv/test
 	$(BIN)/python -m pytest
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 style: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -54,5 +57,9 @@ quality: .venv/test
 	$(PIP) -e ".[test,quality]"
 	touch $@ .venv/examples
 
+.venv/docs: .venv/torch setup.cfg
+	$(PIP) -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv demo demo-mutual demo-detection evidence build *.egg-info
+	rm -rf .venv demo demo-mutual demo-detection evidence build site *.egg-info

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "examples" / "benchmarks"
-sys.path[:0] = [str(ROOT), str(BENCHMARKS.parent), str(BENCHMARKS)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import average_detection
 import comparison_report
@@ -29,6 +29,8 @@ from iekd_hf import IEKDTrainingArguments, MutualTrainingArguments
 from iekd_hf.arguments import METHODS
 
 
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "examples" / "benchmarks"
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", flags=re.DOTALL)
 PAIR, PEERS = "cifar-resnet-56:cifar-resnet-20", "cifar-resnet-20+cifar-resnet-20"
 LARGER, SMALL = "cifar-resnet-20:cifar-resnet-56", "cifar-resnet-20:cifar-resnet-8"

@@ -57,7 +57,9 @@ def draw() -> plt.Figure:
     arrow(axis, (6.75, 1.75), (7.27, 1.65))
     axis.plot([2.5, 2.5], [1.03, -0.05], color="#444444", lw=1.2)
     arrow(axis, (2.5, -0.05), (7.27, -0.05), "predictions")
-    for x, (text, colour) in enumerate((("frozen in stage 2", FROZEN), ("trained in stage 2", TRAINED), ("loss", LOSS))):
+    for x, (text, colour) in enumerate(
+        (("frozen in stage 2", FROZEN), ("trained in stage 2", TRAINED), ("loss", LOSS))
+    ):
         box(axis, 0.4 + 2.6 * x, -0.85, "", colour, width=0.35, height=0.25)
         axis.text(0.7 + 2.6 * x, -0.85, text, va="center", fontsize=9)
     axis.set(xlim=(0, 9.5), ylim=(-1.1, 4.2), aspect="equal")

@@ -1,0 +1,89 @@
+"""The documents: generated tables, links, anchors, and a README that stays short."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of the headings, which GitHub and mkdocs make alike where a heading is ASCII."""
+    headings = re.findall(r"^#+ (.+)$", without_code(path.read_text()), flags=re.MULTILINE)
+    assert all(heading.isascii() for heading in headings), path
+    slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
+    assert len(slugs) == len(set(slugs)), f"{path} has two headings with one anchor"
+    return set(slugs)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_anchors_resolve(path):
+    for link in LINK.findall(without_code(path.read_text())):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.is_file(), f"{path.name} links to {link}, which does not exist"
+        assert not anchor or anchor in anchors(target), f"{path.name} links to {link}, which has no such heading"
+        if path.is_relative_to(ROOT / "docs"):
+            assert target.is_relative_to(ROOT / "docs"), f"{path.name} links to {link}, which the site does not have"
+
+
+def test_every_page_is_linked_from_the_readme_or_a_page():
+    linked = {ROOT / "docs" / "index.md"}  # the site's front page
+    for path in DOCUMENTS:
+        links = [link.partition("#")[0] for link in LINK.findall(without_code(path.read_text()))]
+        linked |= {(path.parent / link).resolve() for link in links if link and not link.startswith("https://")}
+    assert set((ROOT / "docs").rglob("*.md")) <= linked
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1150
+
+
+def generate(*arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess:
+    program = [sys.executable, str(root / "docs" / "generate.py"), *arguments]
+    return subprocess.run(program, capture_output=True, text=True, check=False)
+
+
+def test_generated_tables_are_up_to_date():
+    done = generate("--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_figure_that_was_changed_by_hand_is_found(tmp_path):
+    """In a tree of links, with a README of its own."""
+    for name in ("examples", "iekd_hf"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs").mkdir()
+    for path in (ROOT / "docs").rglob("*"):
+        if path.suffix in (".md", ".py"):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(path.read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert "| `od` | 81.61 " in readme
+    (tmp_path / "README.md").write_text(readme.replace("| `od` | 81.61 ", "| `od` | 91.61 "))
+    done = generate("--check", root=tmp_path)
+    assert done.returncode != 0 and "README.md: run python docs/generate.py" in done.stderr
+    assert generate(root=tmp_path).returncode == 0
+    assert (tmp_path / "README.md").read_text() == readme
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    program = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "results" / "index.html").is_file()
