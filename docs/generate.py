@@ -466,7 +466,7 @@ def fill(text: str) -> str:
     def replace(match: re.Match) -> str:
         if match[2] not in TABLES:
             raise ValueError(f"Expected a table among {', '.join(TABLES)}; got {match[2]!r}.")
-        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+        return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}"
 
     return TABLE.sub(replace, text)
 
