@@ -1,46 +1,75 @@
 # Everything happens in .venv, which is made on first use. torch comes first and by the constraints, so that the
-# packages after it find it installed.
+# packages after it find it installed. The targets for other versions make a .venv-... of their own.
 PYTHON ?= python3
+PYTHON_MINIMUM ?= python3.10
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+PIP_WITH := bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c
+PIP := .venv/$(PIP_WITH) constraints.txt
 COMPARE := $(BIN)/python examples/benchmarks/compare_methods.py --evaluate_on test --seeds 0 1 2
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+# Tests run in this many processes of one thread each.
+WORKERS ?= 2
+PYTEST := python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+# What `make test-torchvision` tests with, beside timm.
+TORCHVISION ?= torch==2.14.1 torchvision==0.29.1
 
 # Images for the second half of `make evidence`: any arguments of run_iekd.py that say where they are.
 CIFAR10 ?= --dataset_name uoft-cs/cifar10
 
-.PHONY: demo demo-mutual demo-detection evidence test docs style quality clean
+.PHONY: help demo demo-mutual demo-detection evidence test test-fast test-minimum test-torchvision docs style quality clean
 
-demo: .venv/examples
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: .venv/examples  ## distil a CIFAR ResNet-8 on handwritten digits, offline
 	rm -rf demo
 	$(LAUNCH) examples/run_iekd.py --output_dir demo
 
-demo-mutual: .venv/examples
+demo-mutual: .venv/examples  ## let two networks teach each other on the same digits
 	rm -rf demo-mutual
 	$(LAUNCH) examples/run_mutual.py --output_dir demo-mutual
 
-demo-detection: .venv/examples
+demo-detection: .venv/examples  ## distil a small detector on drawn shapes
 	rm -rf demo-detection
 	$(LAUNCH) examples/run_iekd_detection.py --output_dir demo-detection
 
-evidence: .venv/examples
+evidence: .venv/examples  ## compare the methods on digits and on CIFAR-10, three seeds each (hours)
 	$(COMPARE) --output_dir evidence/digits --networks cifar-resnet-20:cifar-resnet-8 --held_out 300 \
 		--student_samples 300 --teacher_epochs 20 --paraphraser_epochs 20 --epochs 40 --batch_size 32
 	$(COMPARE) --output_dir evidence/cifar10 --networks cifar-resnet-20:cifar-resnet-8 --held_out 2000 \
 		--max_train_samples 12000 --student_samples 2000 --teacher_epochs 15 --paraphraser_epochs 15 --epochs 30 \
 		$(CIFAR10)
 
-test: .venv/test
-	$(BIN)/python -m pytest
+# Tests start many processes, each of which imports torch and transformers: in a third of the time from bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
-docs: .venv/docs
+test test-fast test-minimum test-torchvision: export OMP_NUM_THREADS = 1
+test test-fast test-minimum test-torchvision: export MKL_NUM_THREADS = 1
+
+test: .venv/test  ## run all tests
+	$(BIN)/$(PYTEST)
+
+test-fast: .venv/test  ## run the tests that are not marked slow
+	$(BIN)/$(PYTEST) -m "not slow"
+
+test-minimum: .venv-minimum/test  ## run the fast tests with the lowest versions that setup.cfg allows
+	.venv-minimum/bin/$(PYTEST) -m "not slow"
+
+test-torchvision: .venv-torchvision/test  ## run timm's tests and the fast ones with the newest torch and torchvision
+	.venv-torchvision/bin/python -c "import timm, torchvision"
+	.venv-torchvision/bin/$(PYTEST) tests/test_timm.py tests/test_foreign_teachers.py
+	.venv-torchvision/bin/$(PYTEST) -m "not slow"
+
+docs: .venv/docs  ## build the documents as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-style: .venv/test
+style: .venv/test  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quality: .venv/test
+quality: .venv/test  ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -50,7 +79,7 @@ quality: .venv/test
 	touch $@
 
 .venv/examples: .venv/torch setup.cfg
-	$(PIP) -e ".[examples]"
+	$(PIP) -e ".[cli]"
 	touch $@
 
 .venv/test: .venv/torch setup.cfg
@@ -61,5 +90,17 @@ quality: .venv/test
 	$(PIP) -e ".[docs]"
 	touch $@
 
-clean:
-	rm -rf .venv demo demo-mutual demo-detection evidence build site *.egg-info
+.venv-minimum/test: constraints-minimum.txt setup.cfg
+	$(PYTHON_MINIMUM) -m venv .venv-minimum
+	.venv-minimum/$(PIP_WITH) constraints-minimum.txt -e ".[test]"
+	touch $@
+
+.venv-torchvision/test: constraints.txt setup.cfg
+	$(PYTHON) -m venv .venv-torchvision
+	grep -v '^torch==' constraints.txt > .venv-torchvision/constraints.txt
+	.venv-torchvision/$(PIP_WITH) .venv-torchvision/constraints.txt $(TORCHVISION)
+	.venv-torchvision/$(PIP_WITH) .venv-torchvision/constraints.txt timm -e ".[test]"
+	touch $@
+
+clean:  ## remove the environments and what the targets made
+	rm -rf .venv .venv-minimum .venv-torchvision demo demo-mutual demo-detection evidence build site *.egg-info

@@ -25,8 +25,7 @@ import comparison_report
 from comparison_report import accuracies, interval, paired
 from transformers import TrainingArguments
 
-from iekd_hf import IEKDTrainingArguments, MutualTrainingArguments
-from iekd_hf.arguments import METHODS
+from iekd_hf import METHODS, IEKDTrainingArguments, MutualTrainingArguments
 
 
 ROOT = Path(__file__).resolve().parent.parent

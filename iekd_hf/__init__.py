@@ -2,15 +2,16 @@
 
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from .arguments import IEKDTrainingArguments, MutualTrainingArguments
+from .arguments import METHODS, IEKDTrainingArguments, MutualTrainingArguments
 from .data.augmentation import BatchAugmentation
 from .data.decoded_images import DecodedImages
-from .features.layer_list import list_layers
+from .features.layers import list_layers
 from .iekd_trainer import IEKDTrainer
 from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
 from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss
 from .models.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .mutual_trainer import MutualTrainer
+from .training.base_trainer import DistillationTrainer
 
 
 AutoConfig.register(CifarResNetConfig.model_type, CifarResNetConfig)
@@ -19,11 +20,13 @@ AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageC
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "BatchAugmentation",
     "ChannelSplit",
     "CifarResNetConfig",
     "CifarResNetForImageClassification",
     "DecodedImages",
+    "DistillationTrainer",
     "FactorEncoder",
     "IEKDTrainer",
     "IEKDTrainingArguments",

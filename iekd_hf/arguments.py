@@ -3,8 +3,10 @@
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_origin
 
 import torch
 from transformers import TrainingArguments
@@ -12,22 +14,19 @@ from transformers import TrainingArguments
 from .method.factors import DECODERS, SPLIT_MODES
 from .method.knowledge import KNOWLEDGE
 from .method.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES, RECONSTRUCTION_DISTANCES, REDUCTIONS
+from .method.objective import LAMBDA_SCHEDULES, lambda_scale
 
-
-LAMBDA_SCHEDULES = ("constant", "linear", "cosine")
 
 # How both papers train the paraphraser.
 PARAPHRASER_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 MUTUAL_LOSSES = ("ie", "kl", "ie+kl")
 
-# The methods that `IEKDTrainer` knows by name, as defaults of its other arguments.
-# Weights as chosen on held-out images of CIFAR-10, a ResNet-56 teaching a ResNet-20 (README, "Which λ?").
+# Weights chosen on held-out images of CIFAR-10, a ResNet-56 teaching a ResNet-20 (docs/results/weights.md).
 _LAMBDA_KD = 1.0
 
 _FACTORS = {"knowledge": "factors", "inheritance_distance": "l1", "exploration_distance": "l1"}
-# What AT and OD minimise; to explore is to turn it round. OD's squared distance has no bound, so what explores is
-# compared by its direction.
+# AT and OD minimise these; exploring turns them round, and compares directions, as OD's distance has no bound.
 _ATTENTION = {"knowledge": "attention", "inheritance_distance": "cosine", "exploration_distance": "orthogonal"}
 _PREACTIVATION = {
     "knowledge": "preactivation",
@@ -36,6 +35,7 @@ _PREACTIVATION = {
 }
 _WHOLE, _HALF = {"inheritance_ratio": 1.0}, {"inheritance_ratio": 0.5}
 
+# The methods that `IEKDTrainer` knows by name, as defaults of its other arguments.
 METHODS: dict[str, dict[str, str | float]] = {
     "plain": {**_FACTORS, **_HALF, "lambda_inh": 0.0, "lambda_exp": 0.0},
     "kd": {**_FACTORS, **_HALF, "lambda_inh": 0.0, "lambda_exp": 0.0, "lambda_kd": _LAMBDA_KD},
@@ -145,6 +145,7 @@ class IETrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_types()
         self.check_choice("lambda_schedule", LAMBDA_SCHEDULES)
         self.check_choice("inheritance_distance", INHERITANCE_DISTANCES)
         self.check_choice("exploration_distance", EXPLORATION_DISTANCES)
@@ -160,6 +161,15 @@ class IETrainingArguments(TrainingArguments):
         self.check_positive("temperature", "paraphraser_learning_rate")
         if self.factor_channels is not None and self.factor_channels < 1:
             raise ValueError(f"Expected factor_channels of at least 1, or None, got {self.factor_channels}.")
+
+    def check_types(self) -> None:
+        """Refuse values of another type than their field's, such as numbers in quotes."""
+        for f in fields(self):
+            kinds, value = get_args(f.type) or (f.type,), getattr(self, f.name)
+            if f.name in _FIELDS_OF_TRAINER or any(_is_a(value, kind) for kind in kinds):
+                continue
+            names = " or ".join(getattr(kind, "__name__", str(kind)).replace("NoneType", "None") for kind in kinds)
+            raise ValueError(f"Expected {f.name} of type {names}, got {value!r} of type {type(value).__name__}.")
 
     def check_choice(self, name: str, known) -> None:
         """Refuse a name that is not known."""
@@ -178,8 +188,8 @@ class IETrainingArguments(TrainingArguments):
     def check_positive(self, *names: str) -> None:
         """Refuse values that are not above 0."""
         for name in names:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected {name} above 0, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Expected {name} above 0 and finite, got {getattr(self, name)}.")
 
     def __getstate__(self) -> dict:
         # Trainer pickles its arguments into training_args.bin and pushes that: no token and no path of this machine
@@ -197,22 +207,19 @@ class IETrainingArguments(TrainingArguments):
         return new
 
     def lambda_scale(self, progress: float) -> float:
-        """
-        Return the factor in [0, 1] on the λs.
+        """Return the factor in [0, 1] on the λs when a share `progress` of the training steps is done."""
+        return lambda_scale(progress, self.lambda_schedule, self.lambda_warmup_ratio)
 
-        Args:
-            progress (`float`):
-                Share of the training steps done, in [0, 1].
 
-        Returns:
-            `float`: linear warm-up, then the schedule.
-        """
-        if progress < self.lambda_warmup_ratio:
-            return progress / self.lambda_warmup_ratio
-        if self.lambda_schedule == "constant":
-            return 1.0
-        remaining = 1 - (progress - self.lambda_warmup_ratio) / (1 - self.lambda_warmup_ratio)
-        return remaining if self.lambda_schedule == "linear" else (1 - math.cos(math.pi * remaining)) / 2
+_FIELDS_OF_TRAINER = {f.name for f in fields(TrainingArguments)}
+
+
+def _is_a(value, kind: type) -> bool:
+    """Return whether a value is of a field's type; an int is a float, a bool is neither."""
+    kind = get_origin(kind) or kind
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return value is None if kind is NoneType else isinstance(value, kind)
 
 
 def _without_folder(value):
@@ -267,6 +274,8 @@ class IEKDTrainingArguments(IETrainingArguments):
             Dotted paths of the student's layers, as many as of the teacher's. By default as the teacher's.
         paraphraser_epochs (`float`, *optional*, defaults to 30.0):
             Epochs of stage 1, when no paraphraser is given; its learning rate falls along a cosine.
+        paraphraser_max_steps (`int`, *optional*):
+            Steps of stage 1, in place of its epochs. By default `max_steps` for a stream, whose length is not known.
         fast_teacher (`bool`, *optional*, defaults to `True`):
             Whether to run a copy of the teacher with BatchNorm folded into its convolutions and, if it is
             convolutional, in the channels-last format; its maps are the same to rounding. The given one is not
@@ -321,6 +330,10 @@ class IEKDTrainingArguments(IETrainingArguments):
     paraphraser_epochs: float = field(
         default=30.0, metadata={"help": "Epochs of stage 1, when no paraphraser is given."}
     )
+    paraphraser_max_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps of stage 1, in place of its epochs. Default: max_steps for data without a length."},
+    )
     fast_teacher: bool = field(
         default=True, metadata={"help": "Run a faster copy of the teacher, with the same maps to rounding."}
     )
@@ -339,6 +352,7 @@ class IEKDTrainingArguments(IETrainingArguments):
     )
 
     def __post_init__(self):
+        self.check_types()
         self.check_choice("method", METHODS)
         for name, value in METHODS[self.method].items():
             if getattr(self, name) is None:
@@ -352,6 +366,8 @@ class IEKDTrainingArguments(IETrainingArguments):
                 "responses are compared as they are, not by their direction."
             )
         self.check_positive("paraphraser_epochs", "cache_views")
+        if self.paraphraser_max_steps is not None:
+            self.check_positive("paraphraser_max_steps")
         if self.teacher_dtype is not None:
             self.check_choice("teacher_dtype", TEACHER_DTYPES)
         if not self.fast_teacher and (self.teacher_dtype is not None or self.compile_teacher):

@@ -1,31 +1,43 @@
 """IE-KD: a student that inherits from a frozen teacher with one half and explores with the other (CVPR 2021)."""
 
+import os
+import shutil
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from .arguments import IEKDTrainingArguments
-from .features.tap import FeatureTap, pair_layers
-from .hub.card_facts import Network
+from .features.tap import FeatureTap
+from .hub.card_facts import CardFacts, Network, numbers
+from .hub.model_card import distilled
 from .method.factors import Paraphraser
-from .method.losses import kd_loss
-from .method.objective import factor_losses, weighted_sum
+from .method.knowledge import KNOWLEDGE, Knowledge
+from .method.objective import Objective, factor_losses
+from .method.trainable import StudentWithEncoders, drawn_from
 from .models.loading import find_processor, load_if_named
-from .student_trainer import StudentTrainer
-from .teacher.cache import TeacherCache, check_cacheable
-from .teacher.frozen import FrozenTeacher, fingerprint
+from .teacher.cache import TeacherCache, check_cache_folder, check_cacheable
+from .teacher.frozen import FrozenTeacher, TeacherTargets, fingerprint
 from .teacher.pixels import TeacherPixels
-from .training.checks import check_logits, check_student
+from .training.base_trainer import DistillationTrainer
+from .training.checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_encoders, save_paraphrasers
+from .training.checks import check_batches_of_one, check_logits, check_precision, check_student, check_trainable
 from .training.gradient_shares import measure_gradient_shares
-from .training.paraphraser_stage import ParaphraserStage
+from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
+from .training.stage_1 import (
+    MARGIN_BATCHES,
+    get_paraphrasers,
+    measure_margins,
+    remove_checkpoints,
+    split_images,
+    stage_1_settings,
+    train_paraphrasers,
+)
 
 
-logger = logging.get_logger(__name__)
-
-
-class IEKDTrainer(StudentTrainer):
+class IEKDTrainer(DistillationTrainer):
     r"""
     Distil a vision model by inheritance and exploration (Huang et al., CVPR 2021, arXiv 2107.00181).
 
@@ -35,6 +47,9 @@ class IEKDTrainer(StudentTrainer):
     \(L = L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kd} L_{kd}\)
 
     where \(L_{goal}\) is the student's own loss. Evaluation, prediction and what is saved are the plain student's.
+
+    Trainer's `model` is the bare student, which is evaluated, saved, pushed and shown to callbacks. Its
+    `model_wrapped`, which trains, is the student with its encoders; a checkpoint holds both.
 
     Args:
         model (`PreTrainedModel` or `str`, *optional*):
@@ -108,40 +123,52 @@ class IEKDTrainer(StudentTrainer):
         if isinstance(name, str):
             teacher_processor = teacher_processor or find_processor(name, **(teacher_model_init_kwargs or {}))
         model = load_if_named(model, "model", model_init_kwargs, dtype="float32")
-        FeatureTap(teacher_model, args.teacher_layers)  # a layer that does not exist is told of first
-        if model is not None:
-            check_student(model, teacher_model, args, kwargs)
+        layers = None if model is None else check_student(model, teacher_model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
-        if model is None:
-            check_student(self.model, teacher_model, args, kwargs)
+        self.distillation_objective = Objective(args, ("lambda_inh", "lambda_exp", "lambda_kd"))
+        # `model_init` has made the student just now.
+        self.student_layers, teacher_layers = layers or check_student(self.model, teacher_model, args, kwargs)
 
-        self.student_layers, teacher_layers = pair_layers(
-            self.model, teacher_model, args.student_layers, args.teacher_layers
-        )
-        teacher_tap = FeatureTap(teacher_model, teacher_layers, args.knowledge == "preactivation")
+        teacher_tap = FeatureTap(teacher_model, teacher_layers, self.knowledge.before_activation)
         teacher_pixels = TeacherPixels.between(self.processing_class, teacher_processor)
         self.teacher = FrozenTeacher(teacher_model, teacher_tap, teacher_pixels).to(args.device)
-        self.teacher_row = Network.of("teacher", teacher_model)  # as given, before it is made faster
+        self.teacher_summary = Network.of("teacher", teacher_model)  # of the given one, not of its fast copy
+        self.student_side: StudentWithEncoders | None = None
         self.cache: TeacherCache | None = None
+        self.has_given_paraphrasers = paraphraser is not None
+        self._fingerprint: str | None = None  # of the paraphrasers, once stage 1 is over
+        self._metrics_before: dict[str, float] = {}  # of stage 1, and the gradient shares
+        self._trained_with: tuple | None = None  # the settings of a stage 1 that has run here
         if self.train_dataset is not None:
             if args.cache_teacher:
                 check_cacheable(self.train_dataset, self.augmentation)
             self._sample = self.sample_batch()
-            logits, teacher_channels = self.teacher.probe(self._sample, with_logits=args.lambda_kd > 0)
+            logits, shapes = self.teacher.probe(self._sample, with_logits=args.lambda_kd > 0)
+            self.teacher_channels = [shape[0] for shape in shapes]
             if args.lambda_kd > 0:
                 check_logits(self.model, teacher_model, logits)
             if args.fast_teacher:
                 dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
-                self.teacher.speed_up(self._sample, dtype, args.compile_teacher, with_logits=args.lambda_kd > 0)
-            self.stage_1 = ParaphraserStage(self, teacher_channels, paraphraser)
+                self.teacher.use_fast_copy(self._sample, dtype, args.compile_teacher, with_logits=args.lambda_kd > 0)
+            if self.has_given_paraphrasers:
+                self.teacher.set_paraphrasers(get_paraphrasers(paraphraser, self.teacher_channels, args))
+            if args.cache_teacher:
+                cells = sum(k * shape[1:].numel() for k, shape in zip(self._factor_channels(), shapes, strict=True))
+                image_bytes = 2 * (cells + (logits.shape[1:].numel() if logits is not None else 0))
+                check_cache_folder(args, len(self.train_dataset), image_bytes)
             self._build_student_side()
-
-    _weight_names = ("lambda_inh", "lambda_exp", "lambda_kd")
+            check_batches_of_one(self.train_dataset, args, [*shapes, *self.student_shapes])
+            self._optimize_encoders()
 
     @property
     def student(self) -> PreTrainedModel:
         """Return the bare student."""
         return self.model
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """Return what is compared between the maps of a pair of layers."""
+        return KNOWLEDGE[self.args.knowledge]
 
     # ---- The method ----
 
@@ -165,22 +192,26 @@ class IEKDTrainer(StudentTrainer):
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        F_T, teacher_logits = inputs.pop("teacher_targets", None) or self._run_teacher(inputs)
-        labels = self.take_labels(inputs)
+        targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
+        labels = self.pop_custom_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
-        components = self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits, inputs.get("pixel_mask"))
-        self.components.record(components, self.state.global_step + 1)
-        loss = weighted_sum(components, self.loss_weights())
+        losses = self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
+        self.components.record(losses, self.state.global_step + 1)
+        loss = self.distillation_objective(losses, self.progress)
         return (loss, outputs) if return_outputs else loss
 
-    def _losses(self, outputs, F_inh, F_exp, labels, F_T, teacher_logits, pixel_mask) -> dict[str, torch.Tensor]:
-        losses = {"task_loss": self.task_loss(self.model, outputs, labels)}
-        by_direction = self.args.knowledge != "preactivation"
-        losses |= factor_losses(F_inh, F_exp, F_T, self.args, by_direction, pixel_mask)
+    def _losses(self, outputs, F_inh, F_exp, labels, targets: TeacherTargets, inputs) -> dict[str, torch.Tensor]:
+        losses, mask = {"task_loss": self.task_loss(self.model, outputs, labels)}, inputs.get("pixel_mask")
+        losses |= factor_losses(F_inh, F_exp, targets.factors, self.args, self.knowledge.normalize, mask)
         if self.args.lambda_kd > 0:
-            losses["kd_loss"] = kd_loss(outputs["logits"], teacher_logits, self.args.temperature)
+            labels = inputs.get("labels") if labels is None else labels
+            losses["kd_loss"] = self.logit_loss(self.model, outputs["logits"], targets.logits, labels)
         return losses
+
+    def _teach(self, inputs: dict) -> TeacherTargets:
+        with self.accelerator.autocast():
+            return self.teacher(inputs, with_logits=self.args.lambda_kd > 0)
 
     def train(
         self,
@@ -203,20 +234,7 @@ class IEKDTrainer(StudentTrainer):
         """
         if self.train_dataset is None:
             raise ValueError("Expected a train_dataset, got None: pass one to train.")
-        self._hp_search_setup(trial)  # a search's values must be in the arguments before stage 1 reads them
-        self.teacher.tap.attach()
         try:
-            resume_from_checkpoint, metrics = self.stage_1.run(resume_from_checkpoint)
-            # Once: they are frozen from here on.
-            self._fingerprint = fingerprint(self.teacher.paraphrasers)
-            if self.args.cache_teacher and self.weights_in_use():
-                self.cache = TeacherCache(
-                    self.teacher, self.train_dataset, self.augmentation, self.args, self.accelerator
-                )
-            shares = {} if resume_from_checkpoint or self.model_init else measure_gradient_shares(self)
-            # Stage 2 draws the same numbers whether stage 1 has run, was resumed, or was left out.
-            set_seed(self.args.seed)
-            self.components.reset()
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             self.check_finite()
             self.sync_buffers(self.student_side)
@@ -227,24 +245,147 @@ class IEKDTrainer(StudentTrainer):
             # Give the student's side its own forward back, without accelerate's autocast around it.
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             self.model_wrapped = self.model
-        output.metrics.update({f"paraphraser_{name}": value for name, value in metrics.items()})
-        output.metrics.update(shares)
+        output.metrics.update(self._metrics_before)
         return output
+
+    def before_training(self, point: ResumePoint | None, trial) -> None:
+        """Run stage 1 where it is not over, fill the teacher's cache, and measure what the weights amount to."""
+        self._hp_search_setup(trial)  # a search's values must be in the arguments before stage 1 reads them
+        checkpoint = point.checkpoint if point else None
+        if checkpoint:
+            check_made_by(checkpoint, type(self).__name__)
+        self.teacher.tap.attach()
+        metrics = {f"paraphraser_{name}": value for name, value in self.run_stage_1(point).items()}
+        # Once: they are frozen from here on.
+        self._fingerprint = fingerprint(self.teacher.paraphrasers)
+        if self.args.cache_teacher and self.distillation_objective.weights():
+            self.cache = TeacherCache(self.teacher, self.train_dataset, self.augmentation, self.args, self.accelerator)
+        if not checkpoint and not self.model_init:
+            metrics |= measure_gradient_shares(self)
+        self._metrics_before = metrics
+        # Stage 2 draws the same numbers whether stage 1 has run, was resumed, or was left out.
+        set_seed(self.args.seed)
+        self.components.reset()
+
+    # ---- Stage 1 ----
+
+    def run_stage_1(self, point: ResumePoint | None = None) -> dict[str, float]:
+        """
+        Get the paraphrasers: keep given ones, reload finished ones, resume, or train them.
+
+        Args:
+            point (`ResumePoint`, *optional*):
+                Where the run goes on; by default it begins.
+
+        Returns:
+            `dict[str, float]`: the metrics of this stage, if it has run.
+        """
+        args, checkpoint = self.args, point.stage_1_checkpoint if point else None
+        if args.lambda_inh == 0 and args.lambda_exp == 0:
+            return {}  # no factor is compared: plain logit distillation needs no paraphraser
+        if not self.knowledge.is_kept:
+            self.teacher.set_paraphrasers([self.knowledge.teacher_side() for _ in self.teacher_channels])
+            return {}
+        widths = list(zip(self.teacher_channels, self._factor_channels(), strict=True))
+        settings = stage_1_settings(widths, args)
+        if self.has_given_paraphrasers or (settings == self._trained_with and not checkpoint):
+            return {}
+        if point and not checkpoint:
+            self.teacher.set_paraphrasers(get_paraphrasers(str(point.paraphrasers), self.teacher_channels, args))
+            return {}
+        finished, unfinished = (Path(args.output_dir) / name for name in (PARAPHRASER_FOLDER, STAGE_1_FOLDER))
+        if not point and self.is_world_process_zero():
+            remove_checkpoints(unfinished)
+            shutil.rmtree(finished, ignore_errors=True)
+        if self.knowledge.is_trained:
+            train_dataset, held_out = split_images(self.train_dataset, self.eval_dataset, args.seed)
+            paraphrasers, metrics = train_paraphrasers(
+                *(self.teacher, widths, args, unfinished, checkpoint),
+                train_dataset=train_dataset,
+                held_out=held_out,
+                columns=self.batch_columns(),
+                data_collator=self.data_collator,
+                augmentation=self.augmentation,
+            )
+            known = {"teacher": self.teacher_summary.source, **(metrics if len(paraphrasers) == 1 else {})}
+            for paraphraser, layer in zip(paraphrasers, self.teacher.tap.layers, strict=True):
+                paraphraser.facts = {"layer": layer, **known}
+        else:
+            with self.accelerator.autocast():
+                batches = self.some_batches(MARGIN_BATCHES)
+                paraphrasers, metrics = measure_margins(self.teacher, self.teacher_channels, batches)
+            for margin_relu in paraphrasers:
+                self.sync_buffers(margin_relu)
+        self.teacher.set_paraphrasers(paraphrasers)
+        self._trained_with = settings
+        if args.should_save:
+            save_paraphrasers(self.teacher.paraphrasers, finished, self.run)
+            remove_checkpoints(unfinished)
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    def _factor_channels(self) -> list[int]:
+        """Return the channels of what is compared in each pair; a given paraphraser decides its own."""
+        if self.has_given_paraphrasers:
+            return [paraphraser.factor_channels for paraphraser in self.teacher.paraphrasers]
+        return [self.knowledge.width(channels, self.args.factor_channels) for channels in self.teacher_channels]
+
+    # ---- What trains, and where it is in Trainer ----
+
+    def _build_student_side(self) -> None:
+        """Find the student's channels, split them, and make the encoders; refuse a student without a loss."""
+        tap = FeatureTap(self.model, self.student_layers, self.knowledge.before_activation)
+        sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
+        check_precision(self.model, sample)
+        outputs, shapes = tap.probe(sample if self.has_custom_loss else self._sample, stop_after_last=False)
+        self.student_shapes = shapes
+        if not self.has_custom_loss:
+            self.task_loss(self.model, outputs, labels=None)
+        if self.args.lambda_inh > 0 or self.args.lambda_exp > 0:
+            check_trainable(tap, sample)
+        with drawn_from(self.args.seed):
+            widths = [shape[0] for shape in shapes]
+            side = StudentWithEncoders.of(tap, widths, self._factor_channels(), self.args, self.knowledge)
+        self.student_side = side.to(self.args.device, self.model.dtype, memory_format=self.args.memory_format)
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        if training:
+            self.student_side.tap.attach()
+            return self.prepare_to_train(self.student_side, self._sample)
+        return super()._wrap_model(model, training, dataloader)
+
+    def _optimize_encoders(self) -> None:
+        """Add the encoders to an optimizer that was given, which knows the student alone."""
+        if self.optimizer is None:
+            return
+        known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        student = {id(parameter) for parameter in self.model.parameters()}
+        missing = [p for p in self.student_side.parameters() if id(p) not in known | student]
+        if missing and self.lr_scheduler is not None:
+            raise ValueError(
+                "Expected an optimizer without a schedule in optimizers, got both: the factor encoders have to be "
+                "added to the optimizer before its schedule is made. Pass optimizers=(optimizer, None) with "
+                "lr_scheduler_type, or optimizer_cls_and_kwargs."
+            )
+        if missing:
+            self.optimizer.add_param_group({"params": missing})
+
+    def create_optimizer(self, model=None):
+        """Make the optimizer over the student and its encoders."""
+        if self.student_side.student is not self.model:  # `model_init` has made a new student
+            self._build_student_side()
+        return super().create_optimizer(self.student_side)
 
     def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Return the student's maps of a batch and the losses on them, by one pass of the bare student's side."""
-        F_T, teacher_logits = inputs.pop("teacher_targets", None) or self._run_teacher(inputs)
-        labels = self.take_labels(inputs)
+        targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
+        labels = self.pop_custom_labels(inputs)
         with self.accelerator.autocast():
             outputs, feature_maps = self.student_side.tap.run(inputs)
             F_inh, F_exp = self.student_side.factors(feature_maps)
-        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, F_T, teacher_logits, inputs.get("pixel_mask"))
+        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
 
-    # ---- The teacher's side ----
-
-    def _run_teacher(self, inputs: dict) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        with self.accelerator.autocast():
-            return self.teacher(inputs, with_logits=self.args.lambda_kd > 0)
+    # ---- The teacher's cache ----
 
     @property
     def view(self) -> int:
@@ -257,3 +398,45 @@ class IEKDTrainer(StudentTrainer):
         if self.cache is not None and self.model.training:
             inputs["teacher_targets"] = self.cache.read(self.view, torch.as_tensor(image_ids))
         return inputs
+
+    # ---- Checkpoints and the model card ----
+
+    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> CardFacts:
+        """Return the rows of teacher and student, and how the student was taught."""
+        self.teacher_summary.metrics = numbers(teacher_metrics or {})
+        student = Network.of("student", self.model, metrics)
+        return CardFacts([self.teacher_summary, student], distilled(self.args, self.teacher_summary), ("ie",))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the plain student; checkpoints and `output_dir` also get encoders and splits."""
+        super().save_model(output_dir, _internal_call)
+        folder = output_dir if _internal_call else None  # a checkpoint's; a push has none
+        if not _internal_call and self._fingerprint and output_dir in (None, self.args.output_dir):
+            folder = os.path.join(self.args.output_dir, ENCODERS_FOLDER)
+        if folder is not None and self.args.should_save:
+            save_encoders(self.student_side, folder, type(self).__name__, **self._encoders_made_for())
+
+    def complete_checkpoint(self, folder: str) -> None:
+        """Add the paraphrasers, which are kept in `output_dir`, to a checkpoint that is pushed."""
+        if self.knowledge.is_kept and self.teacher.paraphrasers:
+            save_paraphrasers(self.teacher.paraphrasers, Path(folder) / PARAPHRASER_FOLDER)
+        super().complete_checkpoint(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.student_side.student is not self.model:
+            self._build_student_side()
+        self._load_encoders(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_encoders(self.state.best_model_checkpoint)
+
+    def _load_encoders(self, folder: str) -> None:
+        check_made_by(folder, type(self).__name__, **self._encoders_made_for())
+        load_encoders(self.student_side, folder)
+
+    def _encoders_made_for(self) -> dict[str, str]:
+        layers = {"student_layers": self.student_side.tap.layers, "teacher_layers": self.teacher.tap.layers}
+        made_for = {name: ", ".join(of_side) for name, of_side in layers.items()}
+        return {"paraphrasers": self._fingerprint, "knowledge": self.args.knowledge, **made_for}

@@ -1,4 +1,4 @@
-"""IE-DML: networks that teach each other by inheritance and exploration while they learn (CVPR 2021)."""
+"""IE-DML: networks that teach each other by inheritance and exploration (CVPR 2021)."""
 
 import torch
 from torch import nn
@@ -6,16 +6,18 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from .arguments import PARAPHRASER_SGD, MutualTrainingArguments
-from .features.tap import FeatureTap, default_layers
-from .hub.card_facts import Network
+from .features.layers import default_layers
+from .features.tap import FeatureTap
+from .hub.card_facts import CardFacts
 from .hub.model_card import taught_each_other
-from .method.losses import kd_loss, reconstruction_loss
-from .method.objective import factor_losses, weighted_sum
+from .method.losses import reconstruction_loss
+from .method.objective import Objective, factor_losses
 from .method.padding import mask_at
-from .method.trainable import PeerGroup, check_trainable, frozen_statistics
+from .method.trainable import PeerGroup, drawn_from, frozen_statistics
 from .models.loading import load_if_named
+from .teacher.frozen import TeacherTargets
 from .training.checkpoints import check_made_by, load_encoders, save_encoders
-from .training.checks import check_models
+from .training.checks import check_models, check_trainable
 from .training.partwise_optimizer import PartwiseOptimizer
 from .training.peers_trainer import PeersTrainer
 
@@ -94,11 +96,14 @@ class MutualTrainer(PeersTrainer):
             raise ValueError(f"Expected args to be MutualTrainingArguments, got {type(args).__name__}: pass args=...")
         self.with_logits = "kl" in args.mutual_loss
         names = {"ie": ("lambda_inh", "lambda_exp"), "kl": ("lambda_kl",)}
-        self._weight_names = tuple(name for term in args.mutual_loss.split("+") for name in names[term])
+        lambdas = tuple(name for term in args.mutual_loss.split("+") for name in names[term])
+        if not isinstance(models, (list, tuple)):
+            raise ValueError(f"Expected models as a list, got {type(models).__name__}: pass models=[first, second].")
         models = [load_if_named(m, f"models[{i}]", None, dtype="float32") for i, m in enumerate(models)]
         check_models(models, args, kwargs)
         self.taps = _tap(models, args)
         super().__init__(models, args=args, **kwargs)
+        self.distillation_objective = Objective(args, lambdas)
         self.group: PeerGroup | None = None
         self._wrapped_peers: list[nn.Module] = []
         self._wrapped_paraphrasers: list[nn.Module] = []
@@ -124,60 +129,69 @@ class MutualTrainer(PeersTrainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        labels = self.take_labels(inputs)
-        order, pixel_mask = [*range(1, len(self.models)), 0], inputs.get("pixel_mask")
-        components, losses, runs, targets = {}, [], {}, {}
+        labels, pixel_mask = self.pop_custom_labels(inputs), inputs.get("pixel_mask")
+        order = [*range(1, len(self.models)), 0]
+        losses, objectives, runs, targets = {}, [], {}, {}
 
-        # Update 1. Those that teach before they learn, as they are; their graphs wait for their own updates.
+        # Peers that teach before they learn run once, as they are; their graphs wait for their own updates.
         for i in order[1:]:
             runs[i] = self._wrapped_peers[i](**self.inputs_of(i, inputs))
             outputs, _, _, f = runs[i]
-            logits = outputs["logits"].detach() if self.with_logits else None
-            targets[i] = self._as_target(i, f, logits, components, pixel_mask)
+            # Update 1: the paraphraser, on the map that the others are about to learn from.
+            self._update_paraphraser(i, f, losses, pixel_mask)
+            targets[i] = self._as_target(i, f, outputs["logits"].detach() if self.with_logits else None)
         for i in order:
-            # Updates 2 and 4.
-            run = runs.pop(i) if i in runs else self._wrapped_peers[i](**self.inputs_of(i, inputs))
-            outputs, F_inh, F_exp, _ = run
+            # Updates 2 and 4: the peer and its encoders, towards the others as they are by now.
+            outputs, F_inh, F_exp, _ = runs.pop(i, None) or self._wrapped_peers[i](**self.inputs_of(i, inputs))
             others = [targets[j] for j in range(len(self.models)) if j != i]
-            losses.append(self._objective(i, outputs, F_inh, F_exp, labels, others, components, pixel_mask))
-            self.accelerator.backward(losses[-1])
-            if i != order[-1]:
-                self._update(model.peers[i])
-                # Update 3, on the map of the peer as it is now.
-                unlabelled = {name: x for name, x in self.inputs_of(i, inputs).items() if name not in self.label_names}
-                with self.accelerator.autocast():
-                    f, logits = model.peers[i].teach(unlabelled, self.with_logits)
-                targets[i] = self._as_target(i, f, logits, components, pixel_mask)
-        self.components.record(dict(sorted(components.items())), self.state.global_step + 1)
-        return torch.stack([loss.detach() for loss in losses]).mean()
+            own = self._losses(i, outputs, F_inh, F_exp, labels, others, inputs)
+            losses |= {f"peer_{i + 1}/{name}": loss for name, loss in own.items()}
+            objectives.append(self.distillation_objective(own, self.progress))
+            self.accelerator.backward(objectives[-1])
+            if i == order[-1]:
+                break  # Trainer clips and steps
+            self._step(model.peers[i])
+            unlabelled = {name: x for name, x in self.inputs_of(i, inputs).items() if name not in self.label_names}
+            with self.accelerator.autocast():
+                f, logits = model.peers[i].teach(unlabelled, self.with_logits)
+            if i == order[0]:
+                # Update 3: the paraphraser, on the map of the updated peer. Others have had theirs in this step.
+                self._update_paraphraser(i, f, losses, pixel_mask)
+            targets[i] = self._as_target(i, f, logits)
+        self.components.record(dict(sorted(losses.items())), self.state.global_step + 1)
+        return torch.stack([objective.detach() for objective in objectives]).mean()
 
-    def _objective(
-        self, i: int, outputs, F_inh, F_exp, labels, others: list[tuple], components: dict, pixel_mask
-    ) -> torch.Tensor:
-        r"""Return \(L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kl} L_{kl}\) of peer `i`."""
-        args = self.args
-        own = {"task_loss": self.task_loss(self.models[i], outputs, labels)}
-        own |= factor_losses(F_inh, F_exp, [F_T for F_T, _ in others], args, pixel_mask=pixel_mask)
-        if self.with_logits and args.lambda_kl > 0:
-            divergences = [kd_loss(outputs["logits"], logits, args.temperature) for _, logits in others]
-            own["kl_loss"] = torch.stack(divergences).mean()
-        components |= {f"peer_{i + 1}/{name}": value for name, value in own.items()}
-        return weighted_sum(own, self.loss_weights())
+    def _losses(
+        self, i: int, outputs, F_inh, F_exp, labels, others: list[TeacherTargets], inputs: dict
+    ) -> dict[str, torch.Tensor]:
+        """Return the losses of peer `i`, each the mean over the others."""
+        losses = {"task_loss": self.task_loss(self.models[i], outputs, labels)}
+        F_T = [factor for targets in others for factor in targets.factors]
+        losses |= factor_losses(F_inh, F_exp, F_T, self.args, pixel_mask=inputs.get("pixel_mask"))
+        if self.with_logits and self.args.lambda_kl > 0:
+            labels, logits = inputs.get("labels") if labels is None else labels, outputs["logits"]
+            divergences = [self.logit_loss(self.models[i], logits, targets.logits, labels) for targets in others]
+            losses["kl_loss"] = torch.stack(divergences).mean()
+        return losses
 
-    def _as_target(self, i: int, f, logits, components: dict, pixel_mask) -> tuple:
-        """Return what the others learn from peer `i`: its factor, by the updated paraphraser, and its logits."""
+    def _update_paraphraser(self, i: int, f: torch.Tensor | None, losses: dict, pixel_mask) -> None:
+        """Update the paraphraser of peer `i` by its reconstruction of the map; without maps there is none."""
         if f is None:
-            return None, logits
-        name = f"peer_{i + 1}/reconstruction_loss"
-        if name not in components:
-            reconstruction, mask = self._wrapped_paraphrasers[i](f), mask_at(pixel_mask, f.shape[2:])
-            components[name] = reconstruction_loss(reconstruction, f, self.args.reconstruction_distance, mask)
-            self.accelerator.backward(components[name])
-            self._update(self.group.paraphrasers[i])
-        with torch.no_grad(), self.accelerator.autocast(), frozen_statistics(self.group.paraphrasers[i]):
-            return self.group.paraphrasers[i].encode(f), logits
+            return
+        reconstruction, mask = self._wrapped_paraphrasers[i](f), mask_at(pixel_mask, f.shape[2:])
+        loss = reconstruction_loss(reconstruction, f, self.args.reconstruction_distance, mask)
+        losses[f"peer_{i + 1}/reconstruction_loss"] = loss
+        self.accelerator.backward(loss)
+        self._step(self.group.paraphrasers[i])
 
-    def _update(self, part: nn.Module) -> None:
+    def _as_target(self, i: int, f: torch.Tensor | None, logits: torch.Tensor | None) -> TeacherTargets:
+        """Return what the others learn from peer `i`: its factor and its logits."""
+        if f is None:
+            return TeacherTargets([], logits)
+        with torch.no_grad(), self.accelerator.autocast(), frozen_statistics(self.group.paraphrasers[i]):
+            return TeacherTargets([self.group.paraphrasers[i].encode(f)], logits)
+
+    def _step(self, part: nn.Module) -> None:
         if self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
@@ -225,17 +239,16 @@ class MutualTrainer(PeersTrainer):
         args, self._sample = self.args, self.sample_batch()
         widths = []
         for i, tap in enumerate(self.taps):
-            outputs, channels = tap.probe(self.inputs_of(i, self._sample), stop_after_last=False)
-            if not self.has_own_loss and outputs.get("loss") is None:
+            outputs, shapes = tap.probe(self.inputs_of(i, self._sample), stop_after_last=False)
+            if not self.has_custom_loss and outputs.get("loss") is None:
                 raise ValueError(
                     f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "
                     f"{', '.join(outputs)} for a batch of {', '.join(self._sample)}: pass a model with a head for the "
                     "task, or compute_loss_func."
                 )
             check_trainable(tap, self.inputs_of(i, self._sample))
-            widths.append(channels[0] if channels else 0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)  # the same encoders whatever was built before them
+            widths.append(shapes[0][0] if shapes else 0)
+        with drawn_from(args.seed):
             self.group = PeerGroup(self.taps, widths, args).to(args.device, memory_format=args.memory_format)
 
     def _wrap_model(self, model, training=True, dataloader=None):
@@ -266,19 +279,20 @@ class MutualTrainer(PeersTrainer):
 
     # ---- Checkpoints and the model card ----
 
-    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> tuple[list[Network], str, tuple[str, ...]]:
+    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> CardFacts:
         """Return a row for each peer, and how they were taught."""
-        rows, _, _ = super().card_facts(metrics, teacher_metrics)
-        return rows, taught_each_other(self.args, len(rows)), tuple({"ie", *self.args.mutual_loss.split("+")})
+        rows = super().card_facts(metrics, teacher_metrics).networks
+        papers = tuple({"ie", *self.args.mutual_loss.split("+")})
+        return CardFacts(rows, taught_each_other(self.args, len(rows)), papers)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save each peer in a folder of its own; a checkpoint gets encoders, splits and paraphrasers beside them."""
+        """Save each peer in its own folder; checkpoints also get encoders, splits and paraphrasers."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:
             save_encoders(self.group, output_dir, type(self).__name__, **self._encoders_made_for())
 
     def load_peers(self, folder: str) -> None:
-        """Restore the peers and all that trains beside them."""
+        """Restore the peers, encoders, splits and paraphrasers."""
         check_made_by(folder, type(self).__name__, **self._encoders_made_for())  # before a weight is changed
         super().load_peers(folder)
         load_encoders(self.group, folder)

@@ -12,12 +12,13 @@ from pathlib import Path
 import conftest  # noqa: F401  it puts the examples on the path
 import PIL.Image
 import torch
-from detection_data import Annotated
-from detection_trainers import BoxMetrics, DetectionTrainer, to_boxes
-from detection_transforms import DetectionImages, collate
 from test_detection_transforms import split_of
-from tiny_detectors import tiny_detector, tiny_processor
 from transformers import TrainingArguments
+
+from iekd_hf.commands.boxes.data import Annotated
+from iekd_hf.commands.boxes.tiny_detectors import tiny_detector, tiny_processor
+from iekd_hf.commands.boxes.trainers import BoxMetrics, DetectionTrainer, to_boxes
+from iekd_hf.commands.boxes.transforms import DetectionImages, collate
 
 
 NAMES, PROCESSOR = ["a", "b"], tiny_processor(32, 32)

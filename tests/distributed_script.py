@@ -1,4 +1,4 @@
-"""Run by torchrun in test_distributed.py: train on every rank, and write down what each rank holds."""
+"""Run by torchrun in test_distributed.py: train on every rank, and write down what each rank holds, job by job."""
 
 import os
 import sys
@@ -14,8 +14,8 @@ from iekd_hf import (
     MutualTrainer,
     MutualTrainingArguments,
     Paraphraser,
-    teacher_cache,
 )
+from iekd_hf.teacher import cache
 from iekd_hf.teacher.frozen import FrozenTeacher
 
 
@@ -40,14 +40,14 @@ DATA = {"train_dataset": make_images(32), "eval_dataset": make_images(16, seed=1
 
 
 def distil_cached(output_dir: str) -> tuple[IEKDTrainer, dict]:
-    courses, seen, run = [], [], FrozenTeacher.forward
+    courses, seen, run, block = [], [], FrozenTeacher.forward, cache._BLOCK
 
     def counted(self, inputs, with_logits=False):
         seen.append(len(inputs["pixel_values"]))
         return run(self, inputs, with_logits)
 
     FrozenTeacher.forward = counted
-    teacher_cache._BLOCK = 5
+    cache._BLOCK = 5
     torch.manual_seed(0)
     paraphraser = Paraphraser(16, 8)
     for cached in (False, True):
@@ -64,6 +64,7 @@ def distil_cached(output_dir: str) -> tuple[IEKDTrainer, dict]:
         )
         trainer.train()
         courses.append([logs["inheritance_loss"] for logs in trainer.state.log_history if "inheritance_loss" in logs])
+    FrozenTeacher.forward, cache._BLOCK = run, block
     return trainer, {"courses": courses, "seen": sum(seen), "student_side": trainer.student_side.state_dict()}
 
 
@@ -104,12 +105,14 @@ def teach_each_other(output_dir: str, mutual_loss: str) -> tuple[MutualTrainer, 
     }
 
 
-def main(output_dir: str, what: str) -> None:
-    mutual_loss = what.partition("mutual ")[2]
+def main(output_dir: str, job: str) -> None:
+    # Other weights on each rank to begin with; what trains must begin with those of rank 0.
+    torch.manual_seed(int(os.environ["RANK"]))
+    mutual_loss = job.partition("mutual-")[2]
     if mutual_loss:
         trainer, state = teach_each_other(output_dir, mutual_loss)
     else:
-        trainer, state = distil_cached(output_dir) if what == "cached" else distil(output_dir, what)
+        trainer, state = distil_cached(output_dir) if job == "cached" else distil(output_dir, job)
     trainer.save_model(f"{output_dir}/saved")
     state["world_size"] = trainer.accelerator.num_processes
     state["distributed_type"] = trainer.accelerator.distributed_type.value
@@ -117,4 +120,6 @@ def main(output_dir: str, what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for job in sys.argv[2:]:
+        os.makedirs(f"{sys.argv[1]}/{job}", exist_ok=True)
+        main(f"{sys.argv[1]}/{job}", job)

@@ -4,11 +4,12 @@ import functools
 import json
 import re
 
-import analyze_student
 import pytest
 import torch
-from analyze_student import Tapped, active_neurons, cka_matrix, encode, varying_share
 from conftest import make_resnet
+
+from iekd_hf.commands import analyze as analyze_student
+from iekd_hf.commands.analyze import Tapped, active_neurons, cka_matrix, encode, varying_share
 
 
 def test_cka_of_maps_of_other_widths_against_its_definition():
@@ -58,7 +59,8 @@ def test_grad_cam_of_a_half_against_its_definition():
 def test_a_finished_run(run_example, tmp_path):
     import run_iekd
 
-    quick = ["--max_train_samples", "64", "--num_train_epochs", "1", "--paraphraser_epochs", "1", "--use_cpu"]
+    quick = ["--num_train_epochs", "1", "--paraphraser_epochs", "1", "--use_cpu"]
+    quick += ["--max_train_samples", "64", "--max_eval_samples", "64"]
     run_example(run_iekd, "--output_dir", tmp_path / "run", "--teacher", "cifar-resnet-8", *quick)
     analyse = functools.partial(run_example, analyze_student)
     printed = analyse("--run", tmp_path / "run", "--output_dir", tmp_path / "analysis", "--num_images", "64")

@@ -3,12 +3,13 @@
 import logging
 
 import datasets
-import detection_data
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import pytest
-import shapes
+
+from iekd_hf.commands.boxes import data as detection_data
+from iekd_hf.commands.boxes import shapes
 
 
 BOXES = [[[2.0, 3.0, 10.0, 8.0], [20.0, 20.0, 6.0, 6.0]], [[0.0, 0.0, 40.0, 30.0]], []]
@@ -91,7 +92,7 @@ def test_boxes_outside_are_clipped_or_dropped_and_counted_once(tmp_path, caplog)
     ]
     assert splits["train"].objects["labels"] == [[0, 1, 0], [], []]
     assert splits["train"].objects["area"] == [[40.0, 10.0, 16.0], [], []]
-    (record,) = [record for record in caplog.records if record.name == "detection_data"]
+    (record,) = [record for record in caplog.records if record.name == detection_data.__name__]
     assert record.levelno == logging.WARNING and record.getMessage() == (
         "Boxes that do not fit their image: of 5 in the train split 2 are clipped to it, 2 without area inside of it "
         "are left out."

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from detection_metrics import CocoDetection
+
+from iekd_hf.commands.boxes.metrics import CocoDetection
 
 
 def truth(*boxes, labels=None, **columns):

@@ -6,12 +6,13 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 import torch
-from detection_data import Annotated
-from detection_trainers import to_boxes
-from detection_transforms import MIN_VISIBLE, DetectionImages, collate, flip, zoom
-from shapes import box_of
-from tiny_detectors import tiny_processor
 from transformers import DetrImageProcessorPil, YolosImageProcessorPil
+
+from iekd_hf.commands.boxes.data import Annotated
+from iekd_hf.commands.boxes.shapes import box_of
+from iekd_hf.commands.boxes.tiny_detectors import tiny_processor
+from iekd_hf.commands.boxes.trainers import to_boxes
+from iekd_hf.commands.boxes.transforms import MIN_VISIBLE, DetectionImages, collate, flip, zoom
 
 
 def square(box=(20, 10, 24, 16), size=(96, 64)):

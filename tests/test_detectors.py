@@ -18,7 +18,8 @@ from transformers import AutoModelForObjectDetection
 from transformers.backbone_utils import BackboneMixin
 
 from iekd_hf import Paraphraser, list_layers, reconstruction_loss
-from iekd_hf.features.tap import FeatureTap, default_layers, pair_layers
+from iekd_hf.features.layers import default_layers, pair_layers
+from iekd_hf.features.tap import FeatureTap
 from iekd_hf.method.objective import factor_losses
 from iekd_hf.method.padding import mask_at
 from iekd_hf.method.trainable import ParaphraserStack
@@ -423,7 +424,7 @@ def test_the_fast_teachers_maps_are_the_teachers(make_detection, name):
     batch = trainer.sample_batch()
     trainer.teacher.tap.attach()
     got, _ = trainer.teacher.feature_maps(batch)
-    inputs = trainer.teacher.adapt(batch)
+    inputs = trainer.teacher.to_teacher_inputs(batch)
     expected = run_tap(teacher, inputs["pixel_values"])[-1:]
     for fast, plain in zip(got, expected, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
@@ -694,5 +695,5 @@ def test_a_teacher_by_name_brings_its_processor(make_detection, tmp_path):
     own.save_pretrained(tmp_path / "teacher")
     trainer = make_detection(build("RT-DETR"), str(tmp_path / "teacher"), processor_of("RT-DETR"))
     assert type(trainer.teacher.teacher) is t.DetrForObjectDetection
-    assert trainer.teacher.adapt(trainer.sample_batch())["pixel_values"].shape[2:] == (96, 96)
+    assert trainer.teacher.to_teacher_inputs(trainer.sample_batch())["pixel_values"].shape[2:] == (96, 96)
     trainer.train()

@@ -26,11 +26,26 @@ def torchrun(*arguments: str, timeout: int = 300) -> str:
     return done.stdout
 
 
+JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Path:
+    """Run all jobs on one pair of ranks, as starting it takes longer than they do."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(str(HERE / "distributed_script.py"), str(folder), *JOBS)
+    return folder
+
+
+def held_by(folder: Path) -> list[dict]:
+    """Return what each rank held after a job."""
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("student", ["resnet", "vit", "dinov2"])
-def test_two_ranks_are_equal(tmp_path, student):
-    torchrun(str(HERE / "distributed_script.py"), str(tmp_path), student)
-    first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_two_ranks_are_equal(ranks, student):
+    first, second = held_by(ranks / student)
     assert first["world_size"] == second["world_size"] == 2
     assert first["distributed_type"] == "MULTI_CPU"
     # DDP walks each step's graph for the one of them that has a parameter without gradient, and for no other.
@@ -40,31 +55,30 @@ def test_two_ranks_are_equal(tmp_path, student):
     for value in ("eval_loss", "reconstruction_loss", "logs"):
         assert first[value] == second[value]
     if student == "resnet":
-        saved = ResNetForImageClassification.from_pretrained(tmp_path / "saved").state_dict()
+        saved = ResNetForImageClassification.from_pretrained(ranks / student / "saved").state_dict()
         held = {k.removeprefix("student."): v for k, v in first["student_side"].items() if k.startswith("student.")}
         assert same(saved, held)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutual_loss", ["ie", "kl"])
-def test_two_ranks_hold_the_same_peers(tmp_path, mutual_loss):
-    torchrun(str(HERE / "distributed_script.py"), str(tmp_path), f"mutual {mutual_loss}")
-    first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_two_ranks_hold_the_same_peers(ranks, mutual_loss):
+    folder = ranks / f"mutual-{mutual_loss}"
+    first, second = held_by(folder)
     assert first["world_size"] == second["world_size"] == 2
     assert first["distributed_type"] == "MULTI_CPU"
     assert first["find_unused_parameters"] is False
     assert same(first["group"], second["group"])  # a ResNet and a ViT, their encoders, splits and paraphrasers
     assert first["metrics"] == second["metrics"] and first["logs"] == second["logs"]
-    before = ResNetForImageClassification.from_pretrained(tmp_path / "before").state_dict()
-    saved = ResNetForImageClassification.from_pretrained(tmp_path / "saved" / "peer_1").state_dict()
+    before = ResNetForImageClassification.from_pretrained(folder / "before").state_dict()
+    saved = ResNetForImageClassification.from_pretrained(folder / "saved" / "peer_1").state_dict()
     held = {k.partition("student.")[2]: v for k, v in first["group"].items() if k.startswith("peers.0.student.")}
     assert same(saved, held) and not same(saved, before)
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_making_of_the_teachers_cache(tmp_path):
-    torchrun(str(HERE / "distributed_script.py"), str(tmp_path), "cached")
-    first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_two_ranks_share_the_making_of_the_teachers_cache(ranks):
+    first, second = held_by(ranks / "cached")
     # Four blocks (5, 5, 5 and 1 images) of two views, by turns, and rank 0's look at the shapes.
     assert (first["seen"], second["seen"]) == (1 + 2 * (5 + 5), 2 * (5 + 1))
     assert same(first["student_side"], second["student_side"])

@@ -3,7 +3,6 @@
 import json
 import re
 
-import export_onnx
 import numpy as np
 import onnx
 import onnxruntime
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from iekd_hf import CifarResNetConfig, CifarResNetForImageClassification
+from iekd_hf.commands import export as export_onnx
 
 
 LABELS = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "label2id": {"ant": 0, "bee": 1, "cat": 2}}

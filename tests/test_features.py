@@ -5,10 +5,13 @@ import torch
 from conftest import make_resnet, make_vit
 from torch import nn
 from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersForImageClassification,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    ResNetConfig,
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
@@ -16,6 +19,8 @@ from transformers import (
 )
 
 from iekd_hf import list_layers
+from iekd_hf.features.layers import backbone_layers
+from iekd_hf.features.maps import split_index
 from iekd_hf.features.tap import FeatureTap
 from iekd_hf.method.padding import match_sizes
 from iekd_hf.teacher.frozen import FrozenTeacher
@@ -181,3 +186,14 @@ def test_match_sizes_averages():
     matched, same_teacher, _ = match_sizes(student, teacher)
     assert matched.tolist() == [[[[2.0, 3.0, 4.0, 5.0], [10.0, 11.0, 12.0, 13.0]]]]
     assert same_teacher is teacher
+
+
+def test_an_index_picks_one_of_several_maps():
+    assert split_index("model.backbone.model[-1]") == ("model.backbone.model", -1)
+    assert split_index("resnet") == ("resnet", None)
+
+
+def test_the_backbone_of_a_detector():
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config = DetrConfig(backbone_config=backbone, d_model=16, encoder_layers=1, decoder_layers=1)
+    assert backbone_layers(DetrForObjectDetection(config)) == ["model.backbone.model[-1]"]

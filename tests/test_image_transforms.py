@@ -1,7 +1,5 @@
 """The examples' two ways from images to a model's input: they agree, and the right one is taken."""
 
-import image_data
-import image_transforms
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,6 +9,8 @@ from test_run_iekd import QUICK, image_rows
 from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from iekd_hf import DecodedImages
+from iekd_hf.commands.images import data as image_data
+from iekd_hf.commands.images import transforms as image_transforms
 
 
 PROCESSORS = {

@@ -98,7 +98,7 @@ def test_a_student_is_loaded_in_float32_a_teacher_as_it_is(make_trainer, tmp_pat
 
 
 def test_the_scripts_load_in_float32_too(tmp_path):
-    from classification import build_model
+    from iekd_hf.commands.images.run import build_model
 
     make_resnet(8).to(torch.bfloat16).save_pretrained(tmp_path)
     build = functools.partial(build_model, str(tmp_path), "--student", ["ant", "bee", "cat"], trust_remote_code=False)

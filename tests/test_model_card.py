@@ -8,11 +8,16 @@ from hub_server import card_errors
 from huggingface_hub import ModelCard
 
 from iekd_hf import Paraphraser
-from iekd_hf.hub.card_facts import curve, last_metrics
+from iekd_hf.hub.card_facts import curve, hub_id, last_metrics
 
 
 def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(axis=1) == prediction.label_ids).mean())}
+
+
+def test_a_folder_is_no_name_on_the_hub():
+    names = ("microsoft/resnet-18", "/home/me/student", "./student", "", None)
+    assert [hub_id(name) for name in names] == ["microsoft/resnet-18", None, None, None, None]
 
 
 EVALUATED = {

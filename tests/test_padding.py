@@ -12,8 +12,8 @@ from iekd_hf.method.knowledge import MarginReLU
 from iekd_hf.method.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES
 from iekd_hf.method.padding import mask_at, match_sizes
 from iekd_hf.teacher.pixels import TeacherPixels
-from iekd_hf.training.paraphraser_stage import maps_without_padding
 from iekd_hf.training.paraphraser_trainer import summed
+from iekd_hf.training.stage_1 import maps_without_padding
 
 
 DISTANCES = [(inheritance_loss, name) for name in INHERITANCE_DISTANCES]
@@ -191,3 +191,8 @@ def test_no_mask_makes_anybody_wait_for_the_device(loss, distance):
         assert loss(student.requires_grad_(), teacher, distance, mask=mask_at(pixel_mask, (8, 8))).shape == ()
         with pytest.raises(DataDependentOutputException):
             pixel_mask.all().item()
+
+
+def test_a_mask_on_another_grid_has_its_nearest_entries():
+    assert mask_at(torch.tensor([[[1, 1, 1, 0, 0, 0]]]), (1, 3)).tolist() == [[[True, True, False]]]
+    assert mask_at(None, (1, 3)) is None

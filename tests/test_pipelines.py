@@ -7,7 +7,6 @@ import PIL.Image
 import pytest
 import torch
 from conftest import make_resnet, make_vit
-from image_metrics import MacroF1, TopKAccuracy
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
     AutoImageProcessor,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from iekd_hf import CifarResNetConfig, CifarResNetForImageClassification
+from iekd_hf.commands.images.metrics import MacroF1, TopKAccuracy
 
 
 NAMES = ["ant", "bee", "cat"]
@@ -100,7 +100,7 @@ def test_metrics_take_batches_and_class_names_in_either_form():
 
 def test_a_metric_is_loaded_by_its_path():
     """As `evaluate.load("accuracy")` is, but for its code, which does not come from the Hub."""
-    from image_metrics import __file__ as path
+    from iekd_hf.commands.images.metrics import __file__ as path
 
     metric = evaluate.load(path, keep_in_memory=True)
     assert metric.compute(predictions=[0, 1, 1], references=[0, 1, 0]) == {"accuracy": pytest.approx(2 / 3)}

@@ -18,9 +18,10 @@ import PIL.Image
 import pytest
 from conftest import make_resnet
 from hub_server import HubServer
-from shapes import make_shapes
-from tiny_detectors import tiny_detector, tiny_processor
 from transformers import ViTImageProcessorPil
+
+from iekd_hf.commands.boxes.shapes import make_shapes
+from iekd_hf.commands.boxes.tiny_detectors import tiny_detector, tiny_processor
 
 
 ROOT = Path(__file__).parent.parent
@@ -310,7 +311,7 @@ def test_every_command_is_one_of_those_run():
     # `make test` is what runs this file, and installs by the line that the README shows.
     assert "make test" in COMMANDS and "make test" in (ROOT / ".ci" / "run").read_text()
     (pip,) = [command for command in COMMANDS if command.startswith("pip")]
-    assert '-e ".[examples]"' in pip and '-e ".[examples]"' in (ROOT / "Makefile").read_text()
+    assert '-e ".[cli]"' in pip and '-e ".[cli]"' in (ROOT / "Makefile").read_text()
     assert {kind for kind, _ in BLOCKS} <= {"console", "python", "diff", "bibtex"}
     assert [kind for kind, _ in BLOCKS].count("diff") == 1
     # Each page is in the order above, and no block is written in a way that this file does not see.

@@ -161,7 +161,7 @@ def test_interrupted_between_the_stages(make_trainer, tmp_path):
     straight.train()
     finished = make_trainer(output_dir=str(tmp_path / "broken"), **ARGUMENTS)
     finished.teacher.tap.attach()
-    finished.stage_1.run(None)
+    finished.run_stage_1()
     assert not list((tmp_path / "broken").glob("checkpoint-*"))
     resumed = make_trainer(output_dir=str(tmp_path / "broken"), **ARGUMENTS)
     resumed.train(resume_from_checkpoint=True)

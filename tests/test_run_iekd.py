@@ -6,15 +6,16 @@ import re
 import shutil
 
 import datasets
-import image_data
 import numpy as np
 import PIL.Image
 import pytest
 import run_iekd
 import torch
 from conftest import break_off, same
-from image_metrics import TopKAccuracy
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from iekd_hf.commands.images import data as image_data
+from iekd_hf.commands.images.metrics import TopKAccuracy
 
 
 QUICK = [

@@ -13,14 +13,9 @@ import pytest
 import run_iekd_detection
 import torch
 from conftest import break_off, make_resnet, same
-from detection import build_detector
 from detection_case import NAMES, PROCESSOR, make_case, make_trainer
-from detection_metrics import CocoDetection
-from detection_transforms import DetectionImages
-from shapes import make_shapes
 from test_detection_transforms import split_of
 from test_distributed import torchrun
-from tiny_detectors import tiny_config, tiny_detector, tiny_processor
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
@@ -31,6 +26,12 @@ from transformers import (
     RTDetrForObjectDetection,
     TrainerCallback,
 )
+
+from iekd_hf.commands.boxes.metrics import CocoDetection
+from iekd_hf.commands.boxes.run import build_detector
+from iekd_hf.commands.boxes.shapes import make_shapes
+from iekd_hf.commands.boxes.tiny_detectors import tiny_config, tiny_detector, tiny_processor
+from iekd_hf.commands.boxes.transforms import DetectionImages
 
 
 QUICK = ["--num_train_epochs", "1", "--paraphraser_epochs", "1", "--teacher", "tiny-rt-detr-8"]

@@ -1,7 +1,7 @@
 """
-Models of timm, alone as teachers and wrapped by Transformers as teachers and students.
+Models of timm, alone as teachers and wrapped by Transformers as either, and a ResNet of torchvision as a teacher.
 
-timm needs torchvision, which does not import beside every build of torch.
+Neither is among the requirements: `make test-torchvision` runs these tests in an environment that has both.
 """
 
 import copy
@@ -16,6 +16,8 @@ try:
 except (ImportError, RuntimeError) as error:  # torchvision's operators, registered for another torch
     pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
 
+from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import is_timm_available
 
@@ -93,3 +95,22 @@ def test_wrapped_as_teacher_of_another_family(make_trainer):
     trainer = make_trainer(make_resnet(8), wrapped("resnet18"), train_dataset=images("resnet18"), factor_channels=8)
     trainer.train()
     assert trainer.state.log_history[-2]["inheritance_loss"] > 0
+
+
+@pytest.mark.parametrize("fast_teacher", [True, False])
+def test_a_resnet_of_torchvision_is_a_teacher(make_trainer, fast_teacher):
+    torch.manual_seed(0)
+    teacher = resnet18(num_classes=3).eval()
+    rows = images("resnet18")
+    own = {"teacher_layers": ["layer4"], "factor_channels": 8, "fast_teacher": fast_teacher, "lambda_kd": 1.0}
+    with pytest.warns(UserWarning, match="has no config.id2label: its 3 logits are taken"):
+        trainer = make_trainer(make_resnet(8), teacher, train_dataset=rows, **own)
+    trainer.train()
+    assert trainer.state.log_history[-2]["inheritance_loss"] > 0
+    pixels = torch.stack([image["pixel_values"] for image in rows[:2]])
+    with torch.no_grad():
+        f_T = create_feature_extractor(teacher, ["layer4"])(pixels)["layer4"]
+        trainer.teacher.tap.attach()
+        (F_T,), logits = trainer.teacher({"pixel_values": pixels, "labels": torch.zeros(2)}, with_logits=True)
+        torch.testing.assert_close(logits, teacher(pixels), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(F_T, trainer.teacher.paraphrasers[0].encode(f_T), rtol=1e-4, atol=1e-4)

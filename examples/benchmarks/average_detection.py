@@ -8,18 +8,15 @@ that several runs share.
 """
 
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from comparison_report import interval, paired
-from detection_metrics import SUMMARY
-from example_run import parse_arguments
-from run_iekd_detection import RESULTS
+
+from iekd_hf.commands.arguments import parse_arguments
+from iekd_hf.commands.boxes.metrics import SUMMARY
+from iekd_hf.commands.detect import RESULTS
 
 
 # Titles by the metrics' names; after them come the classes.

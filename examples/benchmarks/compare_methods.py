@@ -14,20 +14,17 @@ in its folder teacher_cache, can be deleted then.
 
 import json
 import logging
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
 from comparison_cells import Comparison, ScheduleArguments
 from comparison_methods import parse_method
 from comparison_report import collect, draw, draw_sweep, markdown
-from example_run import parse_arguments
-from image_data import DataArguments
+
+from iekd_hf.commands.arguments import parse_arguments
+from iekd_hf.commands.images.data import DataArguments
 
 
 @dataclass

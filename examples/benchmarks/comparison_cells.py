@@ -13,17 +13,17 @@ import accelerate
 import datasets
 import torch
 import transformers
-from classification import build_model, build_processor
 from comparison_methods import MUTUAL, label, parse_method
 from huggingface_hub.utils import WeakFileLock
-from image_data import DataArguments, load_images
-from image_metrics import TopKAccuracy
-from image_transforms import prepare
 from transformers import PreTrainedModel, set_seed
 
 import iekd_hf
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
 from iekd_hf.arguments import METHODS
+from iekd_hf.commands.images.data import DataArguments, load_images
+from iekd_hf.commands.images.metrics import TopKAccuracy
+from iekd_hf.commands.images.run import build_model, build_processor
+from iekd_hf.commands.images.transforms import prepare
 from iekd_hf.training.base_trainer import DistillationTrainer
 from iekd_hf.training.checkpoints import load_weights
 
@@ -274,7 +274,7 @@ class Comparison:
         trainer = MutualTrainer(peers, args, **self.common("few"))
         metrics = trainer.train().metrics
         trainer.save_model()
-        used = {**changes, "mutual_loss": args.mutual_loss, **trainer.weights_in_use()}
+        used = {**changes, "mutual_loss": args.mutual_loss, **trainer.distillation_objective.weights()}
         return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
 
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from iekd_hf import CifarResNetConfig, CifarResNetForImageClassification, MutualTrainer, MutualTrainingArguments
 from iekd_hf.method.losses import reconstruction_loss
-from iekd_hf.method.objective import factor_losses, weighted_sum
+from iekd_hf.method.objective import Objective, factor_losses
 from iekd_hf.method.trainable import PeerGroup
 
 
@@ -29,7 +29,7 @@ class Passes:
 
     def __init__(self, group: PeerGroup, args: MutualTrainingArguments):
         self.group, self.args = copy.deepcopy(group).train(), args
-        self.weights = {"lambda_inh": args.lambda_inh, "lambda_exp": args.lambda_exp}
+        self.objective = Objective(args, ("lambda_inh", "lambda_exp"))
         for peer in self.group.peers:
             peer.tap.attach()
 
@@ -45,7 +45,7 @@ class Passes:
 
         def objective(outputs, F_inh, F_exp, F_T):
             components = {"task_loss": outputs["loss"], **factor_losses(F_inh, F_exp, [F_T], self.args)}
-            return weighted_sum(components, self.weights)
+            return self.objective(components, progress=0.0)
 
         def factor(paraphraser, f):
             reconstruction_loss(paraphraser(f), f).backward()

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -293,12 +292,12 @@ def evaluations(setting: Setting, rounds: int) -> dict:
 
 
 def data_paths(setting: Setting, rounds: int) -> dict:
-    """Time the examples' ways from images to a batch of pixel values, in images a second."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    from image_data import DataArguments
-    from image_transforms import prepare
+    """Time the commands' ways from images to a batch of pixel values, in images a second."""
     from torch.utils.data import DataLoader
     from transformers import default_data_collator
+
+    from iekd_hf.commands.images.data import DataArguments
+    from iekd_hf.commands.images.transforms import prepare
 
     width, height = setting.rows[0]["image"].size
     side = min(height, 224)

@@ -16,8 +16,8 @@ class BatchAugmentation(nn.Module):
     """
     Crop, flip and normalise a batch of uint8 images.
 
-    What is drawn for an image depends on nothing but its id, the view and the seed, so that a view can be made again:
-    in another order, on another rank, after a resume, or beside what a teacher has said of it.
+    The draws for an image depend only on its id, the view and the seed, so a view can be reproduced: in another order,
+    on another rank, after a resume, or to match a teacher's cached outputs.
 
     Args:
         mean (`list[float]`), std (`list[float]`):

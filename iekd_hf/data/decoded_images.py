@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import datasets
 import numpy as np
+import pyarrow
 import torch
 from torch.utils.data import Dataset
 
@@ -41,6 +42,8 @@ class DecodedImages(Dataset):
     """
 
     def __init__(self, table: datasets.Dataset):
+        if table._indices is not None:  # rows that were selected, shuffled or split: bytes are read as they lie
+            table = table.flatten_indices()
         self.table = table
         self.shape = tuple(table[0]["shape"])
         length = int(np.prod(self.shape))
@@ -54,7 +57,7 @@ class DecodedImages(Dataset):
         self._ends = np.cumsum([len(piece) for piece in self._pieces])
         self._labels = None
         if "labels" in table.column_names:
-            self._labels = torch.from_numpy(table.select_columns("labels").with_format("numpy")[:]["labels"]).long()
+            self._labels = _as_tensor(table.select_columns("labels"))
 
     def __reduce__(self):
         return type(self), (self.table,)  # a worker maps the file itself
@@ -99,6 +102,7 @@ class DecodedImages(Dataset):
         shape = decoder.pixels(dataset[:1][image_column])[0].shape
         features = {"pixels": datasets.Value("binary"), "shape": datasets.List(datasets.Value("int32"))}
         if decoder.label_column:
+            check_labels(dataset, label_column)
             features["labels"] = dataset.features[label_column]
         table = dataset.map(
             decoder,
@@ -134,6 +138,28 @@ class DecodedImages(Dataset):
             batch["labels"] = self._labels[torch.from_numpy(ids)]
         # On the host, as numpy: what is looked up by them there need not wait for the device.
         return {**batch, "image_ids": ids}
+
+
+def check_labels(dataset: datasets.Dataset, column: str) -> None:
+    """Refuse labels that are missing, or that are no numbers."""
+    labels = dataset.with_format("arrow").select_columns([column])[:].column(column)
+    if labels.null_count:
+        row = labels.is_null().index(True).as_py()
+        raise ValueError(
+            f"Expected a label in every row, got none in row {row} of column {column!r} ({labels.null_count} of "
+            f"{len(labels)} rows): remove these rows, or give them the label -100, which no loss counts."
+        )
+    if pyarrow.types.is_string(labels.type) or pyarrow.types.is_large_string(labels.type):
+        raise ValueError(
+            f"Expected numbers in column {column!r}, got strings such as {labels[0].as_py()!r}: make classes of them "
+            f"by dataset.class_encode_column({column!r})."
+        )
+
+
+def _as_tensor(labels: datasets.Dataset) -> torch.Tensor:
+    """Return classes as int64, targets of a regression and several labels an image as float32."""
+    values = torch.from_numpy(np.stack(labels.with_format("numpy")[:]["labels"]))
+    return values.float() if values.is_floating_point() or values.ndim > 1 else values.long()
 
 
 class _Decoder:

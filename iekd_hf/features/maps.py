@@ -1,4 +1,4 @@
-"""What a layer gives, as a feature map: tensors out of its output, tokens on the image's grid, channels first."""
+"""Turn a layer's output into a feature map: pick the tensor, lay tokens out on the image's grid, channels first."""
 
 import math
 import re
@@ -15,25 +15,7 @@ _SUFFIX_TOKENS = ("detection_tokens",)
 
 
 def split_index(name: str) -> tuple[str, int | None]:
-    """
-    Split the name of one of several maps that a layer gives into the layer's path and the map's index.
-
-    Args:
-        name (`str`):
-            A dotted module path, with or without an index.
-
-    Returns:
-        `tuple[str, int | None]`: the path, and the index or `None`.
-
-    Example:
-
-    ```python
-    >>> from iekd_hf.features.maps import split_index
-    >>> split_index("model.backbone.model[-1]"), split_index("resnet")
-    (('model.backbone.model', -1), ('resnet', None))
-
-    ```
-    """
+    """Split the name of one of several maps that a layer gives into the layer's path and the map's index."""
     found = re.fullmatch(r"(.+)\[(-?\d+)\]", name)
     return (found[1], int(found[2])) if found else (name, None)
 
@@ -92,28 +74,10 @@ def _grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int]:
 def to_map(
     feature: torch.Tensor | None, image_size: tuple[int, int], extra_tokens: tuple[int, int], name: str
 ) -> torch.Tensor:
-    """
-    Lay a layer's output out as a map.
-
-    Args:
-        feature (`torch.Tensor`, *optional*):
-            The output: a map, channels first or last, or tokens `(batch_size, sequence_length, hidden_size)`.
-        image_size (`tuple[int, int]`):
-            Height and width of the image in pixels.
-        extra_tokens (`tuple[int, int]`):
-            How many tokens are no patches, before and behind these.
-        name (`str`):
-            The layer's name.
-
-    Returns:
-        `torch.Tensor`: of shape `(batch_size, channels, height, width)`.
-
-    Raises:
-        `ValueError`: an output that is no map.
-    """
+    """Lay a layer's output out as a map."""
     if feature is not None and feature.ndim == 4:
-        # What is picked by an index is a backbone's, channels first. Channels last where the last two axes have the
-        # image's aspect less than the middle two have.
+        # A map picked by its index is a backbone's, channels first. Others are channels last where their last two axes
+        # fit the image's aspect less than their middle two.
         turned = _mismatch(feature.shape[1:3], image_size) < _mismatch(feature.shape[2:4], image_size)
         return feature.movedim(3, 1) if turned and split_index(name)[1] is None else feature
     if feature is not None and feature.ndim == 3:
@@ -136,5 +100,5 @@ def to_map(
 
 
 def suggest_layers() -> str:
-    """Say how to find the layers that can be named."""
+    """Return the sentence that says how to list layers."""
     return " iekd_hf.list_layers(model, image_size) prints the layers that can be named."

@@ -1,8 +1,9 @@
-"""What a model card tells of a run: the networks, what they measured, the curve and the recipe."""
+"""Facts for the model card: networks and their metrics, the training curve, the recipe."""
 
 import math
 import os
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -13,7 +14,7 @@ from transformers.modelcard import make_markdown_table
 from ..models.adapters import without_adapters
 
 
-# What Trainer measures beside the metrics.
+# Trainer's own measurements among the metrics.
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 _MOST_ROWS = 20
 # Arguments that change no result.
@@ -21,25 +22,7 @@ _ONLY_SPEED = {"channels_last", "fast_teacher", "compile_teacher", "teacher_cach
 
 
 def hub_id(name: str | None) -> str | None:
-    """
-    Return a name if it is one on the Hub.
-
-    Args:
-        name (`str`, *optional*):
-            A model's or a data set's name, or a folder.
-
-    Returns:
-        `str` or `None`: `None` for a folder, a path, or nothing: what must not be linked to.
-
-    Example:
-
-    ```python
-    >>> from iekd_hf.hub.model_card import hub_id
-    >>> [hub_id(name) for name in ("microsoft/resnet-18", "/home/me/student", "./student", "", None)]
-    ['microsoft/resnet-18', None, None, None, None]
-
-    ```
-    """
+    """Return a name if it is one on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -54,25 +37,7 @@ def link(name: str, kind: str = "") -> str:
 
 @dataclass
 class Network:
-    """
-    Hold a row of the card's table.
-
-    Args:
-        role (`str`):
-            `teacher`, `student`, `peer_1`, ...
-        architecture (`str`):
-            The model's class.
-        source (`str`, *optional*):
-            Hub id of the weights that it was loaded with.
-        parameters (`int`), mebibytes (`float`):
-            Size.
-        metrics (`dict[str, float]`):
-            What was measured.
-        labels (`list[str]`):
-            The classes that it tells apart.
-        latency (`float`, *optional*):
-            Milliseconds for one image, where somebody has measured them.
-    """
+    """Hold a row of the card's table."""
 
     role: str
     architecture: str
@@ -99,14 +64,14 @@ class Network:
         )
 
     @property
-    def is_here(self) -> bool:
-        """Tell whether the model is in the repository."""
+    def in_repository(self) -> bool:
+        """Return whether the model is in the repository."""
         return self.role != "teacher"
 
     @property
     def name(self) -> str:
         """Return what to call it: a teacher of the Hub by a link, others by their class."""
-        return f"`{self.architecture}`" if self.is_here or not self.source else link(self.source)
+        return f"`{self.architecture}`" if self.in_repository or not self.source else link(self.source)
 
     @property
     def shown_latency(self) -> str:
@@ -116,6 +81,14 @@ class Network:
     def shown(self, metric: str) -> str:
         """Return a metric as the table has it."""
         return f"{self.metrics[metric]:.4f}" if metric in self.metrics else "-"
+
+
+class CardFacts(NamedTuple):
+    """Hold what a trainer knows for the card: rows of networks, how they were trained, and the papers to cite."""
+
+    networks: list[Network]
+    how_trained: str = ""
+    papers: tuple[str, ...] = ()
 
 
 def numbers(metrics: dict) -> dict[str, float]:
@@ -136,16 +109,7 @@ def _is_number(value) -> bool:
 
 
 def last_metrics(trainer: Trainer) -> dict[str, float]:
-    """
-    Return the metrics of the weights that are saved, as the trainer has logged them.
-
-    Args:
-        trainer (`Trainer`):
-            After training; its log knows at which steps it was evaluated.
-
-    Returns:
-        `dict[str, float]`: empty where it was not evaluated at the step that the weights are of.
-    """
+    """Return the metrics of the weights that are saved, as the trainer has logged them."""
     state = trainer.state
     best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
     step, metrics, ended = state.best_global_step if best else state.global_step, {}, False
@@ -158,16 +122,7 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def curve(log_history: list[dict]) -> str:
-    """
-    Lay the losses and metrics of a run out as a table, of at most 20 rows.
-
-    Args:
-        log_history (`list[dict]`):
-            A trainer's.
-
-    Returns:
-        `str`: Markdown; empty where nothing was logged.
-    """
+    """Lay the losses and metrics of a run out as a table, of at most 20 rows."""
     rows, losses = [], {}
     for logs in log_history:
         if "train_runtime" in logs:

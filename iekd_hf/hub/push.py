@@ -1,4 +1,4 @@
-"""Push to the Hub: a push that fails costs a message and no training, and no path of this machine leaves it."""
+"""Push to the Hub: a failed push never ends training, and no local path is uploaded."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..models.adapters import is_adapted
-from .card_facts import Network, hub_id, last_metrics, numbers
+from .card_facts import CardFacts, Network, hub_id, last_metrics, numbers
 from .model_card import write_card
 
 
@@ -32,10 +32,9 @@ class HubTrainer(Trainer):
     """
     Extend [`~transformers.Trainer`]'s pushes.
 
-    - A push that fails, at the end or in the background, is told of with the command that makes up for it, and ends
-      no training: what it would have pushed is saved in `output_dir`.
-    - A Hub that refuses the repository is told of before training starts.
-    - A branch that is pushed to is made where it is missing.
+    - A failed push is logged with the command to retry it; training goes on, and everything is saved in `output_dir`.
+    - A repository that cannot be written to is an error before training starts.
+    - A missing branch is created.
     - With `hub_strategy="checkpoint"` or `"all_checkpoints"`, a checkpoint is pushed with all that resuming it takes,
       from a copy that later saves cannot remove in the middle of the upload.
     - The model card says what the model is, how it was taught and what was measured.
@@ -44,16 +43,7 @@ class HubTrainer(Trainer):
     _tag_names = ("iekd", "knowledge-distillation")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        Make the repository, and the branch that `hub_revision` names, where they are missing.
-
-        Args:
-            token (`str`, *optional*), private (`bool`, *optional*):
-                As in Trainer.
-
-        Raises:
-            `ValueError`: the Hub refuses, or cannot be reached.
-        """
+        """Make the repository, and the branch that `hub_revision` names, where they are missing."""
         check_base_is_public(self.model)
         try:
             super().init_hf_repo(token, private)
@@ -74,18 +64,7 @@ class HubTrainer(Trainer):
         private: bool | None = None,
         **kwargs,
     ):
-        """
-        Save the model, its processor and its card in `output_dir`, and upload them.
-
-        Args:
-            commit_message, blocking, token, revision, private:
-                As in Trainer.
-            kwargs:
-                Passed to `create_model_card`.
-
-        Returns:
-            As in Trainer; `None` where the push has failed, of which the log tells what to run later.
-        """
+        """Save the model, its processor and its card in `output_dir`, and upload them."""
         try:
             if self.hub_model_id is None:
                 self.init_hf_repo(token=token, private=private)
@@ -123,34 +102,13 @@ class HubTrainer(Trainer):
         picture: str | None = None,
         latencies: dict[str, float] | None = None,
     ) -> None:
-        """
-        Write the model card, `README.md` in `output_dir`.
-
-        Args:
-            language, license, tags, model_name, tasks, dataset, dataset_args:
-                As in Trainer.
-            finetuned_from (`str`, *optional*):
-                As in Trainer; `""` for a model whose configuration alone was taken from the Hub.
-            dataset_tags (`str` or `list[str]`, *optional*):
-                Hub ids of the data sets. By default none; a folder is not named.
-            teacher_metrics (`dict[str, float]`, *optional*):
-                What was measured of the teacher on the evaluation images. By default its cells stay empty.
-            metrics (`dict[str, float]`, *optional*):
-                What was measured of the model. By default its own evaluation, as it was logged for the weights that
-                are saved.
-            picture (`str`, *optional*):
-                Name of an image in `output_dir` that shows the run.
-            latencies (`dict[str, float]`, *optional*):
-                Milliseconds for one image on one thread of a CPU in float32, of `teacher`, `student`, `peer_1`, ...
-        """
+        """Write the model card, `README.md` in `output_dir`."""
         if not self.is_world_process_zero():
             return
-        networks, lesson, cites = self.card_facts(
-            numbers(last_metrics(self) if metrics is None else metrics), teacher_metrics
-        )
-        for network in networks:
+        facts = self.card_facts(numbers(last_metrics(self) if metrics is None else metrics), teacher_metrics)
+        for network in facts.networks:
             network.latency = (latencies or {}).get(network.role)
-        own = [network for network in networks if network.is_here]
+        own = [network for network in facts.networks if network.in_repository]
         for network in own:
             network.source = network.source if finetuned_from is None else hub_id(finetuned_from)
         sources = {network.source or "" for network in own}
@@ -168,11 +126,11 @@ class HubTrainer(Trainer):
             dataset_args=dataset_args or [],
             dataset_metadata=[],
         )
-        write_card(self, summary, networks, lesson, cites, self.how_to_load(), picture)
+        write_card(self, summary, facts, self.how_to_load(), picture)
 
-    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> tuple[list[Network], str, tuple[str, ...]]:
+    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> CardFacts:
         """Return the rows of the card's table, how the model was taught, and the papers of that."""
-        return [Network.of("model", self.model, metrics)], "", ()
+        return CardFacts([Network.of("model", self.model, metrics)])
 
     def how_to_load(self) -> str | None:
         """Return code that loads what is pushed, where the usual one does not do."""
@@ -259,22 +217,13 @@ class HubTrainer(Trainer):
 
 
 def check_base_is_public(model: nn.Module) -> None:
-    """
-    Refuse to push an adapter whose file would name a folder of this machine as its base.
-
-    Args:
-        model (`nn.Module`):
-            What is to be pushed.
-
-    Raises:
-        `ValueError`: an adapter of PEFT on a model that was loaded from a folder.
-    """
+    """Refuse to push an adapter whose file would name a folder of this machine as its base."""
     for config in model.peft_config.values() if is_adapted(model) else ():
         base = config.base_model_name_or_path
         if base and hub_id(base) is None:
             raise ValueError(
                 "Expected an adapter of a model of the Hub to push, got one of the folder "
-                f"{os.path.basename(base)!r}, which nobody else could load: load the base by its name on the Hub, or "
+                f"{os.path.basename(base)!r}, which no one else could load: load the base by its name on the Hub, or "
                 "push model.merge_and_unload()."
             )
 
@@ -288,7 +237,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Say in one line what has failed; of an upload without its address, which is signed."""
+    """Describe an error in one line, without the signed URL of an upload."""
     cause = error.__cause__ if isinstance(error, (RuntimeError, ValueError)) and error.__cause__ else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     text = str(error).strip().partition("\n")[0].rstrip(".:")

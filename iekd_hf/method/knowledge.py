@@ -1,16 +1,14 @@
-"""What a feature map hands on: factors (FT, IE-KD), an attention map (AT), or responses before the activation (OD)."""
+"""What of a feature map is compared: factors (FT, IE-KD), attention maps (AT), responses before activation (OD)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from .factors import FactorEncoder, Paraphraser
-
-
-KNOWLEDGE = ("factors", "attention", "preactivation")
 
 
 class AttentionMap(nn.Module):
@@ -54,10 +52,6 @@ class MarginReLU(
     Source: Heo et al., *A Comprehensive Overhaul of Feature Distillation*, ICCV 2019 (OD). They derive the margins
     from BatchNorm's parameters; here they are measured, which needs no BatchNorm.
 
-    Args:
-        in_channels (`int`):
-            Channels of the teacher's map.
-
     Example:
 
     ```python
@@ -94,25 +88,7 @@ class MarginReLU(
 
 
 class Connector(nn.Sequential):
-    """
-    Bring a part of the student's responses to the teacher's channels by a 1x1 convolution and BatchNorm (OD).
-
-    Args:
-        in_channels (`int`):
-            Channels of the part.
-        out_channels (`int`):
-            Channels of the teacher's map.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.method.knowledge import Connector
-    >>> Connector(in_channels=8, out_channels=32)(torch.randn(2, 8, 4, 4)).shape
-    torch.Size([2, 32, 4, 4])
-
-    ```
-    """
+    """Bring a part of the student's responses to the teacher's channels by a 1x1 convolution and BatchNorm (OD)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
@@ -120,33 +96,36 @@ class Connector(nn.Sequential):
         super().__init__(convolution, nn.BatchNorm2d(out_channels))
 
 
-def encoder_of(knowledge: str, in_channels: int, out_channels: int) -> nn.Module:
-    """
-    Make what turns one part of the student's map into what is compared with the teacher's.
+@dataclass(frozen=True)
+class Knowledge:
+    """Describe what the maps of a pair of layers are compared by, and the modules that make it of either map."""
 
-    Args:
-        knowledge (`str`):
-            One of `KNOWLEDGE`.
-        in_channels (`int`):
-            Channels of the part.
-        out_channels (`int`):
-            Channels of what the teacher's side gives.
-
-    Returns:
-        `nn.Module`: maps `(batch_size, in_channels, height, width)` to `(batch_size, out_channels, height, width)`.
-    """
-    if knowledge == "attention":
-        return AttentionMap()
-    return FactorEncoder(in_channels, out_channels) if knowledge == "factors" else Connector(in_channels, out_channels)
+    teacher_side: type[nn.Module]  # turns the teacher's map into the target, by `encode`
+    student_side: Callable[[int, int], nn.Module]  # from a part's channels and the target's: the part's encoder
+    width: Callable[[int, int | None], int]  # from the teacher's channels and `factor_channels`: the target's
+    is_kept: bool = True  # whether the teacher's side has weights, which stage 1 makes and a run keeps
+    is_trained: bool = True  # by the reconstruction error; otherwise stage 1 measures them
+    before_activation: bool = False  # whether maps are taken before the activation that ends a layer
+    normalize: bool = True  # whether what inherits is compared by its direction
 
 
-def width_of(knowledge: str, teacher_channels: int, factor_channels: int | None) -> int:
-    """Return the channels of what the teacher's side gives: k, by default half of the map's; 1; or the map's own."""
-    if knowledge == "attention":
-        return 1
-    return teacher_channels if knowledge == "preactivation" else factor_channels or max(teacher_channels // 2, 1)
-
-
-def kept_as(knowledge: str) -> type[Paraphraser] | type[MarginReLU] | None:
-    """Return the class of what the teacher's side learns in stage 1 and keeps; attention maps need nothing."""
-    return {"factors": Paraphraser, "preactivation": MarginReLU, "attention": None}[knowledge]
+KNOWLEDGE = {
+    "factors": Knowledge(
+        Paraphraser, FactorEncoder, width=lambda channels, factor_channels: factor_channels or max(channels // 2, 1)
+    ),
+    "attention": Knowledge(
+        AttentionMap,
+        student_side=lambda in_channels, out_channels: AttentionMap(),
+        width=lambda channels, factor_channels: 1,
+        is_kept=False,
+        is_trained=False,
+    ),
+    "preactivation": Knowledge(
+        MarginReLU,
+        Connector,
+        width=lambda channels, factor_channels: channels,
+        is_trained=False,
+        before_activation=True,
+        normalize=False,
+    ),
+}

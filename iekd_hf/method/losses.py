@@ -4,10 +4,14 @@ Every function computes in float32 (float64 stays float64) outside autocast: in 
 and a norm's epsilon rounds to zero.
 """
 
+import contextlib
+import math
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
-from .distances import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES, RECONSTRUCTION_DISTANCES, Valid, unit
+from .padding import Valid
 
 
 REDUCTIONS = ("mean", "sum")
@@ -26,9 +30,8 @@ def inheritance_loss(
 
     Both factors are flattened per sample and divided by their L2 norm first, \(\hat x = x / \|x\|_2\), so only the
     direction counts. `"mean"` averages over all elements and the batch (about 1.13 / sqrt(N) for unrelated factors of
-    N
-    elements), which is what the authors' code does; `"sum"` sums over the elements and averages over the batch, which
-    is the formula as printed and N times larger. The weight `lambda_inh` means something else under each.
+    N elements), as the authors' code does; `"sum"` sums over the elements and averages over the batch, which is the
+    formula as printed and N times larger. `lambda_inh` means something else under each.
 
     Args:
         student_factors (`torch.Tensor` of shape `(batch_size, factor_channels, height, width)`):
@@ -83,13 +86,8 @@ def inheritance_loss(
         raise ValueError("Expected normalize=True with the distance 'cosine', got False: choose another distance.")
 
     valid = Valid(mask)
-
-    def compare(student, teacher):
-        student, teacher = valid.cut(student), valid.cut(teacher)
-        student, teacher = (unit(student), unit(teacher)) if normalize else (student, teacher)
-        return INHERITANCE_DISTANCES[distance](student, teacher, reduction, valid)
-
-    return _in_full_precision(compare, student_factors, teacher_factors)
+    with _prepared(student_factors, teacher_factors, valid, normalize) as (F_inh, F_T):
+        return INHERITANCE_DISTANCES[distance](F_inh, F_T, reduction, valid)
 
 
 def exploration_loss(
@@ -143,13 +141,8 @@ def exploration_loss(
     """
     _check(student_factors, teacher_factors, "exploration_distance", distance, EXPLORATION_DISTANCES, reduction, mask)
     valid = Valid(mask)
-
-    def compare(student, teacher):
-        student, teacher = valid.cut(student), valid.cut(teacher)
-        student, teacher = (student, teacher) if distance == "cka" else (unit(student), unit(teacher))
-        return EXPLORATION_DISTANCES[distance](student, teacher, reduction, valid)
-
-    return _in_full_precision(compare, student_factors, teacher_factors)
+    with _prepared(student_factors, teacher_factors, valid, normalize=distance != "cka") as (F_exp, F_T):
+        return EXPLORATION_DISTANCES[distance](F_exp, F_T, reduction, valid)
 
 
 def reconstruction_loss(
@@ -186,32 +179,25 @@ def reconstruction_loss(
     """
     _check(reconstruction, target, "reconstruction_distance", distance, RECONSTRUCTION_DISTANCES, "mean", mask)
     error, valid = F.l1_loss if distance == "l1" else F.mse_loss, Valid(mask)
-
-    def compare(reconstruction, target):
-        weights = valid.weights(target.dtype).view(-1, 1, 1, 1)
+    with _prepared(reconstruction, target, valid, normalize=False) as (R, f_T):
+        if mask is None:
+            return error(R, f_T)
+        weights = valid.weights(f_T.dtype).view(-1, 1, 1, 1)
         weights = weights if distance == "l1" else weights.sqrt()  # they are squared with the difference
-        return error(valid.cut(reconstruction) * weights, valid.cut(target) * weights)
-
-    return _in_full_precision(error if mask is None else compare, reconstruction, target)
+        return error(R * weights, f_T * weights)
 
 
-def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0) -> torch.Tensor:
+def kd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float = 4.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     r"""
     Compare softened class probabilities: \(T^2 KL(p_T^{(T)} \| p_S^{(T)})\) of Hinton et al., 2015.
 
-    Args:
-        student_logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
-            Logits of the student.
-        teacher_logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
-            Logits of the teacher, over the same labels.
-        temperature (`float`, *optional*, defaults to 4.0):
-            Both logits are divided by it; the factor T^2 keeps the gradient's size.
-
-    Returns:
-        `torch.Tensor`: a scalar, not negative, averaged over the batch.
-
-    Raises:
-        `ValueError`: logits of different shapes.
+    Logits are `(batch_size, num_labels)` or dense, `(batch_size, num_labels, height, width)`. The loss is the mean
+    over images, or over all positions; `mask`, `(batch_size, height, width)`, is 1 where a position counts.
 
     Example:
 
@@ -228,19 +214,107 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperat
             f"Expected student and teacher logits of one shape, got {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}: give both models the same labels, or set lambda_kd=0."
         )
+    with _prepared(student_logits, teacher_logits, Valid(None), normalize=False) as (z_S, z_T):
+        # A row for each image, or for each position.
+        log_p_S, log_p_T = (F.log_softmax(z.movedim(1, -1).flatten(0, -2) / temperature, dim=-1) for z in (z_S, z_T))
+        if mask is None:
+            return F.kl_div(log_p_S, log_p_T, reduction="batchmean", log_target=True) * temperature**2
+        divergence = F.kl_div(log_p_S, log_p_T, reduction="none", log_target=True).sum(dim=-1)
+        counts = mask.flatten().to(divergence.dtype)
+        return (divergence * counts).sum() / counts.sum().clamp_min(1) * temperature**2
 
-    def divergence(student, teacher):
-        student = F.log_softmax(student / temperature, dim=-1)
-        teacher = F.log_softmax(teacher / temperature, dim=-1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
-    return _in_full_precision(divergence, student_logits, teacher_logits)
+# ---- Distances ----
 
 
-def _in_full_precision(function, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def _nonzero(value: torch.Tensor) -> torch.Tensor:
+    """Replace zeros by ones, to divide by; NaN stays NaN."""
+    return torch.where(value == 0, 1.0, value)
+
+
+def unit(factors: torch.Tensor) -> torch.Tensor:
+    """Flatten each sample and divide it by its L2 norm; a sample of zeros stays zero, with a finite gradient."""
+    flat = factors.flatten(1)
+    # Scaling by the largest entry first keeps the squares of very small and very large factors inside float32's range.
+    flat = flat / _nonzero(flat.detach().abs().amax(dim=1, keepdim=True))
+    # Only the norm of a sample of zeros is below 1 now, so the clamp acts on it alone.
+    return flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp_min(0.5)
+
+
+def _safe_sqrt(value: torch.Tensor) -> torch.Tensor:
+    """Take the square root with gradient 0, instead of infinity, at 0."""
+    return torch.where(value == 0, 0.0, _nonzero(value).sqrt())
+
+
+def _reduce(per_element: torch.Tensor, reduction: str, valid: Valid) -> torch.Tensor:
+    """Reduce `(batch_size, N)`: the mean over each sample's N, or the sum over it, averaged over the batch."""
+    if reduction == "sum":
+        return per_element.sum(dim=1).mean()
+    return (per_element if valid.mask is None else per_element * valid.weights(per_element.dtype)[:, None]).mean()
+
+
+def _l1(student: torch.Tensor, teacher: torch.Tensor, reduction: str, valid: Valid) -> torch.Tensor:
+    return _reduce((student.flatten(1) - teacher.flatten(1)).abs(), reduction, valid)
+
+
+def _l2(student: torch.Tensor, teacher: torch.Tensor, reduction: str, valid: Valid) -> torch.Tensor:
+    return _safe_sqrt(_reduce((student.flatten(1) - teacher.flatten(1)).square(), reduction, valid))
+
+
+def _partial_l2(student: torch.Tensor, teacher: torch.Tensor, reduction: str, valid: Valid) -> torch.Tensor:
+    student, teacher = student.flatten(1), teacher.flatten(1)
+    already_below = (teacher <= 0) & (student <= teacher)
+    return _reduce((student - teacher).square().masked_fill(already_below, 0.0), reduction, valid)
+
+
+def _cosine(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (student * teacher).sum(dim=1)
+
+
+def _centred_rows(factors: torch.Tensor, valid: Valid) -> torch.Tensor:
+    """Lay factors out as rows `(batch_size * height * width, channels)` of mean 0."""
+    rows = (factors / _nonzero(factors.detach().abs().amax())).movedim(1, -1).flatten(0, -2)
+    return valid.zero_rows(rows - valid.rows_mean(rows)) / math.sqrt(rows.shape[0])
+
+
+def _cka(student: torch.Tensor, teacher: torch.Tensor, valid: Valid) -> torch.Tensor:
+    # Each position of each image is one sample, the factor's channels are its variables. With whole images as samples
+    # there are far fewer samples than variables, and linear CKA is then close to 1 whatever the factors are.
+    student, teacher = _centred_rows(student, valid), _centred_rows(teacher, valid)
+    cross = (student.T @ teacher).square().sum()
+    scale = _safe_sqrt((student.T @ student).square().sum()) * _safe_sqrt((teacher.T @ teacher).square().sum())
+    return cross / _nonzero(scale)
+
+
+RECONSTRUCTION_DISTANCES = ("l1", "l2")
+# The distances between factors that were divided by their norms; CKA, which has a scale of its own, takes them raw.
+INHERITANCE_DISTANCES = {
+    "l1": _l1,
+    "l2": _l2,
+    "cosine": lambda student, teacher, reduction, valid: (valid.has_content() - _cosine(student, teacher)).mean(),
+    "partial_l2": _partial_l2,
+}
+EXPLORATION_DISTANCES = {
+    "l1": lambda *arguments: -_l1(*arguments),
+    "l2": lambda *arguments: -_l2(*arguments),
+    "partial_l2": lambda *arguments: -_partial_l2(*arguments),
+    "orthogonal": lambda student, teacher, reduction, valid: _cosine(student, teacher).abs().mean(),
+    "cka": lambda student, teacher, reduction, valid: _cka(student, teacher, valid),
+}
+
+
+# ---- Common first steps of all losses ----
+
+
+@contextlib.contextmanager
+def _prepared(
+    student: torch.Tensor, teacher: torch.Tensor, valid: Valid, normalize: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Leave autocast and give both in float32 (float64 stays), without padding, perhaps divided by their norms."""
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
-        return function(student, teacher)
+        student, teacher = valid.zero_padding(student), valid.zero_padding(teacher)
+        yield (unit(student), unit(teacher)) if normalize else (student, teacher)
 
 
 def _check(

@@ -1,51 +1,87 @@
-"""The objective as a weighted sum: L_inh and L_exp over pairs of factors, and the weights that go with each loss."""
+r"""The objective \(L = L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + ...\): losses, λs and schedule."""
 
 import functools
+import math
+from typing import Any
 
 import torch
 
-from ..arguments import IETrainingArguments
-from .losses import exploration_loss, inheritance_loss
-from .padding import match_sizes
+from .losses import exploration_loss, inheritance_loss, kd_loss
+from .padding import mask_at, match_sizes
 
 
-# Which argument weighs which component; the task's own loss has the weight 1.
-WEIGHTS = {
+# The argument that weighs each loss; the task's own has the weight 1.
+LAMBDA_OF = {
     "inheritance_loss": "lambda_inh",
     "exploration_loss": "lambda_exp",
     "kd_loss": "lambda_kd",
     "kl_loss": "lambda_kl",
 }
+LAMBDA_SCHEDULES = ("constant", "linear", "cosine")
+
+
+class Objective:
+    r"""
+    Add up \(L = L_{goal} + \sum_i \lambda_i L_i\).
+
+    The λs are read from the arguments at each call: a hyperparameter search changes them between two runs.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf import IEKDTrainingArguments
+    >>> from iekd_hf.method.objective import Objective
+    >>> args = IEKDTrainingArguments("out", lambda_inh=10.0, lambda_exp=0.0, lambda_schedule="linear")
+    >>> objective = Objective(args, ("lambda_inh", "lambda_exp"))
+    >>> losses = {"task_loss": torch.tensor(2.0), "inheritance_loss": torch.tensor(0.5)}
+    >>> objective(losses, progress=0.0), objective(losses, progress=0.8)
+    (tensor(7.), tensor(3.))
+
+    ```
+    """
+
+    def __init__(self, args: Any, lambdas: tuple[str, ...]):
+        self.args, self.lambdas = args, lambdas
+
+    def weights(self) -> dict[str, float]:
+        """Return the λs in use, without their schedule; none is 0."""
+        return {name: getattr(self.args, name) for name in self.lambdas if getattr(self.args, name) > 0}
+
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """Return the λs in use when a share `progress` of the training steps is done."""
+        scale = lambda_scale(progress, self.args.lambda_schedule, self.args.lambda_warmup_ratio)
+        return {name: scale * value for name, value in self.weights().items()}
+
+    def __call__(self, losses: dict[str, torch.Tensor], progress: float) -> torch.Tensor:
+        """Return the weighted sum of scalars by name, `task_loss` among them."""
+        weights, total = self.weights_at(progress), losses["task_loss"]
+        for name, loss in losses.items():
+            if name in LAMBDA_OF:
+                total = total + weights[LAMBDA_OF[name]] * loss
+        return total
+
+
+def lambda_scale(progress: float, schedule: str, warmup_ratio: float) -> float:
+    """Return the factor in [0, 1] on the λs: a linear warm-up, then the schedule."""
+    if progress < warmup_ratio:
+        return progress / warmup_ratio
+    if schedule == "constant":
+        return 1.0
+    remaining = 1 - (progress - warmup_ratio) / (1 - warmup_ratio)
+    return remaining if schedule == "linear" else (1 - math.cos(math.pi * remaining)) / 2
 
 
 def factor_losses(
     factors_inh: list[torch.Tensor],
     factors_exp: list[torch.Tensor],
     factors_T: list[torch.Tensor],
-    args: IETrainingArguments,
+    args: Any,
     normalize: bool = True,
     pixel_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    r"""
-    Return \(L_{inh}\) and \(L_{exp}\), each the mean over the pairs (of layers, or of peers).
-
-    Args:
-        factors_inh (`list[torch.Tensor]`), factors_exp (`list[torch.Tensor]`):
-            The student's factors, `(batch_size, factor_channels, height, width)` each; empty where a half is not used.
-        factors_T (`list[torch.Tensor]`):
-            The teacher's factors, of any height and width.
-        args (`IETrainingArguments`):
-            Distances and reduction.
-        normalize (`bool`, *optional*, defaults to `True`):
-            Whether what inherits is compared by its direction. What explores always is: a distance to be made larger
-            needs a bound.
-        pixel_mask (`torch.Tensor` of shape `(batch_size, image_height, image_width)`, *optional*):
-            1 where the images are in a padded batch; the padding does not enter the losses.
-
-    Returns:
-        `dict[str, torch.Tensor]`: the losses before their weights, without those of an unused half.
-    """
-    components = {}
+    r"""Return \(L_{inh}\) and \(L_{exp}\), each the mean over the pairs (of layers, or of peers)."""
+    losses = {}
     inherit = functools.partial(inheritance_loss, normalize=normalize)
     for name, loss, factors_S, distance in (
         ("inheritance_loss", inherit, factors_inh, args.inheritance_distance),
@@ -53,37 +89,41 @@ def factor_losses(
     ):
         if factors_S:
             pairs = [match_sizes(F_S, F_T, pixel_mask) for F_S, F_T in zip(factors_S, factors_T, strict=True)]
-            losses = [loss(F_S, F_T, distance, args.loss_reduction, mask=mask) for F_S, F_T, mask in pairs]
-            components[name] = torch.stack(losses).mean()
-    return components
+            of_pairs = [loss(F_S, F_T, distance, args.loss_reduction, mask=mask) for F_S, F_T, mask in pairs]
+            losses[name] = torch.stack(of_pairs).mean()
+    return losses
 
 
-def weighted_sum(components: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
-    """
-    Return the objective.
+def logit_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    multi_label: bool = False,
+) -> torch.Tensor:
+    r"""
+    Return the logit term as the task has it.
 
     Args:
-        components (`dict[str, torch.Tensor]`):
-            Scalars by name, `task_loss` among them.
-        weights (`dict[str, float]`):
-            The λs of the others, by the name of their argument.
+        student_logits (`torch.Tensor`), teacher_logits (`torch.Tensor`):
+            `(batch_size, num_labels)`, or dense, `(batch_size, num_labels, height, width)`.
+        temperature (`float`):
+            As in [`kd_loss`].
+        labels (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+            Labels of dense logits, of any size: positions that they leave out do not count.
+        ignore_index (`int`, *optional*, defaults to -100):
+            The label that leaves a position out.
+        multi_label (`bool`, *optional*, defaults to `False`):
+            Whether each label is a question of its own: the divergence is the mean over the two answers to each.
 
     Returns:
-        `torch.Tensor`: a scalar.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.method.objective import weighted_sum
-    >>> components = {"task_loss": torch.tensor(2.0), "inheritance_loss": torch.tensor(0.5)}
-    >>> weighted_sum(components, {"lambda_inh": 10.0})
-    tensor(7.)
-
-    ```
+        `torch.Tensor`: a scalar, not negative.
     """
-    loss = components["task_loss"]
-    for name, value in components.items():
-        if name in WEIGHTS:
-            loss = loss + weights[WEIGHTS[name]] * value
-    return loss
+    mask = None
+    if multi_label:  # the softmax over (z, 0) is the sigmoid of z
+        logits = (student_logits, teacher_logits)
+        student_logits, teacher_logits = (torch.stack([z, torch.zeros_like(z)], dim=1) for z in logits)
+    elif student_logits.ndim > 2 and labels is not None:
+        mask = mask_at(labels != ignore_index, student_logits.shape[2:])
+    return kd_loss(student_logits, teacher_logits, temperature, mask)

@@ -5,28 +5,7 @@ import torch.nn.functional as F
 
 
 def mask_at(pixel_mask: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor | None:
-    """
-    Bring a batch's `pixel_mask` to another grid by its nearest entries, as detectors do.
-
-    Args:
-        pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
-            1 where an image is, 0 where the batch is padded.
-        size (`tuple[int, int]`):
-            Height and width of a map.
-
-    Returns:
-        `torch.Tensor`: booleans, of shape `(batch_size, *size)`; `None` without a mask.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.method.padding import mask_at
-    >>> mask_at(torch.tensor([[[1, 1, 1, 0, 0, 0]]]), (1, 3))
-    tensor([[[ True,  True, False]]])
-
-    ```
-    """
+    """Bring a batch's `pixel_mask` to another grid by its nearest entries, as detectors do."""
     return None if pixel_mask is None else F.interpolate(pixel_mask[None].float(), size=tuple(size))[0].bool()
 
 
@@ -37,23 +16,42 @@ def zero_padding(maps: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.T
     return maps.masked_fill(~mask_at(pixel_mask, maps.shape[-2:])[:, None], 0.0)
 
 
+class Valid:
+    """Leave the padding of a batch of maps out of sums and means; without a mask nothing is changed, to the bit."""
+
+    def __init__(self, mask: torch.Tensor | None):
+        self.mask = None if mask is None else mask.bool()
+
+    def zero_padding(self, maps: torch.Tensor) -> torch.Tensor:
+        """Set the padding of `(batch_size, channels, height, width)` to zero, whatever is there."""
+        # A clone keeps the memory format, and with it the order in which a mean sums.
+        return maps if self.mask is None else maps.clone().masked_fill_(~self.mask[:, None], 0.0)
+
+    def weights(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the factors `(batch_size,)` that turn means over whole samples into means without padding."""
+        counts = self.mask.flatten(1).sum(dim=1)
+        return self.mask[0].numel() / counts.clamp_min(1).to(dtype)
+
+    def rows_mean(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the mean of `(batch_size * height * width, channels)` over the positions that count."""
+        if self.mask is None:
+            return rows.mean(dim=0)
+        return rows.mean(dim=0) * (self.mask.numel() / self.mask.sum().clamp_min(1).to(rows.dtype))
+
+    def zero_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Set the padding of `(batch_size * height * width, channels)` to zero."""
+        return rows if self.mask is None else rows.masked_fill(~self.mask.flatten()[:, None], 0.0)
+
+    def has_content(self) -> torch.Tensor | float:
+        """Return 1 for each sample, 0 for one that is nothing but padding."""
+        return 1.0 if self.mask is None else self.mask.flatten(1).any(dim=1).float()
+
+
 def match_sizes(
     student: torch.Tensor, teacher: torch.Tensor, pixel_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
     Bring two tensors to the smaller height and the smaller width of both by adaptive average pooling.
-
-    Args:
-        student (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Factors of the student.
-        teacher (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Factors of the teacher, of any height and width.
-        pixel_mask (`torch.Tensor` of shape `(batch_size, image_height, image_width)`, *optional*):
-            1 where the images are in a padded batch. Averages are then over what is no padding.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]`: both with the same height and width, and where both
-        have something that is no padding, `(batch_size, height, width)`; `None` without a `pixel_mask`.
 
     Example:
 

@@ -1,7 +1,8 @@
-"""What trains, each in one `forward`: students and peers with their encoders, and paraphrasers."""
+"""The modules that train, each in one `forward`: students and peers with their encoders, paraphrasers."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,27 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..features.tap import FeatureTap
 from .factors import ChannelSplit, Paraphraser
-from .knowledge import encoder_of
+from .knowledge import KNOWLEDGE, Knowledge
 
 
 class StudentWithEncoders(nn.Module):
     """
-    Hold everything that trains in stage 2 in one `forward`, so that one DDP wrapper, one compiler and one optimizer
-    see it.
-
-    Args:
-        student (`nn.Module`):
-            The student.
-        tap (`FeatureTap`):
-            Where its feature maps are taken; one per pair of layers.
-        splits (`list[ChannelSplit]`):
-            The partition of each map's channels.
-        factor_channels (`list[int]`):
-            Channels k of the factors of each pair.
-        inherit (`bool`), explore (`bool`):
-            Whether the inheritance and the exploration loss are used. A half without channels has no encoder either.
-        knowledge (`str`, *optional*, defaults to `"factors"`):
-            What is compared, see [`IEKDTrainingArguments`].
+    Hold everything that trains in stage 2 in one `forward`, for one DDP wrapper, one compiler and one optimizer.
     """
 
     def __init__(
@@ -40,7 +26,7 @@ class StudentWithEncoders(nn.Module):
         factor_channels: list[int],
         inherit: bool,
         explore: bool,
-        knowledge: str = "factors",
+        knowledge: Knowledge = KNOWLEDGE["factors"],
     ):
         super().__init__()
         self.student = student
@@ -50,13 +36,19 @@ class StudentWithEncoders(nn.Module):
         def encoders(indices: str, wanted: bool) -> nn.ModuleList:
             widths = [len(getattr(split, indices)) for split in splits]
             return nn.ModuleList(
-                encoder_of(knowledge, width, k)
+                knowledge.student_side(width, k)
                 for width, k in zip(widths, factor_channels, strict=True)
                 if wanted and width
             )
 
         self.inheritance_encoders = encoders("inheritance_indices", inherit)
         self.exploration_encoders = encoders("exploration_indices", explore)
+
+    @classmethod
+    def of(cls, tap: FeatureTap, widths: list[int], factor_channels: list[int], args: Any, knowledge: Knowledge):
+        """Split maps of these channels and make encoders as the arguments say."""
+        splits = [ChannelSplit(width, args.inheritance_ratio, args.split_mode, args.split_seed) for width in widths]
+        return cls(tap.model, tap, splits, factor_channels, args.lambda_inh > 0, args.lambda_exp > 0, knowledge)
 
     def forward(self, **inputs) -> tuple[dict, list[torch.Tensor], list[torch.Tensor]]:
         """Return the student's output and the factors F_inh and F_exp of each pair; an unused half has none."""
@@ -79,32 +71,10 @@ class StudentWithEncoders(nn.Module):
         return factors_inh, factors_exp
 
 
-def check_trainable(tap: FeatureTap, inputs: dict) -> None:
-    """
-    Refuse a map that no feature loss can change; one of which a part is frozen is fine.
-
-    Args:
-        tap (`FeatureTap`):
-            Where the maps of a model that is to learn are taken.
-        inputs (`dict`):
-            A batch.
-
-    Raises:
-        `ValueError`: nothing that trains before a map, as in a DETR, whose backbone Transformers builds frozen.
-    """
-    if tap.layers and (frozen := tap.frozen_layers(inputs)):
-        raise ValueError(
-            f"Expected the student's feature map at {frozen[0]!r} to carry a gradient, got one without: all "
-            f"parameters of {type(tap.model).__name__} before it are frozen, as Transformers builds a ResNet in "
-            "DETR and its kin. Call requires_grad_(True) on the student, or on its backbone, or name a layer that "
-            "trains; no feature loss would reach the student."
-        )
-
-
 class Peer(StudentWithEncoders):
     """
-    Hold one of several networks that teach each other, with the encoders of what it learns: a student as above, whose
-    pairs are the other peers, all against its one feature map. Without pairs (logits only) it taps nothing.
+    Hold one of several networks that teach each other, with its encoders: a student whose pairs are the other peers,
+    all against its one feature map. With logits alone it has no pairs.
     """
 
     def forward(self, **inputs) -> tuple[dict, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
@@ -114,10 +84,18 @@ class Peer(StudentWithEncoders):
 
     @torch.no_grad()
     def teach(self, inputs: dict, with_logits: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return the map, and the logits if they are wanted, of the network as it is now, and leave no trace in it."""
+        """Return the current map, and the logits if asked for, without moving BatchNorm statistics."""
         with frozen_statistics(self.student):
             outputs, feature_maps = self.tap.run(inputs, stop_after_last=not with_logits)
         return feature_maps[0] if feature_maps else None, outputs["logits"] if with_logits else None
+
+
+@contextlib.contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Draw weights from their own seed, whatever was built before, and leave the global state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager
@@ -138,13 +116,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class ParaphraserStack(nn.Module):
-    """
-    Hold what trains in stage 1 in one `forward`: one paraphraser for each layer of the teacher.
-
-    Args:
-        paraphrasers (`list[Paraphraser]`):
-            The paraphrasers, in the order of the teacher's layers.
-    """
+    """Hold what trains in stage 1 in one `forward`: one paraphraser for each layer of the teacher."""
 
     def __init__(self, paraphrasers: list[Paraphraser]):
         super().__init__()
@@ -160,27 +132,15 @@ class PeerGroup(nn.Module):
     Hold all that trains in mutual learning: the peers with their encoders, and a paraphraser of each.
 
     It has no forward of its own: each part is run, and wrapped for DDP, by itself.
-
-    Args:
-        taps (`list[FeatureTap]`):
-            Where each peer's map is taken: its one layer, once for each other peer; no layer where only logits are
-            compared, and no paraphraser then.
-        widths (`list[int]`):
-            Channels of the maps.
-        args (`MutualTrainingArguments`):
-            Split, factors and losses.
     """
 
     def __init__(self, taps: list[FeatureTap], widths: list[int], args):
         super().__init__()
-        factor_channels = [args.factor_channels or max(width // 2, 1) for width in widths]
+        factor_channels = [KNOWLEDGE["factors"].width(width, args.factor_channels) for width in widths]
         self.peers, self.paraphrasers = nn.ModuleList(), nn.ModuleList()
         for i, (tap, width) in enumerate(zip(taps, widths, strict=True)):
-            splits = [
-                ChannelSplit(width, args.inheritance_ratio, args.split_mode, args.split_seed) for _ in tap.layers
-            ]
             others = [k for j, k in enumerate(factor_channels) if j != i and tap.layers]
-            peer = Peer(tap.model, tap, splits, others, inherit=args.lambda_inh > 0, explore=args.lambda_exp > 0)
+            peer = Peer.of(tap, [width] * len(tap.layers), others, args, KNOWLEDGE["factors"])
             self.peers.append(peer.to(tap.model.dtype))
             if tap.layers:
                 paraphraser = Paraphraser(width, factor_channels[i], decoder=args.paraphraser_decoder)

@@ -12,27 +12,17 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Tell whether `peft.get_peft_model` has wrapped a model."""
+    """Return whether `peft.get_peft_model` has wrapped a model."""
     return hasattr(model, "get_base_model")
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """Return the model that PEFT has wrapped, which holds the adapters in its layers; any other as it is."""
+    """Return the model inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if is_adapted(model) else model
 
 
 def check_adapted(model: nn.Module) -> None:
-    """
-    Refuse what an adapter's file would not hold after training.
-
-    Args:
-        model (`nn.Module`):
-            The student; without adapters nothing is checked.
-
-    Raises:
-        `ValueError`: BatchNorm layers outside `modules_to_save`, whose statistics move in training but belong to the
-        base, which is not saved; or adapters that Transformers has added by itself.
-    """
+    """Refuse what an adapter's file would not hold after training."""
     if getattr(model, "_hf_peft_config_loaded", False) and not is_adapted(model):
         raise ValueError(
             f"Expected adapters as peft.get_peft_model gives them, got a {type(model).__name__} after add_adapter(), "
@@ -42,7 +32,7 @@ def check_adapted(model: nn.Module) -> None:
     if not is_adapted(model):
         return
     norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    # Where `modules_to_save` names a layer, PEFT trains a copy beside the original, which rests.
+    # Where `modules_to_save` names a layer, PEFT trains a copy beside the original, which does not train.
     lost = [n for n in norms if ".modules_to_save." not in n and not n.endswith(".original_module")]
     if lost:
         last = lost[0].rpartition(".")[2]
@@ -54,18 +44,7 @@ def check_adapted(model: nn.Module) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str) -> None:
-    """
-    Load the active adapter that `save_pretrained` has written, all of it or none.
-
-    Args:
-        model (`peft.PeftModel`):
-            The model; changed in place.
-        folder (`str`):
-            The folder; an adapter that is not called `default` is in a folder of its name there.
-
-    Raises:
-        `ValueError`: no such adapter, or one with other weights.
-    """
+    """Load the active adapter that `save_pretrained` has written, all of it or none."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     name = model.active_adapter

@@ -5,6 +5,7 @@ import os
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,30 +19,12 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 logger = logging.get_logger(__name__)
 
-# What says which files of a repository are meant, and who asks for them.
+# Keywords of from_pretrained that say where files come from.
 _HUB_KEYWORDS = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
 
 
 def load_if_named(model: nn.Module | str | None, role: str, init_kwargs: dict | None, dtype: str) -> nn.Module | None:
-    """
-    Load a model that was given by name; return any other as it is.
-
-    Args:
-        model (`nn.Module` or `str`, *optional*):
-            The model, or its Hub id or folder.
-        role (`str`):
-            What the argument is called, as in [`load_model`].
-        init_kwargs (`dict`, *optional*):
-            Keyword arguments of `from_pretrained`.
-        dtype (`str`):
-            The type to load it in where they say none.
-
-    Returns:
-        `nn.Module`, or `None` where none was given.
-
-    Raises:
-        `ValueError`: keyword arguments for a model that is there already, or as [`load_model`].
-    """
+    """Load a model given by name; return a model unchanged."""
     if isinstance(model, str):
         return load_model(model, role, **{"dtype": dtype, **(init_kwargs or {})})
     if init_kwargs:
@@ -53,24 +36,7 @@ def load_if_named(model: nn.Module | str | None, role: str, init_kwargs: dict | 
 
 
 def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
-    """
-    Load a model for a task from the Hub or a local folder; safetensors only.
-
-    Args:
-        name_or_path (`str`):
-            Hub id or folder.
-        role (`str`):
-            What the model is for, as the error should call it: `"model"`, `"teacher_model"`.
-        kwargs:
-            Passed to `from_pretrained`: `revision`, `token`, `dtype`, `trust_remote_code` and so on. Code of a
-            repository does not run unless `trust_remote_code=True`.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: an instance of the class that the configuration names.
-
-    Raises:
-        `ValueError`: the model cannot be reached or read.
-    """
+    """Load a model for a task from the Hub or a local folder; safetensors only."""
     kwargs = {"trust_remote_code": False, **kwargs}
     if "torch_dtype" in kwargs:  # as `dtype` was called
         kwargs["dtype"] = kwargs.pop("torch_dtype")
@@ -80,24 +46,22 @@ def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
         # The checkpoint's own class (a detector stays a detector); custom code is known to the auto class alone.
         architecture = (config.architectures or [""])[0]
         model_class = getattr(transformers, architecture, AutoModelForImageClassification)
-        return model_class.from_pretrained(name_or_path, use_safetensors=True, **kwargs)
-    except (OSError, ValueError) as error:
+        model, report = model_class.from_pretrained(
+            name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(explain_unreachable(name_or_path, role, error)) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"Expected every weight of {type(model).__name__} in {role}={name_or_path!r}, got {len(missing)} missing "
+            f"({missing[0]} among them), which would be random: save it again with save_pretrained, or load it "
+            "yourself and pass the model."
+        )
+    return model
 
 
 def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
-    """
-    Load the image processor that was saved with a model.
-
-    Args:
-        name_or_path (`str`):
-            Hub id or folder.
-        kwargs:
-            As for [`load_model`], of which `revision`, `token` and so on are used.
-
-    Returns:
-        `BaseImageProcessor`, or `None` where none was saved.
-    """
+    """Load the image processor that was saved with a model."""
     where = {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
     if os.path.isdir(name_or_path):
         saved = os.path.isfile(os.path.join(name_or_path, where.get("subfolder") or "", IMAGE_PROCESSOR_NAME))
@@ -114,26 +78,15 @@ def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
             saved = False
     if not saved:
         return None
-    return AutoImageProcessor.from_pretrained(
-        name_or_path, trust_remote_code=kwargs.get("trust_remote_code", False), **where
-    )
+    trust = kwargs.get("trust_remote_code", False)
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust, **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(explain_unreachable(name_or_path, "the image processor of", error)) from error
 
 
 def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
-    """
-    Say why a Hub name or folder could not be loaded and what to do.
-
-    Args:
-        name_or_path (`str`):
-            Hub id or folder.
-        role (`str`):
-            What it is for, as the argument is called.
-        error (`Exception`):
-            What the library raised.
-
-    Returns:
-        `str`: one paragraph: expected, got, what to do.
-    """
+    """Explain why a Hub name or folder could not be loaded, and what to do."""
     if "trust_remote_code" in str(error):
         return (
             f"Expected {role} without code of its own, got {name_or_path!r}, which has some that is not run unless "

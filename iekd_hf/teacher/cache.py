@@ -1,4 +1,4 @@
-"""What a frozen teacher says of augmented images, computed once, kept on disk, memory-mapped."""
+"""Memory-mapped disk cache of a frozen teacher's factors and logits."""
 
 import copy
 import hashlib
@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..arguments import IEKDTrainingArguments
 from ..data.decoded_images import DecodedImages
-from .frozen import FrozenTeacher, fingerprint
+from .frozen import FrozenTeacher, TeacherTargets, fingerprint
 
 
 logger = logging.get_logger(__name__)
@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 # Images between two notes of what is done: what an interruption loses at most.
 _BLOCK = 1024
 _COMPLETE = "complete.json"
-# What a configuration says of how a model was made, loaded or trained, but not of its features.
+# Configuration entries that do not change the features.
 _NOT_THE_TEACHER = ("_name_or_path", "transformers_version", "architectures", "dtype", "problem_type")
 
 
@@ -38,24 +38,8 @@ class TeacherCache:
     """
     Hold the factors F_T, and the logits if a logit term is on, of K views of each image, in float16.
 
-    It lies in a folder named by a digest of everything that the numbers depend on. An unfinished one is continued, and
-    never read.
-
-    Args:
-        teacher (`FrozenTeacher`):
-            The teacher with its paraphrasers, its hooks attached.
-        images (`DecodedImages`):
-            The training images.
-        augmentation (`nn.Module`):
-            Makes a view again from an image's id.
-        args (`IEKDTrainingArguments`):
-            How many views, where, and in which precision.
-        accelerator (`Accelerator`):
-            Runs the teacher; each rank takes its share of the images.
-
-    Raises:
-        `ValueError`: a disk that would not hold it, or ranks that do not share its folder.
-        `FloatingPointError`: a value that float16 cannot hold.
+    Its folder is named by a digest of everything that the numbers depend on. An unfinished cache is continued, never
+    read.
     """
 
     def __init__(
@@ -72,38 +56,29 @@ class TeacherCache:
         spec = self._spec()
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(args.teacher_cache_dir or Path(args.output_dir) / "_teacher_cache") / digest
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        # Of several runs that want the same, one makes it while the others wait. What the main process finds holds
-        # for all ranks: they build together, or not at all.
-        lock = WeakFileLock(self.folder.with_suffix(".lock")) if accelerator.is_main_process else nullcontext()
-        with lock:
-            if not broadcast_object_list([(self.folder / _COMPLETE).is_file()])[0]:
-                self._build(spec)
+        # What the main process finds holds for all ranks: they build together, or not at all. A complete cache may be
+        # on a disk that cannot be written to.
+        if not broadcast_object_list([self._is_intact(_COMPLETE)])[0]:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            # Of several runs that want the same cache, one makes it while the others wait.
+            lock = WeakFileLock(self.folder.with_suffix(".lock")) if accelerator.is_main_process else nullcontext()
+            with lock:
+                if not broadcast_object_list([self._is_intact(_COMPLETE)])[0]:
+                    self._build(spec)
         self._check_shared(_COMPLETE)
         self._arrays = self._open("r")
         size = sum(array.nbytes for array in self._arrays) / 2**20
         logger.info(f"Teacher's cache: {args.cache_views} views of {len(images)} images, {size:,.0f} MiB.")
 
-    def read(self, view: int, image_ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """
-        Return what the teacher gives for one view of some images.
-
-        Args:
-            view (`int`):
-                Which view.
-            image_ids (`torch.Tensor` of shape `(batch_size,)`):
-                Which images, on the host.
-
-        Returns:
-            `tuple`: the factors F_T of each pair, and the logits or `None`, in float32 on the training device.
-        """
+    def read(self, view: int, image_ids: torch.Tensor) -> TeacherTargets:
+        """Return what the teacher gives for one view of some images."""
         rows = image_ids.numpy()
         tensors = [torch.from_numpy(array[view][rows]) for array in self._arrays]
         if self.args.device.type == "cuda":
             tensors = [tensor.pin_memory() for tensor in tensors]  # so that the copy waits for nothing
         tensors = [tensor.to(self.args.device, non_blocking=True).float() for tensor in tensors]
         logits = tensors.pop() if self.with_logits else None
-        return tensors, logits
+        return TeacherTargets(tensors, logits)
 
     def _spec(self) -> dict:
         """Return everything that the numbers depend on."""
@@ -202,9 +177,20 @@ class TeacherCache:
     def _open(self, mode: str) -> list[np.ndarray]:
         return [np.load(self.folder / name, mmap_mode=mode) for name in self._names()]
 
+    def _is_intact(self, note: str) -> bool:
+        """Return whether a note is there, and with it every file in its full length."""
+        if not (self.folder / note).is_file():
+            return False
+        try:
+            self._open("r")  # numpy extends a short file that is opened to be written to, and refuses one to be read
+        except (OSError, ValueError) as error:
+            logger.warning(f"The teacher's cache in {self.folder} is damaged and made anew: {error}")
+            return False
+        return True
+
     def _allocate(self, num_blocks: int) -> None:
         """Make the files, if an interrupted run has not, on a disk that can hold them."""
-        if (self.folder / "done.npy").is_file():
+        if self._is_intact("done.npy"):
             logger.info("Continuing an unfinished cache of the teacher.")
             return
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -212,13 +198,7 @@ class TeacherCache:
         shapes = [(self.args.cache_views, len(self.images), *tensor.shape[1:]) for tensor in first]
         size = sum(2 * int(np.prod(shape)) for shape in shapes)
         self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if size > 0.95 * free:
-            raise ValueError(
-                f"Expected room for the teacher's cache, {size / 2**30:,.2f} GiB for {self.args.cache_views} views of "
-                f"{len(self.images):,} images, got {free / 2**30:,.2f} GiB free on its disk: lower cache_views, set "
-                "teacher_cache_dir to a larger disk, or cache_teacher=False."
-            )
+        check_room(self.folder, size, self.args.cache_views, len(self.images))
         for name, shape in zip(self._names(), shapes, strict=True):
             np.lib.format.open_memmap(self.folder / name, mode="w+", dtype=np.float16, shape=shape)
             if hasattr(os, "posix_fallocate"):  # a disk that fills up meanwhile is an error now, not a crash later
@@ -236,25 +216,39 @@ class TeacherCache:
             )
 
 
+def check_room(folder: Path, size: int, views: int, num_images: int) -> None:
+    """Refuse a cache of more bytes than its disk has free."""
+    free = shutil.disk_usage(folder).free
+    if size > 0.95 * free:
+        raise ValueError(
+            f"Expected room for the teacher's cache, {size / 2**30:,.2f} GiB for {views} views of {num_images:,} "
+            f"images, got {free / 2**30:,.2f} GiB free on its disk: lower cache_views, set teacher_cache_dir to a "
+            "larger disk, or cache_teacher=False."
+        )
+
+
 def check_cacheable(dataset: Dataset, augmentation: nn.Module | None) -> None:
-    """
-    Refuse images whose views cannot be made again.
-
-    Args:
-        dataset (`Dataset`):
-            The training images.
-        augmentation (`nn.Module`, *optional*):
-            What makes views of them.
-
-    Raises:
-        `ValueError`: no [`DecodedImages`], or no augmentation.
-    """
+    """Refuse images whose views cannot be made again."""
     if not isinstance(dataset, DecodedImages) or augmentation is None:
         raise ValueError(
             f"Expected DecodedImages and an augmentation with cache_teacher=True, got {type(dataset).__name__} and "
             f"{type(augmentation).__name__}: only their views can be made again. Make them by "
             "DecodedImages.decode(dataset) and BatchAugmentation, or set cache_teacher=False."
         )
+
+
+def check_cache_folder(args: IEKDTrainingArguments, num_images: int, image_bytes: int) -> None:
+    """Refuse a folder that cannot be made, or whose disk cannot hold the cache."""
+    folder = Path(args.teacher_cache_dir or args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"Expected a folder for the teacher's cache, got {str(folder)!r}, which cannot be made ({error}): set "
+            "teacher_cache_dir to another."
+        ) from error
+    if not any(folder.rglob(_COMPLETE)):  # one that is there may be the one
+        check_room(folder, image_bytes * args.cache_views * num_images, args.cache_views, num_images)
 
 
 def _digest(module: nn.Module | None) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..features.layers import watching
+
 
 def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: Sequence[str] = ()) -> int:
     """
@@ -15,31 +17,6 @@ def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: S
 
     Which convolution feeds which BatchNorm is seen in one forward pass: a tensor that a convolution has made and that
     a BatchNorm, and no other layer, takes.
-
-    Args:
-        model (`nn.Module`):
-            A model in eval mode.
-        run (`Callable`):
-            Runs the model forward, without gradients.
-        keep (`Sequence[str]`, *optional*):
-            Names of layers whose output is needed as it is.
-
-    Returns:
-        `int`: how many layers were folded.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.teacher.fast_copy import fold_batchnorm
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
-    >>> with torch.no_grad():
-    ...     fold_batchnorm(model, lambda model: model(torch.zeros(1, 3, 8, 8)))
-    1
-    >>> model[1]
-    Identity()
-
-    ```
     """
     made_by: dict[int, str] = {}
     alive, uses, calls, pairs = [], Counter(), Counter(), {}
@@ -59,12 +36,8 @@ def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: S
 
     modules = dict(model.named_modules())
     leaves = {name: module for name, module in modules.items() if next(module.children(), None) is None}
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves.items()]
-    try:
+    with watching(model, leaves, watch):
         run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     folded = 0
     for norm, (convolution, tensor) in pairs.items():
         if uses[tensor] == calls[norm] == calls[convolution] == 1 and convolution not in keep:
@@ -75,21 +48,7 @@ def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: S
 
 
 def copy_fast(model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]], keep: Sequence[str] = ()) -> nn.Module:
-    """
-    Copy a model in eval mode, fold its BatchNorm layers, and lay its weights out channels last if it is convolutional.
-
-    Args:
-        model (`nn.Module`):
-            The model; not changed.
-        run (`Callable`):
-            Runs a model like it forward, without gradients, and returns the tensors that must stay the same.
-        keep (`Sequence[str]`, *optional*):
-            Names of layers whose output is needed as it is.
-
-    Returns:
-        `nn.Module`: the copy; unfolded where folding would change its result, as where code of the model uses a
-        convolution's output itself.
-    """
+    """Copy a model, fold its BatchNorm layers, and lay it out channels last if it is convolutional."""
     fast = copy.deepcopy(model).eval()
     if fold_batchnorm(fast, run, keep):
         for expected, got in zip(run(model), run(fast), strict=True):

@@ -1,8 +1,9 @@
-"""What is frozen: the teacher with what makes factors of its maps, fed with the student's batch."""
+"""The frozen teacher: its inputs from the student's batch, its feature maps, factors and logits."""
 
 import hashlib
 import inspect
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from .pixels import TeacherPixels
 
 
 def logits_of(outputs: torch.Tensor | dict) -> torch.Tensor:
-    """Return a teacher's logits: the entry of that name, or a tensor as it is."""
+    """Return a teacher's logits: its output, or the output's entry of that name."""
     if isinstance(outputs, torch.Tensor):
         return outputs
     if isinstance(outputs, dict) and "logits" in outputs:
@@ -26,22 +27,20 @@ def logits_of(outputs: torch.Tensor | dict) -> torch.Tensor:
     )
 
 
+class TeacherTargets(NamedTuple):
+    """Hold what a student learns from: the factors F_T of each pair (none where none is compared), and the logits."""
+
+    factors: list[torch.Tensor]
+    logits: torch.Tensor | None
+
+
 class FrozenTeacher(nn.Module):
     """
-    Hold what never trains in stage 2: the teacher, and its paraphrasers (or what else makes of its maps what is
-    compared). It stays in eval mode whatever is asked.
+    Hold what never trains in stage 2: the teacher and its paraphrasers (for AT and OD, the modules in their place).
+    It always stays in eval mode.
 
     It is kept off the student's module tree: Trainer calls `train()` on that every step, and a teacher on it would
     move its BatchNorm statistics.
-
-    Args:
-        teacher (`nn.Module`):
-            The teacher; neither its weights nor its `requires_grad` flags are changed. One that is not of Transformers
-            takes the pixels as its first argument.
-        tap (`FeatureTap`):
-            Where its feature maps are taken.
-        teacher_pixels (`TeacherPixels`, *optional*):
-            Turns the student's pixels into the teacher's.
     """
 
     def __init__(self, teacher: nn.Module, tap: FeatureTap, teacher_pixels: TeacherPixels | None = None):
@@ -65,27 +64,15 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     def set_paraphrasers(self, paraphrasers: list[nn.Module]) -> None:
-        """Take the trained paraphrasers, or what stands for them, one for each layer."""
+        """Set the trained paraphrasers, one for each layer."""
         self.paraphrasers = nn.ModuleList(paraphrasers).eval()
 
     @torch.no_grad()
-    def speed_up(
+    def use_fast_copy(
         self, sample: dict, dtype: torch.dtype | None = None, compiled: bool = False, with_logits: bool = True
     ) -> None:
-        """
-        Go on with a copy of the teacher that gives the same maps in less time; the user's own stays as it was.
-
-        Args:
-            sample (`dict`):
-                A batch, to find what can be folded and to see that the result is the same.
-            dtype (`torch.dtype`, *optional*):
-                What to cast the copy to.
-            compiled (`bool`, *optional*, defaults to `False`):
-                Whether to compile the layers that give the maps.
-            with_logits (`bool`, *optional*, defaults to `True`):
-                Whether the logits will be needed; otherwise nothing behind the last layer is looked at.
-        """
-        sample = self.adapt(sample)
+        """Use a faster copy of the teacher with the same maps; the given model stays unchanged."""
+        sample = self.to_teacher_inputs(sample)
 
         def run(model):
             tap = FeatureTap(model, self.tap.layers, self.tap.before_activation)
@@ -101,23 +88,23 @@ class FrozenTeacher(nn.Module):
         self.tap = FeatureTap(self.teacher, self.tap.layers, self.tap.before_activation)
         self.fast = True
         if compiled:
-            # Outside of the hooks, of which the last one leaves the forward pass.
+            # Outside the hooks: the last one leaves the forward pass.
             for module in dict.fromkeys(self.tap.modules):
                 module.forward = torch.compile(module.forward)
 
-    def probe(self, sample: dict, with_logits: bool) -> tuple[torch.Tensor | None, list[int]]:
-        """Return the logits and the maps' channels; raise `ValueError` where the student's batch does not suit it."""
+    def probe(self, sample: dict, with_logits: bool) -> tuple[torch.Tensor | None, list[torch.Size]]:
+        """Return the logits and the maps' shapes; raise `ValueError` where the student's batch does not suit it."""
         try:
-            outputs, channels = self.tap.probe(self.adapt(sample), not with_logits)
+            outputs, shapes_of_maps = self.tap.probe(self.to_teacher_inputs(sample), not with_logits)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             shapes = {name: tuple(x.shape) for name, x in sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
                 f"Expected {type(self.teacher).__name__} to take the student's batch {shapes}, got: {error} "
                 "If it needs another size, pass teacher_processor."
             ) from error
-        return logits_of(outputs) if with_logits else None, channels
+        return logits_of(outputs) if with_logits else None, shapes_of_maps
 
-    def adapt(self, inputs: dict) -> dict:
+    def to_teacher_inputs(self, inputs: dict) -> dict:
         """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
         pixels = inputs[self.main_input_name if self.main_input_name in inputs else "pixel_values"]
         if self.teacher_pixels is not None:
@@ -130,32 +117,22 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def feature_maps(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """
-        Run the teacher as far as needed.
-
-        Args:
-            inputs (`dict`):
-                The student's batch.
-            with_logits (`bool`, *optional*, defaults to `False`):
-                Whether the logits are needed; otherwise the forward pass ends after the last layer.
-
-        Returns:
-            `tuple`: the maps f_T, `(batch_size, channels, height, width)` each, and the logits or `None`.
-        """
-        outputs, feature_maps = self.tap.run(self.adapt(inputs), stop_after_last=not with_logits)
+        """Run the teacher as far as needed."""
+        outputs, feature_maps = self.tap.run(self.to_teacher_inputs(inputs), stop_after_last=not with_logits)
         if self.dtype in (torch.float16, torch.bfloat16):  # a teacher loaded so, before float32 paraphrasers
             feature_maps = [f_T.float() for f_T in feature_maps]
         return feature_maps, logits_of(outputs) if with_logits else None
 
     @torch.no_grad()
-    def forward(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Return the factors F_T of each pair (none without paraphrasers), and the logits or `None`."""
+    def forward(self, inputs: dict, with_logits: bool = False) -> TeacherTargets:
+        """Return the factors of each pair (none without paraphrasers), and the logits or `None`."""
         if not self.paraphrasers and not with_logits:
-            return [], None
+            return TeacherTargets([], None)
         feature_maps, logits = self.feature_maps(inputs, with_logits)
         if not self.paraphrasers:
-            return [], logits
-        return [p.encode(f_T) for p, f_T in zip(self.paraphrasers, feature_maps, strict=True)], logits
+            return TeacherTargets([], logits)
+        factors = [p.encode(f_T) for p, f_T in zip(self.paraphrasers, feature_maps, strict=True)]
+        return TeacherTargets(factors, logits)
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> str:

@@ -16,26 +16,6 @@ class TeacherPixels(nn.Module):
 
     A batch is processed once, for the student. If the teacher was trained with another mean, standard deviation,
     scale or size, it would see wrong pixels and say nothing.
-
-    Args:
-        student_processor (`BaseImageProcessor`):
-            The processor that made the batch.
-        teacher_processor (`BaseImageProcessor`):
-            The processor that the teacher expects.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers import ViTImageProcessorPil
-    >>> from iekd_hf.teacher.pixels import TeacherPixels
-    >>> student = ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 4, "width": 4})
-    >>> teacher = ViTImageProcessorPil(image_mean=[0.0] * 3, image_std=[0.1] * 3, size={"height": 8, "width": 8})
-    >>> pixels = TeacherPixels(student, teacher)(torch.zeros(1, 3, 4, 4))
-    >>> pixels.shape, round(pixels.mean().item(), 4)
-    (torch.Size([1, 3, 8, 8]), 5.0)
-
-    ```
     """
 
     def __init__(self, student_processor: BaseImageProcessor, teacher_processor: BaseImageProcessor):
@@ -59,19 +39,7 @@ class TeacherPixels(nn.Module):
         return None if same_size and same_values else pixels
 
     def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Make the teacher's pixels.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                The student's.
-            pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
-                Where the images are in a padded batch. Padding is 0 in the teacher's pixels, too, as its processor
-                would pad, and is scaled along with the images.
-
-        Returns:
-            `torch.Tensor`: the teacher's `pixel_values`.
-        """
+        """Make the teacher's pixels."""
         pixel_values = pixel_values * self.scale.to(pixel_values.dtype) + self.shift.to(pixel_values.dtype)
         pixel_values = zero_padding(pixel_values, pixel_mask)
         size = self._size_of(*pixel_values.shape[-2:], padded=pixel_mask is not None)

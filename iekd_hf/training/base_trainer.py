@@ -1,32 +1,50 @@
-"""What every trainer here shares, without any algorithm: logs, the finite-loss guard, strict loads."""
+"""What all trainers share, without any algorithm: component logs, the finite-loss guard, strict loading."""
 
 import itertools
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from ..features.detectors import NOT_PREDICTIONS as NOT_PREDICTED_BY_DETECTORS
 from ..hub.push import HubTrainer
-from ..models.adapters import is_adapted
-from .checkpoints import load_weights
+from ..method.objective import Objective, logit_loss
+from ..models.adapters import is_adapted, without_adapters
+from .checkpoints import check_optimizer_state, load_weights
+from .checks import is_stream
 from .component_log import ComponentLog
+from .manifest import is_disk_error, write_manifest
+from .resume import ResumePoint, begin_run, find_last_checkpoint, find_resume_point
 
 
 logger = logging.get_logger(__name__)
 
+# Outputs of detectors that are no predictions; gathered, they would take more memory than the images.
+_NOT_PREDICTED_BY_DETECTORS = (
+    *("last_hidden_state", "encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"),
+    *("encoder_attentions", "decoder_attentions", "cross_attentions", "auxiliary_outputs", "backbone_features"),
+    *("intermediate_hidden_states", "intermediate_logits", "intermediate_predicted_corners"),
+    *("intermediate_reference_points", "init_reference_points", "initial_reference_points"),
+    *("enc_outputs_class", "enc_outputs_coord_logits", "enc_topk_logits", "enc_topk_bboxes", "denoising_meta_values"),
+)
 # Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
 _NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
+
+# Where a checkpoint is while it is being written; Trainer never uploads such names.
+SAVING_FOLDER = "_saving"
 
 
 class DistillationTrainer(HubTrainer):
     """
-    Extend [`~transformers.Trainer`] by what distillation trainers share.
+    Extend [`~transformers.Trainer`] with what distillation trainers share.
 
     - `self.components.record({...}, step)` in `compute_loss` puts each component, raw, beside `loss` in the logs;
     - a component that is NaN or infinite stops training at the next log or save, before anything is overwritten;
@@ -44,8 +62,9 @@ class DistillationTrainer(HubTrainer):
 
     # Put before each name in the logs, by a trainer whose logs trackers may put into one run with another's.
     log_prefix = ""
-    # The arguments that weigh a loss, as both trainers name them for `loss_weights`.
-    _weight_names: tuple[str, ...] = ()
+    # Set by trainers that weigh several losses.
+    # Not `objective`, which is what a hyperparameter search of Trainer maximises.
+    distillation_objective: Objective | None = None
 
     # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
@@ -56,6 +75,8 @@ class DistillationTrainer(HubTrainer):
         self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
         self.model_accepts_loss_kwargs = False
         self.components = ComponentLog()
+        self.run = ""  # its name, in the manifests of its checkpoints
+        self._saving_folder: Path | None = None  # while a checkpoint is being written
         self._counted: nn.Module | None = None
         name = type(self).__name__
         if self.args.n_gpu > 1:
@@ -77,14 +98,24 @@ class DistillationTrainer(HubTrainer):
         dataset = self.columns_in_use(self.train_dataset)
         hint = "if a transform makes it from other columns, set remove_unused_columns=False in the arguments"
         try:
-            example = dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
+            example = next(iter(dataset)) if is_stream(dataset) else dataset[0]
         except KeyError as error:
             raise ValueError(f"Expected a first training example, got no column {error} for it: {hint}.") from error
+        if not isinstance(example, Mapping):
+            raise ValueError(
+                f"Expected training examples as dictionaries with pixel_values and labels, got a "
+                f"{type(example).__name__}: wrap the data set, or make the dictionaries in its transform."
+            )
         batch = self._get_collator_with_removed_columns(self.data_collator)([example])
         name = self.model.main_input_name
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         return self._prepare_inputs(batch)
+
+    def batch_columns(self) -> list[str]:
+        """Return the columns of which a batch is made: those that the model takes, and its labels."""
+        self._set_signature_columns_if_needed()
+        return [*self._signature_columns, *self.label_names]
 
     def columns_in_use(self, dataset):
         """Leave out a data set's columns that Trainer would leave out."""
@@ -94,7 +125,7 @@ class DistillationTrainer(HubTrainer):
     def some_batches(self, count: int) -> Iterator[dict]:
         """Yield some training batches, the same on all ranks, without a part in the order of training."""
         dataset, batch_size = self.columns_in_use(self.train_dataset), self.args.train_batch_size
-        if hasattr(dataset, "__len__"):
+        if not is_stream(dataset):
             batch_size = min(batch_size, len(dataset))
             most = min(count, len(dataset) // batch_size) * batch_size
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
@@ -126,18 +157,9 @@ class DistillationTrainer(HubTrainer):
         return _PassBatches(super()._get_collator_with_removed_columns(data_collator, description))
 
     def prepare_to_train(self, module: nn.Module, example: dict) -> nn.Module:
-        """
-        Prepare a student with its encoders through Accelerate.
-
-        DDP searches each step's graph for parameters without a gradient only where there are any, which one backward
-        pass of an example tells; with a `compute_loss_func`, whose graph is not known, Trainer's own choice stays.
-
-        Args:
-            module (`nn.Module`):
-                What trains; its forward returns the output, F_inh and F_exp first.
-            example (`dict`):
-                A batch for it.
-        """
+        """Prepare a module whose forward returns the output, F_inh and F_exp first, through Accelerate."""
+        # DDP searches each step's graph for unused parameters only if an example's backward pass has some; with a
+        # `compute_loss_func`, whose graph is not known, Trainer's own choice stays.
         undecided = self.args.ddp_find_unused_parameters is None and not self.args.gradient_checkpointing
         if self.args.world_size > 1 and undecided and self.compute_loss_func is None:
             was_training = module.training
@@ -165,17 +187,17 @@ class DistillationTrainer(HubTrainer):
         return 0 if pixels is None else 6 * pixels.numel() * self._num_parameters
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # Without clipping nobody has asked for the norm, which Trainer would compute for the logs at every step.
+        # Trainer computes the norm for the logs at every step, even without clipping.
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
 
     @property
-    def has_own_loss(self) -> bool:
-        """Tell whether the task's loss is another one than the model's own."""
+    def has_custom_loss(self) -> bool:
+        """Whether a custom loss or label smoothing replaces the model's loss."""
         return self.compute_loss_func is not None or self.label_smoother is not None
 
-    def take_labels(self, inputs: dict) -> torch.Tensor | None:
-        """Take the labels out of a batch where the task's loss is not the model's own."""
-        return inputs.pop("labels") if self.has_own_loss and "labels" in inputs else None
+    def pop_custom_labels(self, inputs: dict) -> torch.Tensor | None:
+        """Take the labels out of a batch where a custom loss needs them."""
+        return inputs.pop("labels") if self.has_custom_loss and "labels" in inputs else None
 
     def task_loss(self, model: nn.Module, outputs: dict, labels: torch.Tensor | None) -> torch.Tensor:
         """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
@@ -190,20 +212,23 @@ class DistillationTrainer(HubTrainer):
             )
         return outputs["loss"]
 
-    def weights_in_use(self) -> dict[str, float]:
-        """Return the weights of the losses beside the task's as the arguments have them; none is 0."""
-        return {name: getattr(self.args, name) for name in self._weight_names if getattr(self.args, name) > 0}
+    def logit_loss(self, model: nn.Module, logits, teacher_logits, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return the logit term between two models that do the task of `model`."""
+        config = getattr(without_adapters(model), "config", None)
+        ignore_index = getattr(config, "semantic_loss_ignore_index", -100)
+        multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
+        return logit_loss(logits, teacher_logits, self.args.temperature, labels, ignore_index, multi_label)
 
-    def loss_weights(self) -> dict[str, float]:
-        """Return the weights of the losses beside the task's as they are at this step, by argument; none is 0."""
-        weights = self.weights_in_use()
-        scale = self.args.lambda_scale(self.state.global_step / self.state.max_steps) if weights else 1.0
-        return {name: scale * value for name, value in weights.items()}
+    @property
+    def progress(self) -> float:
+        """Return the share of the training steps that are done."""
+        return self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the components' means and the weights as they are now beside the training loss."""
+        """Log the training loss together with the components' means and the current weights."""
         if "loss" in logs:
-            logs = {**logs, **self.check_finite(), **self.loss_weights()}
+            weights = self.distillation_objective.weights_at(self.progress) if self.distillation_objective else {}
+            logs = {**logs, **self.check_finite(), **weights}
             self.components.reset()
         super().log({self.log_prefix + name: value for name, value in logs.items()}, start_time)
 
@@ -213,7 +238,7 @@ class DistillationTrainer(HubTrainer):
             ignore_keys = [
                 *getattr(self.model.config, "keys_to_ignore_at_inference", []),
                 *_NOT_PREDICTIONS,
-                *NOT_PREDICTED_BY_DETECTORS,
+                *_NOT_PREDICTED_BY_DETECTORS,
             ]
         with self.accelerator.autocast():  # where the bare model was not prepared by accelerate
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -233,9 +258,107 @@ class DistillationTrainer(HubTrainer):
             )
         return means
 
+    # ---- Checkpoints, whole or not there ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial=None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Train as Trainer does, or go on from a whole checkpoint.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` takes the newest whole checkpoint of the last run in `output_dir`; or a checkpoint's folder.
+            trial, ignore_keys_for_eval (*optional*):
+                As in Trainer.
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]
+
+        Raises:
+            `ValueError`: no checkpoint to go on from, or a damaged one.
+        """
+        point = find_resume_point(self.args.output_dir, resume_from_checkpoint)
+        if point is None and resume_from_checkpoint:
+            raise ValueError(
+                f"Expected a checkpoint to resume from in output_dir={str(Path(self.args.output_dir))!r}, got none: "
+                "train without resume_from_checkpoint, or name the run's output_dir."
+            )
+        if self.args.should_save:
+            self.run = begin_run(self.args.output_dir, point)
+        self.before_training(point, trial)
+        return super().train(point.checkpoint if point else None, trial, ignore_keys_for_eval)
+
+    def before_training(self, point: ResumePoint | None, trial) -> None:
+        """Prepare what a training needs, where the run begins or goes on."""
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._saving_folder is None else str(self._saving_folder)
+
     def _save_checkpoint(self, model, trial):
+        # Trainer writes checkpoints file by file in their place; here they are written beside it and moved.
         self.check_finite()
-        super()._save_checkpoint(model, trial)
+        run_dir = Path(self._get_output_dir(trial))
+        self._saving_folder, name = run_dir / SAVING_FOLDER, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        part, checkpoint = self._saving_folder / name, run_dir / name
+        if self.is_local_process_zero():
+            shutil.rmtree(self._saving_folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                if self.state.best_model_checkpoint == str(part):
+                    self.state.best_model_checkpoint = str(checkpoint)
+                    self.state.save_to_json(str(part / TRAINER_STATE_NAME))
+                self.accelerator.wait_for_everyone()
+                write_manifest(part, run=self.run)
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                part.rename(checkpoint)
+            else:
+                self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_disk_error(error):
+                raise
+            self._tell_failed_save(checkpoint, error)
+            return
+        finally:
+            self._saving_folder = None
+            if self.is_local_process_zero():
+                shutil.rmtree(run_dir / SAVING_FOLDER, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+
+    def _tell_failed_save(self, checkpoint: Path, error: Exception) -> None:
+        """Log that a checkpoint could not be written; in distributed training, where other ranks wait, raise it."""
+        last = find_last_checkpoint(checkpoint.parent)
+        message = (
+            f"Expected to write {checkpoint}, got {type(error).__name__}: {error}. "
+            + (f"{Path(last).name} is the last whole checkpoint. " if last else "There is no other checkpoint. ")
+            + "Make room on that disk, or lower save_total_limit."
+        )
+        if self.args.world_size > 1:
+            raise OSError(message) from error
+        logger.error(f"{message} Training goes on.")
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._saving_folder is None:  # what is pushed is a checkpoint in its place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def complete_checkpoint(self, folder: str) -> None:
+        """List what has been added to the copy of a checkpoint that is pushed."""
+        write_manifest(folder, run=self.run)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            check_optimizer_state(checkpoint, self.args.save_only_model)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def sync_buffers(self, module: nn.Module) -> None:
         """Give every rank the buffers of rank 0."""
@@ -264,7 +387,7 @@ class DistillationTrainer(HubTrainer):
 
 
 class _PassBatches:
-    """Collate a list of examples; a batch that a data set gave as a whole goes through as it is."""
+    """Collate a list of examples; pass on a batch that the data set has collated itself."""
 
     def __init__(self, collate):
         self.collate = collate

@@ -1,20 +1,25 @@
-"""What a run keeps on disk and reads back, all of it or none: students, encoders with their split, paraphrasers."""
+"""What a run keeps on disk: students, encoders with their splits, paraphrasers; each is loaded whole or not at all."""
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import safe_open
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import logging
 
 from ..method.factors import Paraphraser
 from ..models.adapters import different_weights, is_adapted, load_adapter
 from ..models.loading import explain_unreachable
+from .manifest import MANIFEST_FILE, check_undamaged, written_whole
 
+
+logger = logging.get_logger(__name__)
 
 ENCODERS_FILE = "iekd_encoders.safetensors"
 # Where a finished run keeps them, beside the plain student; never pushed.
@@ -22,35 +27,17 @@ ENCODERS_FOLDER = "_encoders"
 
 
 def save_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str) -> None:
-    """
-    Save everything that trains but the students, which are saved as models.
-
-    Args:
-        module (`nn.Module`):
-            Holds each student in an attribute `student`, with its encoders and splits beside it.
-        folder (`str`):
-            The checkpoint's folder; made where it is not there.
-        trainer (`str`):
-            Name of the trainer's class.
-        made_for (`str`):
-            What the encoders belong to: `student_layers` and a fingerprint of `paraphrasers`; `peers` and so on.
-    """
+    """Save everything that trains but the students, which are saved as models."""
     os.makedirs(folder, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in _beside_students(module).items()}
-    save_file(tensors, Path(folder) / ENCODERS_FILE, metadata={"format": "pt", "trainer": trainer, **made_for})
+    file = Path(folder) / ENCODERS_FILE
+    part = file.with_name(f"{ENCODERS_FILE}.part")
+    save_file(tensors, part, metadata={"format": "pt", "trainer": trainer, **made_for})
+    os.replace(part, file)
 
 
 def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
-    """
-    Refuse a checkpoint of another trainer, or one whose encoders belong to something else.
-
-    Args:
-        folder (`str`), trainer (`str`), made_for (`str`):
-            As in [`save_encoders`].
-
-    Raises:
-        `ValueError`: no such checkpoint, or one of another trainer, other paraphrasers or layers.
-    """
+    """Refuse a checkpoint of another trainer, or one whose encoders belong to something else."""
     file = Path(folder) / ENCODERS_FILE
     if not file.is_file():
         raise ValueError(
@@ -79,17 +66,22 @@ def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
         )
 
 
+def check_optimizer_state(folder: str, save_only_model: bool) -> None:
+    """Refuse a checkpoint that has lost its optimizer; say what begins anew in one that was saved without."""
+    missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not Path(folder, name).is_file()]
+    if missing and not save_only_model and not Path(folder, MANIFEST_FILE).is_file():
+        raise ValueError(
+            f"Expected {' and '.join(missing)} in {folder}, got neither them nor a manifest that says that there were "
+            "none: resume from another checkpoint, or set save_only_model=True to go on with a new optimizer."
+        )
+    if missing:
+        logger.warning(
+            f"{folder} was saved with save_only_model: optimizer, learning rate schedule and random state begin anew."
+        )
+
+
 def load_encoders(module: nn.Module, folder: str) -> None:
-    """
-    Restore what [`save_encoders`] has saved, into encoders of the same shapes.
-
-    Args:
-        module (`nn.Module`), folder (`str`):
-            As in [`save_encoders`].
-
-    Raises:
-        `ValueError`: other shapes.
-    """
+    """Restore what [`save_encoders`] has saved, into encoders of the same shapes."""
     own, tensors = _beside_students(module), load_file(Path(folder) / ENCODERS_FILE)
     different = different_weights(own, tensors)
     if different:
@@ -105,44 +97,17 @@ def _beside_students(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in module.state_dict().items() if ".student." not in f".{name}"}
 
 
-def save_paraphrasers(paraphrasers: nn.ModuleList, folder: Path) -> None:
-    """
-    Save paraphrasers, whole or not at all: one in the folder itself, several in folders `0`, `1`, ... of it.
-
-    Args:
-        paraphrasers (`nn.ModuleList`):
-            One paraphraser for each pair of layers.
-        folder (`Path`):
-            Where to; replaced if it exists.
-    """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    for index, paraphraser in enumerate(paraphrasers):
-        paraphraser.save_pretrained(part if len(paraphrasers) == 1 else part / str(index))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+def save_paraphrasers(paraphrasers: nn.ModuleList, folder: Path, run: str = "") -> None:
+    """Save paraphrasers, whole or not at all: one in the folder itself, several in folders `0`, `1`, ... of it."""
+    with written_whole(folder, run=run) as part:
+        for index, paraphraser in enumerate(paraphrasers):
+            paraphraser.save_pretrained(part if len(paraphrasers) == 1 else part / str(index))
 
 
 def load_paraphrasers(
     source: Paraphraser | list[Paraphraser] | str, num_layers: int, kind: type[PyTorchModelHubMixin] = Paraphraser
 ) -> list[Paraphraser]:
-    """
-    Take paraphrasers as objects, or load them from a Hub id or a folder.
-
-    Args:
-        source (`Paraphraser`, `list[Paraphraser]` or `str`):
-            One, several, or where they are.
-        num_layers (`int`):
-            How many the layers need.
-        kind (`type`, *optional*, defaults to `Paraphraser`):
-            Their class; another one where something else stands for them.
-
-    Returns:
-        `list[Paraphraser]`: one for each layer.
-
-    Raises:
-        `ValueError`: not as many as layers, or not to be had.
-    """
+    """Take paraphrasers as objects, or load them from a Hub id or a folder."""
     if isinstance(source, (str, Path)):
         name = str(source)
         if num_layers > 1 and not os.path.isdir(name):
@@ -151,13 +116,15 @@ def load_paraphrasers(
                 "download it first (huggingface_hub.snapshot_download), or pass a list of paraphrasers."
             )
         folders = [name] if num_layers == 1 else [os.path.join(name, str(index)) for index in range(num_layers)]
+        if os.path.isdir(name):
+            check_undamaged(Path(name))
         try:
-            source = [kind.from_pretrained(folder) for folder in folders]
+            source = [kind.from_pretrained(folder, strict=True) for folder in folders]
         except TypeError as error:  # the mixin found no configuration to call the class with
             raise ValueError(
                 explain_unreachable(name, "paraphraser", ValueError("no config.json of a paraphraser was found there"))
             ) from error
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError, HFValidationError) as error:
             raise ValueError(explain_unreachable(name, "paraphraser", error)) from error
     paraphrasers = [source] if isinstance(source, nn.Module) else list(source)
     for paraphraser in paraphrasers:
@@ -176,15 +143,6 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
 
     Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on
     disk, which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
-
-    Args:
-        model (`PreTrainedModel`):
-            The model; changed in place.
-        folder (`str`):
-            A folder that `save_pretrained` has written.
-
-    Raises:
-        `ValueError`: weights that are missing, left over, or of another shape.
     """
     if is_adapted(model):
         load_adapter(model, folder)
@@ -192,7 +150,7 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
     what_to_do = "give the model that was trained there, or another output_dir."
     try:
         loaded, info = type(model).from_pretrained(folder, output_loading_info=True, use_safetensors=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(
             f"Expected a checkpoint of this {type(model).__name__} in {folder}, got one that cannot be loaded "
             f"({str(error).strip().splitlines()[0]}): {what_to_do}"

@@ -1,33 +1,29 @@
-"""What is refused before training starts: data without rows or with unknown labels, models that do not go together."""
+"""Checks before training: empty datasets, unknown labels, incompatible models."""
 
 import warnings
+from collections.abc import Iterable
 
 import datasets
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels
 
 from ..data.decoded_images import DecodedImages
-from ..features.detectors import refuse_logit_term
-from ..features.tap import FeatureTap, pair_layers
-from ..models.adapters import check_adapted, is_adapted
+from ..features.layers import check_layers, is_detector, pair_layers
+from ..features.tap import FeatureTap
+from ..models.adapters import check_adapted, is_adapted, without_adapters
+
+
+def is_stream(dataset: Dataset) -> bool:
+    """Return whether a data set is read in its own order alone."""
+    return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
 
 
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
-    """
-    Apply [`check_dataset`] to all that were given.
-
-    Args:
-        model (`PreTrainedModel`):
-            The student.
-        train_dataset (`Dataset`, *optional*), eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
-            As Trainer takes them.
-
-    Raises:
-        `ValueError`: as [`check_dataset`].
-    """
+    """Check all given datasets."""
     for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         for dataset in given.values() if isinstance(given, dict) else [given]:
             if dataset is not None:
@@ -40,58 +36,46 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
 
     Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
     [`DecodedImages`].
-
-    Args:
-        dataset (`Dataset`):
-            The dataset.
-        name (`str`):
-            What the argument is called: `"train_dataset"`.
-        model (`PreTrainedModel`):
-            The student.
-
-    Raises:
-        `ValueError`: no rows, or a label outside `range(num_labels)`; -100, which the loss ignores, is fine.
     """
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
         )
-    if isinstance(dataset, DecodedImages):
-        dataset = dataset.table
-    if not isinstance(dataset, datasets.Dataset):
-        return
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    config = getattr(model, "config", None)
+    num_labels, problem = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
+    if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
+        return  # targets, not classes
     for column in ("labels", "label"):
-        feature = dataset.features.get(column)
-        integers = isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith("int")
-        if num_labels is None or not integers:
+        labels = _read_classes(dataset, column)
+        if labels is None:
             continue
-        labels = dataset.select_columns([column]).with_format("numpy")[:][column]
         outside = (labels != -100) & ((labels < 0) | (labels >= num_labels))
         if outside.any():
             row = int(outside.argmax())
             raise ValueError(
                 f"Expected labels of {name} within 0 and {num_labels - 1}, the student's {num_labels} classes, got "
                 f"{int(labels[row])} in row {row} of column {column!r}: load the student with num_labels="
-                f"{int(labels.max()) + 1}, or mend the labels."
+                f"{int(labels.max()) + 1}, or fix the labels."
             )
 
 
-def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, term: str, way_out: str) -> None:
-    """
-    Refuse the logit term between models of different labels.
+def _read_classes(dataset: Dataset, column: str) -> np.ndarray | None:
+    """Return a column of class labels, where that is cheap: of a table, of decoded images, of a list in memory."""
+    if isinstance(dataset, list):
+        values = [row.get(column) if isinstance(row, dict) else None for row in dataset]
+        numbers = all(isinstance(value, (int, np.integer)) or getattr(value, "ndim", 1) == 0 for value in values)
+        labels = np.array([int(value) if float(value).is_integer() else 0.5 for value in values]) if numbers else None
+        return labels if labels is not None and labels.dtype.kind in "iu" else None
+    if isinstance(dataset, DecodedImages):
+        dataset = dataset.table
+    feature = dataset.features.get(column) if isinstance(dataset, datasets.Dataset) else None
+    if isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith("int"):
+        return dataset.select_columns([column]).with_format("numpy")[:][column]
+    return None
 
-    Args:
-        first (`PreTrainedModel`), second (`PreTrainedModel`):
-            The models.
-        who (`str`):
-            What to call them: `"student and teacher"`.
-        term (`str`), way_out (`str`):
-            The arguments that turn the logit term on, and off.
 
-    Raises:
-        `ValueError`: the label maps `id2label` differ. A model that has none is not asked, see [`check_logits`].
-    """
+def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, term: str, remedy: str) -> None:
+    """Refuse the logit term between models of different labels."""
     ours, theirs = label_map(first), label_map(second)
     if None not in (ours, theirs) and ours != theirs:
         sizes = [None if labels is None else len(labels) for labels in (ours, theirs)]
@@ -101,56 +85,100 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
         raise ValueError(
             f"Expected equal label maps of {who} for {term}, got {sizes[0]} and {sizes[1]} labels, which differ first "
             f"at {difference} ({(ours or {}).get(difference)!r} and {(theirs or {}).get(difference)!r}): load both "
-            f"with the same id2label, or set {way_out}; the feature losses do not need it."
+            f"with the same id2label, or set {remedy}; the feature losses do not need it."
         )
 
 
-def check_student(student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict) -> None:
-    """
-    Refuse what does not fit the student before anything is created on disk or on the Hub.
-
-    Args:
-        student (`PreTrainedModel`):
-            The student.
-        teacher (`nn.Module`):
-            The teacher.
-        args (`IEKDTrainingArguments`):
-            The training arguments.
-        kwargs (`dict`):
-            The trainer's other arguments.
-
-    Raises:
-        `ValueError`: a layer that does not exist, other labels with a logit term, data that do not fit.
-    """
+def check_student(
+    student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict
+) -> tuple[list[str], list[str]]:
+    """Check the student against teacher, arguments and data; return the layers that are paired."""
     check_adapted(student)
-    student_layers, _ = pair_layers(student, teacher, args.student_layers, args.teacher_layers)
-    FeatureTap(student, student_layers)
+    shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
+    if shared:
+        raise ValueError(
+            f"Expected a teacher with weights of its own, got one that shares {len(shared)} with the student: they "
+            "would train. Pass copy.deepcopy(model) as teacher_model."
+        )
+    for model, named in ((teacher, args.teacher_layers), (student, args.student_layers)):
+        check_layers(model, named or [])
+    layers = pair_layers(student, teacher, args.student_layers, args.teacher_layers)
     if args.lambda_kd > 0:
         refuse_logit_term([student, teacher], "lambda_kd > 0", "Set lambda_kd=0, or a method without '+kd'")
+        check_not_regression(student, "lambda_kd > 0", "set lambda_kd=0, or a method without '+kd'")
         check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
     check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    return layers
+
+
+def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> None:
+    """Refuse a term between the logits of detectors."""
+    for model in map(without_adapters, models):
+        if is_detector(model):
+            raise ValueError(
+                f"Expected no {term} with a detector, got it with {type(model).__name__}: the queries of two "
+                "detectors do not correspond, so there are no logits to compare. "
+                f"{remedy}; the feature losses do not need it."
+            )
+
+
+def check_precision(model: nn.Module, inputs: dict) -> None:
+    """Refuse a student in half precision for inputs in float32: its weights would train in half precision, too."""
+    pixels = inputs.get(getattr(model, "main_input_name", "pixel_values"))
+    if pixels is not None and model.dtype in (torch.float16, torch.bfloat16) and pixels.dtype == torch.float32:
+        raise ValueError(
+            f"Expected a student in float32, got one in {str(model.dtype).removeprefix('torch.')}, as Transformers "
+            'loads a file of that type: load it with dtype="float32". To train in mixed precision, set bf16=True or '
+            "fp16=True in the arguments."
+        )
+
+
+def check_not_regression(model: nn.Module, term: str, remedy: str) -> None:
+    """Refuse a term between the outputs of a regression, which are no logits."""
+    config = getattr(without_adapters(model), "config", None)
+    if getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1:
+        raise ValueError(
+            f"Expected logits of classes for {term}, got the targets of a regression from {type(model).__name__}, "
+            f"between which a softmax means nothing: {remedy}; the feature losses do not need it."
+        )
+
+
+def check_trainable(tap: FeatureTap, inputs: dict) -> None:
+    """Refuse a feature map without gradient; a partly frozen backbone is fine."""
+    if tap.layers and (frozen := tap.frozen_layers(inputs)):
+        raise ValueError(
+            f"Expected the student's feature map at {frozen[0]!r} to carry a gradient, got one without: all "
+            f"parameters of {type(tap.model).__name__} before it are frozen, as Transformers builds a ResNet in "
+            "DETR and its kin. Call requires_grad_(True) on the student, or on its backbone, or name a layer that "
+            "trains; no feature loss would reach the student."
+        )
+
+
+def check_batches_of_one(dataset: Dataset, args: TrainingArguments, shapes: Iterable[torch.Size]) -> None:
+    """Refuse a batch of one image with maps of 1x1, on which BatchNorm of the encoders cannot train."""
+    if all(shape[1:].numel() > 1 for shape in shapes) or args.dataloader_drop_last:
+        return
+    if args.per_device_train_batch_size == 1 or leaves_one(dataset, args):
+        raise ValueError(
+            "Expected batches of at least two images where maps are 1x1, got one of a single image, which BatchNorm "
+            f"cannot train on ({len(dataset)} images in batches of {args.train_batch_size}): set "
+            "dataloader_drop_last=True, another per_device_train_batch_size, or earlier layers."
+        )
+
+
+def leaves_one(dataset: Dataset, args: TrainingArguments) -> bool:
+    """Return whether the last batch of an epoch holds a single image."""
+    return hasattr(dataset, "__len__") and len(dataset) % (args.train_batch_size * args.world_size) == 1
 
 
 def label_map(model: nn.Module) -> dict[int, str] | None:
-    """Return a model's `id2label`; `None` for one from elsewhere."""
-    return getattr(getattr(model, "config", None), "id2label", None)
+    """Return a model's `id2label`, or `None` without one; keys as JSON has them are made numbers."""
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    return labels and {int(key): label for key, label in labels.items()}
 
 
 def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Tensor) -> None:
-    """
-    Compare what the logit term needs of a teacher without a label map: as many logits as the student has.
-
-    Args:
-        student (`PreTrainedModel`):
-            The student.
-        teacher (`nn.Module`):
-            The teacher; one with a label map has been compared by that.
-        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
-            What it gives for an example.
-
-    Raises:
-        `ValueError`: another number of logits.
-    """
+    """Refuse a teacher without a label map whose logits are not as many as the student's classes."""
     labels = label_map(student)
     if label_map(teacher) is not None or labels is None:
         return
@@ -168,21 +196,7 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
 
 
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
-    """
-    Refuse what cannot be trained side by side.
-
-    Args:
-        models (`list[PreTrainedModel]`):
-            The models.
-        args (`MutualTrainingArguments`):
-            The training arguments.
-        kwargs (`dict`):
-            The trainer's other arguments.
-
-    Raises:
-        `ValueError`: fewer than two models, common weights, adapters, a model without loss, arguments for one model
-        only, data that do not fit.
-    """
+    """Refuse models that cannot be trained together."""
     if len(models) < 2:
         raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
     owners = {}
@@ -217,5 +231,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
     if "kl" in args.mutual_loss:
         term = f"mutual_loss={args.mutual_loss!r}"
         refuse_logit_term(models, term, "Set mutual_loss='ie'")
+        for model in models:
+            check_not_regression(model, term, "set mutual_loss='ie'")
         for i, model in enumerate(models):
             check_label_maps(models[0], model, f"models[0] and models[{i}]", term, "mutual_loss='ie'")

@@ -1,12 +1,12 @@
-"""What the losses of a run were, summed on the device until somebody wants to know."""
+"""Running sums of the loss components, kept on the device until they are logged."""
 
 import torch
 
 
 class ComponentLog:
     """
-    Sum a loss's components on the device, without a synchronisation per step, and remember the first step that was
-    not finite.
+    Sum loss components on the device, without a synchronisation per step, and keep the first step that was not
+    finite.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""How much each loss pulls at the student's feature maps beside the task's own: what a weight amounts to."""
+"""Gradient of each weighted loss at the student's feature maps, relative to the task's."""
 
 import warnings
 from collections.abc import Iterable
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 import torch
 from transformers import Trainer
 
-from ..method.objective import WEIGHTS
+from ..method.objective import LAMBDA_OF
 from ..method.trainable import frozen_statistics
 
 
-# Below it, a loss is said to do next to nothing.
+# Below this share a warning says that a loss hardly acts.
 SMALL_SHARE = 0.01
 # Keeps the gradients of half precision inside their range; it cancels out.
 _SCALE = 1024.0
@@ -20,54 +20,19 @@ _BATCHES = 4
 def gradient_shares(
     runs: Iterable[tuple[list[torch.Tensor], dict[str, torch.Tensor]]], weights: dict[str, float]
 ) -> dict[str, float]:
-    """
-    Compare the gradients of weighted losses at the feature maps with that of the task's loss.
-
-    Args:
-        runs (`Iterable`):
-            Of some batches: the student's maps, `(batch_size, channels, height, width)` each, and the scalars on
-            them by name, `task_loss` first.
-        weights (`dict[str, float]`):
-            The λs of the others, by the name of their argument.
-
-    Returns:
-        `dict[str, float]`: for each loss but the task's, the norm of its gradient over that of the task's, all maps
-        taken as one vector; empty where the task's has none.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.training.gradient_shares import gradient_shares
-    >>> f_S = torch.tensor([3.0, 4.0], requires_grad=True)
-    >>> losses = {"task_loss": f_S.square().sum() / 2, "inheritance_loss": f_S[0]}
-    >>> shares = gradient_shares([([f_S], losses)], {"lambda_inh": 10.0})
-    >>> {name: round(share, 3) for name, share in shares.items()}
-    {'inheritance_loss': 2.0}
-
-    ```
-    """
+    """Return the gradient norm of each weighted loss at the feature maps over that of the task's loss."""
     norms, losses = 0.0, {}
     for feature_maps, losses in runs:
         norms = norms + torch.stack([_gradient_norm(loss, feature_maps) for loss in losses.values()])
     if not losses or norms[0] == 0:
         return {}
     shares = dict(zip(losses, (norms / norms[0]).tolist(), strict=True))
-    return {name: shares[name] * weights[WEIGHTS[name]] for name in losses if name != "task_loss"}
+    return {name: shares[name] * weights[LAMBDA_OF[name]] for name in losses if name != "task_loss"}
 
 
 def measure_gradient_shares(trainer: Trainer) -> dict[str, float]:
-    """
-    Measure the shares on some batches before training, and warn of losses whose gradient is next to nothing.
-
-    Args:
-        trainer (`IEKDTrainer`):
-            A trainer whose teacher is ready; neither weights nor statistics of its models change.
-
-    Returns:
-        `dict[str, float]`: `inheritance_loss_gradient_share` and so on.
-    """
-    side, weights = trainer.student_side, trainer.weights_in_use()
+    """Measure the shares on some batches before training, and warn of losses that hardly act."""
+    side, weights = trainer.student_side, trainer.distillation_objective.weights()
     if not weights:
         return {}
     side.tap.attach()
@@ -86,18 +51,10 @@ def _gradient_norm(loss: torch.Tensor, feature_maps: list[torch.Tensor]) -> torc
 
 
 def warn_of_small_shares(shares: dict[str, float], weights: dict[str, float]) -> None:
-    """
-    Warn of losses whose gradient is next to nothing beside the task's.
-
-    Args:
-        shares (`dict[str, float]`):
-            What [`gradient_shares`] gave.
-        weights (`dict[str, float]`):
-            The λs, by the name of their argument.
-    """
+    """Warn of losses whose gradient is negligible next to the task's."""
     for name, share in shares.items():
         if share < SMALL_SHARE:
-            argument, loss = WEIGHTS[name], name.replace("_", " ")
+            argument, loss = LAMBDA_OF[name], name.replace("_", " ")
             weight = weights[argument]
             hint = f" For a tenth of it, set {argument} to {weight * 0.1 / share:.2g}." if share > 0 else ""
             warnings.warn(

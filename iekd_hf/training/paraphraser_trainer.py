@@ -1,7 +1,6 @@
 """Stage 1: train the paraphrasers on the frozen teacher's maps, by their reconstruction error alone."""
 
 import copy
-import inspect
 import warnings
 
 import torch
@@ -17,6 +16,7 @@ from ..method.padding import mask_at
 from ..method.trainable import ParaphraserStack
 from ..teacher.frozen import FrozenTeacher
 from .base_trainer import DistillationTrainer
+from .checks import is_stream, leaves_one
 
 
 logger = logging.get_logger(__name__)
@@ -30,20 +30,6 @@ class ParaphraserTrainer(DistillationTrainer):
 
     SGD with Nesterov momentum 0.9 and weight decay 5e-4, as both papers have it; the learning rate falls along a
     cosine.
-
-    Args:
-        paraphrasers (`ParaphraserStack`):
-            What is trained.
-        teacher (`FrozenTeacher`):
-            Gives the maps.
-        args (`IEKDTrainingArguments`):
-            The arguments of stage 2; what stage 1 does otherwise is set here.
-        output_dir (`str`):
-            Where this stage's checkpoints go.
-        train_dataset (`Dataset`), held_out (`Dataset`, *optional*):
-            Images to train on, and images to report on.
-        data_collator (`Callable`), augmentation (`nn.Module`, *optional*):
-            As in [`DistillationTrainer`].
     """
 
     log_prefix = "paraphraser/"
@@ -58,10 +44,12 @@ class ParaphraserTrainer(DistillationTrainer):
         held_out: Dataset | None,
         data_collator,
         augmentation: nn.Module | None,
+        columns: list[str] | None = None,
     ):
+        self._columns = columns
         super().__init__(
             model=paraphrasers,
-            args=_stage_1_arguments(args, output_dir),
+            args=_stage_1_arguments(args, output_dir, train_dataset),
             train_dataset=train_dataset,
             eval_dataset=held_out,
             data_collator=data_collator,
@@ -74,11 +62,8 @@ class ParaphraserTrainer(DistillationTrainer):
         self.callback_handler.callbacks.insert(0, _ReportAtTheEnd(self))
 
     def _set_signature_columns_if_needed(self):
-        # The batch is the teacher's, not the paraphrasers', whose forward takes feature maps. A teacher from elsewhere
-        # may call the pixels otherwise, the data do not.
-        if self._signature_columns is None:
-            parameters = inspect.signature(self.teacher.teacher.forward).parameters
-            self._signature_columns = [*parameters, "pixel_values", "pixel_mask", "label", "label_ids"]
+        # The batches are those of stage 2, whatever the teacher's forward takes; the paraphrasers' takes feature maps.
+        self._signature_columns = self._columns
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return L_rec, averaged over the layers."""
@@ -103,9 +88,6 @@ class ParaphraserTrainer(DistillationTrainer):
         Compare the reconstruction error on held-out images with that of the trivial predictor.
 
         That predictor is the mean map of the first training images.
-
-        Returns:
-            `dict[str, float]`: `reconstruction_loss` and `mean_map_loss`; empty without held-out images.
         """
         if self.eval_dataset is None:
             logger.warning("No held-out images: the paraphraser's reconstruction error is not reported.")
@@ -167,7 +149,7 @@ class _ReportAtTheEnd(TrainerCallback):
 
 
 def summed(feature_map: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
-    """Sum maps over a batch; where an image is padded, the mean of the others stands for it."""
+    """Sum maps over a batch; a padded position counts as the mean of the others."""
     if pixel_mask is None:
         return feature_map.sum(dim=0)
     mask = mask_at(pixel_mask, feature_map.shape[2:])[:, None]
@@ -180,11 +162,15 @@ def _resize(feature_map: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(feature_map, like.shape[-2:])
 
 
-def _stage_1_arguments(args: IEKDTrainingArguments, output_dir: str) -> IEKDTrainingArguments:
+def _stage_1_arguments(args: IEKDTrainingArguments, output_dir: str, train_dataset) -> IEKDTrainingArguments:
     """Copy the arguments and set what stage 1 does in its own way: no evaluation, no best model, no push."""
     args = copy.copy(args)
     args.output_dir = output_dir
-    args.num_train_epochs, args.max_steps = args.paraphraser_epochs, -1
+    has_no_end = is_stream(train_dataset) and not hasattr(train_dataset, "__len__")
+    args.max_steps = args.max_steps if has_no_end else -1
+    args.max_steps, args.num_train_epochs = args.paraphraser_max_steps or args.max_steps, args.paraphraser_epochs
+    if leaves_one(train_dataset, args):  # BatchNorm of a 1x1 map fails on a last batch of one image
+        args.dataloader_drop_last = True
     args.learning_rate, args.weight_decay = args.paraphraser_learning_rate, PARAPHRASER_SGD["weight_decay"]
     args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps = "cosine", {}, 0
     args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False

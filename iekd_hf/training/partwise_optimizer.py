@@ -5,29 +5,11 @@ import torch
 
 class PartwiseOptimizer(torch.optim.Optimizer):
     """
-    Hold an optimizer for each part of what trains, and step those of which a parameter has a gradient.
+    Hold an optimizer for each part of a model, and step only the parts that have gradients.
 
     To Trainer, accelerate and a learning rate schedule it is one optimizer: one state, one list of parameter groups,
     one file in a checkpoint. A part without gradients keeps its state as it is: no moment decays and no step is
     counted, which optimizers that count steps by group would do in one common `step()`.
-
-    Args:
-        optimizers (`list[torch.optim.Optimizer]`):
-            The parts' optimizers, without common parameters.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.training.partwise_optimizer import PartwiseOptimizer
-    >>> first, second = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
-    >>> optimizer = PartwiseOptimizer([torch.optim.SGD([first], lr=0.5), torch.optim.SGD([second], lr=0.5)])
-    >>> first.sum().backward()
-    >>> optimizer.step()
-    >>> first.item(), second.item()
-    (0.5, 1.0)
-
-    ```
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):

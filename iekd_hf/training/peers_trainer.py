@@ -1,4 +1,4 @@
-"""What makes several models one to Trainer, without any algorithm: evaluation, saving, loading and pushing of each."""
+"""Make Trainer treat several models as one: evaluate, save, load and push each of them."""
 
 import contextlib
 import inspect
@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..hub.card_facts import Network
+from ..hub.card_facts import CardFacts, Network
 from .base_trainer import DistillationTrainer
 from .checkpoints import load_weights
 
@@ -24,12 +24,6 @@ class PeersTrainer(DistillationTrainer):
 
     - Evaluation gives `eval_peer_1_<metric>`, ... and the mean `eval_<metric>`;
     - each is saved as a plain model in a folder of its name, also on the Hub, where all are in one repository.
-
-    Args:
-        models (`list[PreTrainedModel]`):
-            The models.
-        args, train_dataset, ...:
-            As in [`~transformers.Trainer`].
     """
 
     def __init__(self, models: list[PreTrainedModel], **kwargs):
@@ -139,10 +133,10 @@ class PeersTrainer(DistillationTrainer):
         lines = [f"from {package} import {', '.join(sorted(names))}" for package, names in sorted(imports.items())]
         return "\n".join([*lines, "", *loads])
 
-    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> tuple[list[Network], str, tuple[str, ...]]:
+    def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> CardFacts:
         """Return a row for each model, with what was measured of it."""
         rows = []
         for name, model in self.named_peers().items():
             own = {key.removeprefix(f"{name}_"): value for key, value in metrics.items() if key.startswith(f"{name}_")}
             rows.append(Network.of(name, model, own))
-        return rows, "", ()
+        return CardFacts(rows)

@@ -1,0 +1,271 @@
+"""
+Look at what the halves of a distilled student have become: the figures of the IE-KD paper, from a finished run.
+
+    iekd-hf analyze --run out --teacher out/_teacher --output_dir analysis
+
+`--run` is the output_dir of an IEKDTrainer (or of `iekd-hf distill`), where the student and, in `_encoders`, its split
+are. The images come as in `iekd-hf distill`; without any, scikit-learn's digits. It writes
+
+- cka.png: linear CKA between the features of teacher, student, both halves, and a student trained without a teacher;
+- active_neurons.png: how many neurons of each respond;
+- relevance.png: where each looks (Grad-CAM of the predicted class) on some images;
+- analysis.json: the numbers.
+
+Where the run compared factors, it also says which share of them differs from image to image: 0 % for an encoder that
+has learnt to say the same of every image, whatever its half of the student does.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from iekd_hf import FactorEncoder, exploration_loss
+
+from ..features.tap import FeatureTap
+from ..training.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
+from .arguments import parse_arguments
+from .images.data import DataArguments, load_images
+from .images.run import build_processor
+from .packages import require
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AnalysisArguments:
+    """Say which models, and how many images."""
+
+    run: str = field(default="out", metadata={"help": "Folder of a finished run of IEKDTrainer."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "The run's teacher, a Hub id or a folder. Default: `_teacher` of the run."}
+    )
+    plain: str | None = field(
+        default=None,
+        metadata={"help": "The same student without a teacher. Default: `_plain_student` of the run, if it is there."},
+    )
+    paraphraser: str | None = field(
+        default=None,
+        metadata={"help": "Of a run that compared factors. Default: its `_paraphraser`, if it is there."},
+    )
+    output_dir: str = field(default="analysis", metadata={"help": "Where the pictures and numbers go."})
+    num_images: int = field(default=512, metadata={"help": "Images for CKA and active neurons."})
+    num_pictures: int = field(default=6, metadata={"help": "Images to draw the relevance on."})
+
+
+class Tapped(nn.Module):
+    """Pass a model's feature map through a module of its own, where captum can attribute."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[str] | None = None, channels: torch.Tensor | None = None):
+        super().__init__()
+        self.model, self.tap, self.channels = model.eval(), FeatureTap(model, layers), channels
+        self.tap.attach()
+        self.map = nn.Identity()
+        self.tap.modules[0].register_forward_hook(self._through)
+
+    def _through(self, module, args, output):
+        if isinstance(output, torch.Tensor):
+            return self.map(output)
+        output["last_hidden_state"] = self.map(output["last_hidden_state"])
+        return output
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the logits."""
+        return self.model(pixel_values=pixel_values).logits
+
+    @torch.no_grad()
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the map `(batch_size, channels, height, width)`, of the channels that count."""
+        (f,) = self.tap.run({"pixel_values": pixel_values})[1]
+        return f if self.channels is None else f.index_select(1, self.channels)
+
+    def relevance(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return Grad-CAM of the predicted class in [0, 1], at the images' size (N, H, W)."""
+        from captum.attr import LayerGradCam
+
+        grad_cam = LayerGradCam(self, self.map)
+        target = self(pixel_values).argmax(dim=1)
+        by_channel = grad_cam.attribute(pixel_values, target, attr_dim_summation=False).detach()
+        if self.channels is not None:
+            by_channel = by_channel.index_select(1, self.channels)
+        heat = by_channel.sum(dim=1, keepdim=True).relu()
+        heat = F.interpolate(heat, pixel_values.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        return heat / heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+
+
+def active_neurons(features: torch.Tensor, threshold: float = 0.1) -> dict[str, float]:
+    """
+    Count the neurons of a map that respond.
+
+    A neuron is one channel at one position. It is active on an image where its response is above a share of the
+    largest that any neuron of its map has on that image.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_images, channels, height, width)`):
+            Maps after a ReLU, so that a response is positive.
+        threshold (`float`, *optional*, defaults to 0.1):
+            That share.
+
+    Returns:
+        `dict[str, float]`: `active_share` of the neurons on an image, averaged over images; `active_channels`, the
+        share of channels that are active somewhere on at least a tenth of the images.
+
+    Example:
+
+    ```python
+    >>> features = torch.tensor([[0.0, 1.0], [0.0, 2.0]]).view(2, 2, 1, 1)
+    >>> active_neurons(features)
+    {'active_share': 0.5, 'active_channels': 0.5}
+
+    ```
+    """
+    active = features > threshold * features.amax(dim=(1, 2, 3), keepdim=True)
+    channels = active.flatten(2).any(dim=2).float().mean(dim=0) >= 0.1
+    return {"active_share": active.float().mean().item(), "active_channels": channels.float().mean().item()}
+
+
+def cka_matrix(features: dict[str, torch.Tensor]) -> np.ndarray:
+    """Compare maps (N, C, H, W) by linear CKA (Kornblith et al., 2019); each position of each image is a sample."""
+    size = tuple(min(f.shape[axis] for f in features.values()) for axis in (2, 3))
+    maps = [F.adaptive_avg_pool2d(f, size) for f in features.values()]
+    return np.array([[_cka(first, second) for second in maps] for first in maps])
+
+
+def _cka(first: torch.Tensor, second: torch.Tensor) -> float:
+    # The library's CKA wants factors of one width: zero channels change neither its value nor its centring.
+    width = max(first.shape[1], second.shape[1])
+    first, second = (F.pad(f, (0, 0, 0, 0, 0, width - f.shape[1])) for f in (first, second))
+    return exploration_loss(first, second, distance="cka").item()
+
+
+def varying_share(factors: torch.Tensor) -> float:
+    r"""
+    Measure which share of factors differs from image to image: 1 - \(\| E \hat F \|_2^2\).
+
+    Args:
+        factors (`torch.Tensor` of shape `(num_images, factor_channels, height, width)`):
+            Factors, of which the losses see but the direction \(\hat F\).
+
+    Returns:
+        `float`: 0 where all images have the same direction, at most 1.
+
+    Example:
+
+    ```python
+    >>> same, unrelated = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    >>> [round(varying_share(factors.view(2, 2, 1, 1)), 3) for factors in (same, unrelated)]
+    [0.0, 0.5]
+
+    ```
+    """
+    return 1 - F.normalize(factors.flatten(1), dim=1).mean(dim=0).square().sum().item()
+
+
+@torch.no_grad()
+def encode(run: str, paraphraser: str, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the factors of the teacher's map and of the halves, of a run that compared factors; else nothing."""
+    file = Path(run) / ENCODERS_FOLDER / ENCODERS_FILE
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    if metadata["knowledge"] != "factors":
+        return {}
+    compressor = load_paraphrasers(paraphraser, len(metadata["teacher_layers"].split(", ")))[0].eval()
+    factors, weights = {"teacher": compressor.encode(features["teacher"])}, load_file(file)
+    for half in ("inheritance", "exploration"):
+        prefix, name = f"{half}_encoders.0.", f"{half} half"
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        if own:
+            encoder = FactorEncoder(features[name].shape[1], compressor.factor_channels).eval()
+            encoder.load_state_dict(own)
+            factors[name] = encoder(features[name])
+    return factors
+
+
+def read_split(run: str) -> tuple[list[str], torch.Tensor, torch.Tensor, list[str]]:
+    """Return the layer that was split, the channels that inherit and explore, and the teacher's layer."""
+    file = Path(run) / ENCODERS_FOLDER / ENCODERS_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"Expected a finished run of IEKDTrainer in --run, got {run!r} without {ENCODERS_FOLDER}/{ENCODERS_FILE}: "
+            "give the output_dir of the run, after save_model()."
+        )
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+        halves = [opened.get_tensor(f"splits.0.{half}_indices") for half in ("inheritance", "exploration")]
+    return [metadata["student_layers"].split(", ")[0]], *halves, [metadata["teacher_layers"].split(", ")[0]]
+
+
+def load(name: str, role: str) -> PreTrainedModel:
+    """Load a classifier."""
+    try:
+        return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"Expected a model in {role}, got {name!r}, which cannot be loaded: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `iekd-hf analyze`, with the arguments of the command line by default."""
+    analysis, data_args = parse_arguments((AnalysisArguments, DataArguments), __doc__, "analyze", argv)
+    require("cli", "captum", "matplotlib", "sklearn")
+    from .report.analysis import draw_active, draw_cka, draw_relevance
+
+    logging.basicConfig(level=logging.WARNING)
+    run, out = Path(analysis.run), Path(analysis.output_dir)
+    student_layers, inherits, explores, teacher_layers = read_split(analysis.run)
+    student = load(analysis.run, "--run")
+    networks = {
+        "teacher": Tapped(load(analysis.teacher or str(run / "_teacher"), "--teacher"), teacher_layers),
+        "student": Tapped(student, student_layers),
+    }
+    for name, channels in (("inheritance half", inherits), ("exploration half", explores)):
+        if len(channels):
+            networks[name] = Tapped(load(analysis.run, "--run"), student_layers, channels)
+    plain = analysis.plain or (str(run / "_plain_student") if (run / "_plain_student").is_dir() else None)
+    if plain is not None:
+        networks["plain student"] = Tapped(load(plain, "--plain"), student_layers)
+
+    validation = load_images(data_args, seed=42)["validation"]
+    validation = validation.shuffle(seed=0).select(range(min(analysis.num_images, len(validation))))
+    images = [image.convert("RGB") for image in validation["image"]]
+    processor = build_processor(analysis.run, data_args.image_size, images[0])
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    features = {name: torch.cat([net.features(x) for x in pixels.split(128)]) for name, net in networks.items()}
+
+    out.mkdir(parents=True, exist_ok=True)
+    matrix = cka_matrix(features)
+    active = {name: active_neurons(f) for name, f in features.items()}
+    paraphraser = analysis.paraphraser or (str(run / "_paraphraser") if (run / "_paraphraser").is_dir() else None)
+    factors = encode(analysis.run, paraphraser, features) if paraphraser is not None else {}
+    varying = {name: varying_share(factor) for name, factor in factors.items()}
+    numbers = {
+        "images": len(images),
+        "cka": {a: {b: float(matrix[i, j]) for j, b in enumerate(features)} for i, a in enumerate(features)},
+        "active_neurons": active,
+        "varying_factors": varying,
+    }
+    (out / "analysis.json").write_text(json.dumps(numbers, indent=1))
+    draw_cka(matrix, list(features), out / "cka.png")
+    draw_active(active, out / "active_neurons.png")
+    few = pixels[: analysis.num_pictures]
+    draw_relevance(images, {name: net.relevance(few) for name, net in networks.items()}, out / "relevance.png")
+    width = max(map(len, features))
+    print(f"{'':{width}}  CKA with the teacher  active neurons  active channels  varying factors")
+    for i, name in enumerate(features):
+        shares = f"{active[name]['active_share']:14.1%}  {active[name]['active_channels']:15.1%}"
+        share = f"{varying[name]:15.1%}" if name in varying else f"{'-':>15}"
+        print(f"{name:{width}}  {matrix[i, 0]:20.3f}  {shares}  {share}")
+    print(f"\nPictures: {out}/cka.png {out}/active_neurons.png {out}/relevance.png   Numbers: {out}/analysis.json")
+
+
+if __name__ == "__main__":
+    main()

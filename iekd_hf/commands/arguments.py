@@ -1,0 +1,142 @@
+"""The arguments that the commands share, and how they are read."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import HfArgumentParser
+
+
+# The digits are small and learnt in a few epochs.
+DIGITS_EPOCHS = {"num_train_epochs": 6.0, "paraphraser_epochs": 4.0}
+OTHER_EPOCHS = 30.0
+
+
+@dataclass
+class ScriptArguments:
+    """Change the defaults of a trainer's arguments where a command wants others; all can be set."""
+
+    output_dir: str | None = field(default="out", metadata={"help": "Where the results and checkpoints go."})
+    do_train: bool = field(default=True, metadata={"help": "Train; otherwise measure the models as they are."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs. Default: 6 for the digits, otherwise 30."}
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size of each device."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Batch size of each device in evaluation."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate. Default: 0.1 for students from scratch, otherwise 0.01."}
+    )
+    optim: str = field(default="sgd", metadata={"help": "Optimizer, as in TrainingArguments; the papers use SGD."})
+    optim_args: str | None = field(
+        default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}
+    )
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in the papers, for none."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log the losses."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Pin the batches' memory, which serves a GPU only."}
+    )
+    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..., or none."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: transforms need the images."})
+    seed: int = field(default=42, metadata={"help": "Seed of everything."})
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of what is pushed, as the Hub names it (mit, ...). Default: the pretrained one's."},
+    )
+
+    # Epochs on the data that a command makes itself, and on all other data.
+    own_epochs = DIGITS_EPOCHS
+    other_epochs = OTHER_EPOCHS
+
+    def __post_init__(self):
+        # Which default holds is known when the data is.
+        self.undecided = [name for name in self.own_epochs if getattr(self, name, 0) is None]
+        for name in self.undecided:
+            setattr(self, name, self.other_epochs)
+        super().__post_init__()
+
+    def use_own_epochs(self) -> None:
+        """Take the epochs of a command's own data where none were given."""
+        for name in self.undecided:
+            setattr(self, name, self.own_epochs[name])
+
+
+@dataclass
+class ModelArguments:
+    """Say which teacher and which student, and where they come from."""
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher: a Hub id, a folder, or `cifar-resnet-<depth>`, which is trained on the data first. "
+            "Default: cifar-resnet-20."
+        },
+    )
+    student: str = field(
+        default="cifar-resnet-8",
+        metadata={"help": "Student: a Hub id, a folder, or `cifar-resnet-<depth>`, which starts from scratch."},
+    )
+    student_from_scratch: bool = field(
+        default=False, metadata={"help": "Take only the student's configuration from --student, not its weights."}
+    )
+    paraphraser: str | None = field(
+        default=None,
+        metadata={"help": "A trained paraphraser (Hub id or folder) of this teacher; leaves stage 1 out."},
+    )
+    teacher_epochs: float | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs to train the teacher on the data first. Default: num_train_epochs for a teacher without "
+            "weights, otherwise 0."
+        },
+    )
+    plain_student: bool = field(
+        default=True,
+        metadata={"help": "Also train the same student without a teacher, on the same schedule, to compare with."},
+    )
+    teacher_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the teacher's repository."}
+    )
+    student_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the student's repository."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type that saved weights are loaded in. `auto` takes that of the file; to train faster use --bf16 "
+            "instead, and --teacher_dtype for the teacher.",
+            "choices": ["float32", "bfloat16", "float16", "auto"],
+        },
+    )
+    token: str | None = field(
+        default=None,
+        metadata={"help": "Token for private repositories. Default: HF_TOKEN, or what `hf auth login` has stored."},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run model code that comes with a Hub model. Only for repositories you trust."},
+    )
+
+    def hub(self, role: str) -> dict:
+        """Return the keyword arguments of `from_pretrained` for the teacher or the student."""
+        revision = self.teacher_revision if role == "teacher" else self.student_revision
+        return {"revision": revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
+
+
+def parse_arguments(
+    kinds: tuple[type, ...], description: str | None, command: str = "", argv: Sequence[str] | None = None
+) -> tuple:
+    """Read flags, or one JSON or YAML file, by default from the command line of the process."""
+    prog = None if argv is None else f"iekd-hf {command}"
+    parser = HfArgumentParser(kinds, prog=prog, description=description)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if len(given) == 1 and given[0].endswith(".json"):
+        return parser.parse_json_file(given[0])
+    if len(given) == 1 and given[0].endswith((".yaml", ".yml")):
+        return parser.parse_yaml_file(given[0])
+    return parser.parse_args_into_dataclasses(given)

@@ -1,0 +1,218 @@
+"""Images with boxes: where they come from, what is checked, what is left out."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import datasets
+import PIL.Image
+
+from ..images.source import (
+    SourceArguments,
+    check_filled,
+    check_images,
+    find_column,
+    limit,
+    load_source,
+    rename_columns,
+)
+from .clean import clean
+from .shapes import make_shapes
+
+
+logger = logging.getLogger(__name__)
+
+# Images of shapes, where no others are given: for training, and for validation.
+_SHAPES = {"train": 1000, "validation": 200}
+
+
+@dataclass
+class DetectionDataArguments(SourceArguments):
+    """Say where images and boxes come from. With none of it, images of simple shapes are drawn."""
+
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of training images with a metadata.jsonl that holds `objects`."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Parquet file with images and `objects`."})
+    objects_column_name: str = field(
+        default="objects",
+        metadata={"help": "Column of the objects: `bbox` [x, y, width, height] in pixels, and `category`."},
+    )
+    image_size: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Height and width in pixels that images are resized to. Default: the pretrained student's way, or "
+            "else the first image's own size."
+        },
+    )
+    image_square_size: int | None = field(
+        default=None,
+        metadata={"help": "Resize the longer side to this many pixels and pad to a square, instead of --image_size."},
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Flip training images at random."})
+    scale_jitter: float | None = field(
+        default=None,
+        metadata={
+            "help": "Zoom training images in (a crop) or out (with a border) by up to this factor at random; 1 for "
+            "neither. Default: 1.5, but 1 for the shapes."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise ValueError(f"Expected image_size to be height and width, got {self.image_size}.")
+        if self.image_size is not None and self.image_square_size is not None:
+            raise ValueError("Expected image_size or image_square_size, got both: keep one.")
+        if self.scale_jitter is None:
+            self.scale_jitter = 1.5 if self.is_given else 1.0
+        if not self.scale_jitter >= 1:
+            raise ValueError(f"Expected scale_jitter of at least 1, got {self.scale_jitter}.")
+
+
+@dataclass
+class Annotated:
+    """Hold the images of a split beside their checked objects, row for row."""
+
+    images: datasets.Dataset  # the column `image`
+    objects: datasets.Dataset  # `boxes` [x, y, width, height] inside of the image, `labels`, `area`, `iscrowd`
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, indices: list[int]) -> "Annotated":
+        """Return some rows as a split of their own."""
+        return Annotated(self.images.select(indices), self.objects.select(indices))
+
+    def rows(self, indices: list[int]) -> Iterator[tuple[int, PIL.Image.Image, dict[str, list]]]:
+        """Yield the index, the image in RGB and the objects of some rows."""
+        images = self.images[indices]["image"]
+        for index, image, objects in zip(indices, images, self.truth(indices), strict=True):
+            yield index, image.convert("RGB"), objects
+
+    def truth(self, indices: list[int]) -> list[dict[str, list]]:
+        """Return the objects of some rows."""
+        columns = self.objects[indices]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def load_annotated(args: DetectionDataArguments, seed: int) -> tuple[dict[str, Annotated], list[str]]:
+    """Load the splits and the names of the classes; boxes are clipped, those without area left out and counted."""
+    if args.is_given:
+        splits = load_source(args)
+    else:
+        splits = datasets.DatasetDict({name: make_shapes(n, seed=i) for i, (name, n) in enumerate(_SHAPES.items())})
+    for name, split in splits.items():
+        image = find_column(split, name, "image", args.image_column_name, datasets.Image)
+        fields_of(split, name, args.objects_column_name)
+        splits[name] = rename_columns(split, {image: "image", args.objects_column_name: "objects"})
+    check_filled(splits)
+    if "validation" not in splits:
+        parts = splits["train"].train_test_split(args.train_val_split, seed=seed)
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    limit(splits, args, seed)
+    names = _class_names(splits["train"])
+    annotated, remarks = {}, []
+    for name, split in splits.items():
+        sizes = check_images(split, name)
+        objects, remark = clean(list(_objects(split)), sizes, name)
+        remarks += [remark] if remark else []
+        categories = _codes(objects, fields_of(split, name, "objects")["category"], names, name)
+        if name != "test" and not any(len(image["bbox"]) for image in objects):
+            raise ValueError(f"Expected boxes in the {name} split, got none in {len(objects)} images: check its file.")
+        columns = {
+            "boxes": [image["bbox"] for image in objects],
+            "labels": categories,
+            "area": [image["area"] for image in objects],
+            "iscrowd": [image["iscrowd"] for image in objects],
+        }
+        annotated[name] = Annotated(split.select_columns("image"), datasets.Dataset.from_dict(columns, _FEATURES))
+    if remarks:
+        logger.warning("Boxes that do not fit their image: %s.", "; ".join(remarks))
+    return annotated, names
+
+
+_FEATURES = datasets.Features(
+    {
+        "boxes": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
+        "labels": datasets.List(datasets.Value("int64")),
+        "area": datasets.List(datasets.Value("float32")),
+        "iscrowd": datasets.List(datasets.Value("int64")),
+    }
+)
+
+
+def fields_of(split: datasets.Dataset, name: str, column: str) -> dict:
+    """
+    Return the features of an image's objects, as `{"bbox": ..., "category": ...}`.
+
+    Args:
+        split (`datasets.Dataset`), name (`str`):
+            A split, and what it is called.
+        column (`str`):
+            The column of the objects: lists by field, or a list with a dictionary for each object.
+
+    Raises:
+        `ValueError`: annotations of another form.
+
+    Example:
+
+    ```python
+    >>> from iekd_hf.commands.boxes.data import fields_of
+    >>> from iekd_hf.commands.boxes.shapes import make_shapes
+    >>> fields_of(make_shapes(1, seed=0), "train", "objects")["category"].names
+    ['circle', 'square', 'triangle', 'cross']
+
+    ```
+    """
+    feature = split.features.get(column)
+    fields = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+    if not isinstance(fields, dict) or not {"bbox", "category"} <= fields.keys():
+        has = f"the fields {', '.join(fields)}" if isinstance(fields, dict) else f"{fields}"
+        got = has if column in split.features else f"the columns {', '.join(split.column_names)}"
+        raise ValueError(
+            f"Expected a column {column!r} in the {name} split, with `bbox` [x, y, width, height] in pixels and "
+            f"`category` of each object, got {got}: bring the annotations into that form, or name their column with "
+            "--objects_column_name."
+        )
+    if fields is feature:  # lists by field: what is in them
+        fields = {key: getattr(value, "feature", value) for key, value in fields.items()}
+    return fields
+
+
+def _objects(split: datasets.Dataset) -> Iterator[dict[str, list]]:
+    """Yield each image's objects as lists by field, empty where it has none."""
+    for example in split.select_columns("objects"):
+        objects = example["objects"] or []
+        if not isinstance(objects, dict):
+            objects = {key: [entry[key] for entry in objects] for key in (objects[0] if objects else ())}
+        yield {"bbox": [], "category": [], **{key: values for key, values in objects.items() if values is not None}}
+
+
+def _class_names(split: datasets.Dataset) -> list[str]:
+    kind = fields_of(split, "train", "objects")["category"]
+    if isinstance(kind, datasets.ClassLabel):
+        return kind.names
+    values = {value for image in _objects(split) for value in image["category"]}
+    if all(isinstance(value, int) for value in values):
+        return [str(code) for code in range(max(values, default=0) + 1)]
+    return sorted(map(str, values))
+
+
+def _codes(objects: list[dict], kind, names: list[str], name: str) -> list[list[int]]:
+    """Return the categories as indices of the training split's names."""
+    own = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    index = {label: code for code, label in enumerate(names)}
+    codes = []
+    for row, image in enumerate(objects):
+        for value in image["category"]:
+            label = value if own is None else own[value] if 0 <= value < len(own) else None
+            if str(label) not in index:
+                raise ValueError(
+                    f"Expected categories of the {name} split among the training split's {len(names)} classes, got "
+                    f"{value if label is None else label!r} in row {row}: mend it, or train on images of that class "
+                    "too."
+                )
+        labels = image["category"] if own is None else [own[value] for value in image["category"]]
+        codes.append([index[str(label)] for label in labels])
+    return codes

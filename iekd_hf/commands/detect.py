@@ -1,0 +1,181 @@
+"""
+Distil an object detector by inheritance and exploration.
+
+    iekd-hf detect \
+        --teacher PekingU/rtdetr_r50vd --student PekingU/rtdetr_r18vd \
+        --dataset_name rishitdagli/cppe-5 --output_dir out --push_to_hub
+
+Without a data set it draws images of simple shapes, without a teacher it first trains one: no network is needed.
+Images come with their objects: `bbox` [x, y, width, height] in pixels and `category`, as COCO has them. All arguments
+can also stand in one JSON or YAML file: iekd-hf detect recipe.yaml
+
+On several GPUs: accelerate launch -m iekd_hf.commands.detect, with the same arguments
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from iekd_hf import IEKDTrainingArguments
+
+from ..arguments import METHODS
+from ..features.layers import is_detector
+from ..models.loading import find_processor, load_model
+from ..training.base_trainer import DistillationTrainer
+from .arguments import ModelArguments, parse_arguments
+from .boxes.data import DetectionDataArguments
+from .boxes.run import PICTURE, DetectionRun, DetectionScriptArguments, build_detector
+from .boxes.tiny_detectors import is_tiny
+from .packages import require
+from .report.table import Result, detection_table
+from .run import Compared
+
+
+RESULTS = "results.json"
+
+
+@dataclass
+class DetectorArguments(ModelArguments):
+    """Say which detectors."""
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher: a Hub id, a folder, or `tiny-rt-detr-<width>`, which is trained on the data first. A "
+            "classifier can teach a detector's backbone, too. Default: tiny-rt-detr-32."
+        },
+    )
+    student: str = field(
+        default="tiny-rt-detr-8",
+        metadata={"help": "Student: a Hub id, a folder, or `tiny-rt-detr-<width>`, which starts from scratch."},
+    )
+
+
+@dataclass
+class RunArguments(DetectionScriptArguments, IEKDTrainingArguments):
+    """Add the arguments of distillation to those that the commands share."""
+
+    method: str = field(
+        default="ie-ft",
+        metadata={
+            "help": "What is distilled, see the README: plain, ft, at, od, ie-ft, ie-at, ie-od, inheritance or "
+            "exploration.",
+            "choices": [name for name in METHODS if "kd" not in name],
+        },
+    )
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation images."})
+    do_predict: bool = field(
+        default=False,
+        metadata={
+            "help": "Write predictions.json, in COCO's form, for the test split, or else for the validation images."
+        },
+    )
+    paraphraser_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of stage 1. Default: 5 for the shapes, otherwise 50."}
+    )
+    picture_images: int = field(default=6, metadata={"help": "How many validation images the picture shows."})
+    picture_threshold: float = field(default=0.4, metadata={"help": "Least score of the boxes in the picture."})
+
+
+def write_results(results: list[Result], args: RunArguments) -> None:
+    """Write what was measured of each model, so that runs of several seeds can be put together."""
+    content = {
+        result.name: {
+            "parameters": result.parameters,
+            "metrics": result.metrics,
+            "seconds": result.seconds,
+            "images_per_second": None if result.latency is None else 1000 / result.latency,
+        }
+        for result in results
+    }
+    settings = ("seed", "method", "lambda_inh", "lambda_exp", "num_train_epochs", "learning_rate")
+    content = {"settings": {name: getattr(args, name) for name in settings}, "models": content}
+    Path(args.output_dir, RESULTS).write_text(json.dumps(content, indent=2) + "\n")
+
+
+class DetectRun(DetectionRun):
+    """Distil a detector, and compare it with its teacher and with the same student without one."""
+
+    def get_teacher(self, model_args: DetectorArguments) -> Compared:
+        """Load the teacher, or build and train it, and measure it where it detects the data's classes."""
+        name, epochs = model_args.teacher or "tiny-rt-detr-32", model_args.teacher_epochs
+        hub, dtype = model_args.hub("teacher"), model_args.dtype
+        if epochs is None:
+            epochs = self.args.num_train_epochs if is_tiny(name) else 0
+        processor = None
+        if is_tiny(name) or epochs > 0:
+            teacher = build_detector(name, "--teacher", self.names, self.most_objects, False, dtype=dtype, **hub)
+        else:  # its features teach, whatever its head is for
+            teacher = load_model(name, "--teacher", dtype=dtype, **hub)
+            processor = find_processor(name, **hub)
+        result = self.train_teacher(teacher, epochs)
+        if self.args.do_eval and is_detector(teacher) and teacher.config.id2label == dict(enumerate(self.names)):
+            result.metrics = self.evaluate(teacher, processor)
+        return Compared(result, teacher, processor)
+
+    def measure_student(self, trainer: DistillationTrainer, result: Result) -> dict[str, float]:
+        """Save and return COCO's metrics, which are the row's, too."""
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        result.metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        return metrics
+
+    def predict(self, trainer: DistillationTrainer, student: PreTrainedModel) -> None:
+        """Write predictions.json."""
+        if not trainer.is_world_process_zero():
+            return
+        split = self.splits.get("test", self.splits["validation"])
+        predictions = [
+            {"image_id": row, "category": self.names[label], "bbox": box, "score": score}
+            for row, found in enumerate(self.detect(student, split))
+            for box, label, score in zip(found["boxes"], found["labels"], found["scores"], strict=True)
+        ]
+        Path(self.args.output_dir, "predictions.json").write_text(json.dumps(predictions))
+
+    def report(self, compared: list[Compared]) -> None:
+        """Write results.json, print the table, and draw what the students find."""
+        results = [row.result for row in compared]
+        write_results(results, self.args)
+        print("\n" + detection_table(results) + "\n")
+        if self.args.do_eval:
+            print("mAP: COCO's, in percent; images/s: one image at a time, CPU, 1 thread, float32, median")
+            picture = os.path.join(self.args.output_dir, PICTURE)
+            students = {row.result.name: row.model for row in compared if row.result.name != "teacher"}
+            self.draw_samples(students, picture)
+            print(f"Student: {self.args.output_dir}   Picture: {picture}")
+
+    def draw_samples(self, models: dict[str, PreTrainedModel], path: str) -> None:
+        """Draw what the models find in some validation images."""
+        from .report.detections import draw_detections
+
+        split, count = self.splits["validation"], min(self.args.picture_images, len(self.splits["validation"]))
+        sample = split.select([index * len(split) // count for index in range(count)])
+        images = [image for _, image, _ in sample.rows(range(count))]
+        threshold = self.args.picture_threshold
+        found = {name: list(self.detect(model, sample, threshold=threshold)) for name, model in models.items()}
+        draw_detections(images, sample.truth(range(count)), found, self.names, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `iekd-hf detect`, with the arguments of the command line by default."""
+    kinds = (DetectorArguments, DetectionDataArguments, RunArguments)
+    model_args, data_args, args = parse_arguments(kinds, __doc__, "detect", argv)
+    require("cli", "matplotlib", "pycocotools")
+    run = DetectRun(data_args, args)
+    from_scratch = model_args.student_from_scratch or is_tiny(model_args.student)
+    hub = model_args.hub("student")
+    student = build_detector(
+        model_args.student, "--student", run.names, run.most_objects, from_scratch, dtype=model_args.dtype, **hub
+    )
+    run.prepare_images(model_args.student, **hub)
+    run.check_size(student)
+    run.ask_the_hub(student)
+    run.distil(student, model_args)
+
+
+if __name__ == "__main__":
+    main()

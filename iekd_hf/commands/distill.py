@@ -1,0 +1,151 @@
+"""
+Distil an image classifier by inheritance and exploration.
+
+    iekd-hf distill \
+        --teacher microsoft/resnet-50 --student microsoft/resnet-18 \
+        --dataset_name uoft-cs/cifar10 --output_dir out --push_to_hub
+
+Without a data set it uses scikit-learn's handwritten digits, without a teacher it first trains one: no network is
+needed. All arguments can also stand in one JSON or YAML file: iekd-hf distill recipe.yaml
+
+On several GPUs: accelerate launch -m iekd_hf.commands.distill, with the same arguments
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+
+from iekd_hf import IEKDTrainingArguments
+
+from ..arguments import METHODS
+from ..models.loading import explain_unreachable, find_processor
+from ..training.base_trainer import DistillationTrainer
+from .arguments import ModelArguments, ScriptArguments, parse_arguments
+from .images.data import DataArguments
+from .images.run import PICTURE, ImageRun, build_model, is_shorthand
+from .packages import require
+from .report.table import Result, table
+from .run import Compared
+
+
+@dataclass
+class RunArguments(ScriptArguments, IEKDTrainingArguments):
+    """Add the arguments of distillation to those that the commands share."""
+
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is distilled, see the README: plain, kd, ft, at, od, ie-ft, ie-at, ie-od, inheritance, "
+            "exploration, with or without +kd. Default: ie-ft+kd where the teacher knows the data's classes, else "
+            "ie-ft.",
+            "choices": list(METHODS),
+        },
+    )
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation images."})
+    do_predict: bool = field(
+        default=False,
+        metadata={"help": "Write predictions.csv for the test split, or else for the validation images."},
+    )
+    paraphraser_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of stage 1. Default: 4 for the digits, otherwise 30."}
+    )
+
+    def __post_init__(self):
+        self.chooses_method = self.method is None and self.lambda_kd is None
+        self.method = self.method or "ie-ft"
+        super().__post_init__()
+
+    def choose_method(self, teacher_knows_classes: bool) -> None:
+        """Add the logit term where no method was given and the teacher knows the classes."""
+        if self.chooses_method and teacher_knows_classes:
+            self.method, self.lambda_kd = "ie-ft+kd", METHODS["ie-ft+kd"]["lambda_kd"]
+
+
+def has_classes(name: str, names: list[str], **hub) -> bool:
+    """Tell whether a saved model, the one of `--teacher`, has just these classes."""
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError) as error:
+        raise ValueError(explain_unreachable(name, "--teacher", error)) from error
+    return config.id2label == dict(enumerate(names))
+
+
+class DistillRun(ImageRun):
+    """Distil an image classifier, and compare it with its teacher and with the same student without one."""
+
+    def get_teacher(self, model_args: ModelArguments) -> Compared:
+        """Load the teacher, or build and train it, and measure it where it knows the data's classes."""
+        name, epochs = model_args.teacher or "cifar-resnet-20", model_args.teacher_epochs
+        hub, dtype = model_args.hub("teacher"), model_args.dtype
+        if epochs is None:
+            epochs = self.args.num_train_epochs if is_shorthand(name) else 0
+        own_classes = is_shorthand(name) or epochs > 0 or has_classes(name, self.names, **hub)
+        if own_classes:
+            teacher = build_model(name, "--teacher", self.names, False, dtype=dtype, **hub)
+        else:  # its features teach, its head is for other classes
+            teacher = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, dtype=dtype, **hub)
+        processor = None if is_shorthand(name) or epochs > 0 else find_processor(name, **hub)
+        self.args.choose_method(own_classes)
+        result = self.train_teacher(teacher, epochs)
+        if own_classes and self.args.do_eval:
+            result.metrics = self.evaluate(teacher, processor)
+        return Compared(result, teacher, processor)
+
+    def measure_student(self, trainer: DistillationTrainer, result: Result) -> dict[str, float]:
+        """Save the metrics with the accuracy of each class, which are the row's, and return those without."""
+        prediction = trainer.predict(self.images["validation"], metric_key_prefix="eval")
+        result.metrics = self.metric.compute(
+            predictions=prediction.predictions, references=prediction.label_ids, class_names=self.names
+        )
+        per_class = {f"eval_{name}": value for name, value in result.metrics.items()}
+        trainer.save_metrics("eval", {**prediction.metrics, **per_class})
+        return prediction.metrics
+
+    def predict(self, trainer: DistillationTrainer, student: PreTrainedModel) -> None:
+        """Write predictions.csv."""
+        split = self.images.get("test", self.images["validation"])
+        classes = trainer.predict(split, metric_key_prefix="predict").predictions.argmax(axis=1)
+        if trainer.is_world_process_zero():
+            lines = [f"{row},{self.names[index]}" for row, index in enumerate(classes)]
+            Path(self.args.output_dir, "predictions.csv").write_text("\n".join(["row,label", *lines, ""]))
+
+    def report(self, compared: list[Compared]) -> None:
+        """Print the table of what was trained or measured, and draw the course of the training."""
+        if not (self.args.do_train or self.args.do_eval):
+            return
+        results = [row.result for row in compared]
+        print("\n" + table(results) + "\n")
+        if self.args.do_eval:
+            print("latency: one image, CPU, 1 thread, float32, median")
+        if self.args.do_train:
+            from .report.curves import draw
+
+            picture = os.path.join(self.args.output_dir, PICTURE)
+            draw(results, picture)
+            print(f"Student: {self.args.output_dir}   Picture: {picture}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `iekd-hf distill`, with the arguments of the command line by default."""
+    kinds = (ModelArguments, DataArguments, RunArguments)
+    model_args, data_args, args = parse_arguments(kinds, __doc__, "distill", argv)
+    require("cli", "kornia", "matplotlib", "sklearn")
+    run = DistillRun(data_args, args)
+    if args.cache_teacher and not data_args.decode_once:
+        raise ValueError(
+            "Expected images of one size with --cache_teacher, got several: add --decode_once true, which brings them "
+            "to one, or leave --cache_teacher out."
+        )
+    from_scratch = model_args.student_from_scratch or is_shorthand(model_args.student)
+    hub = model_args.hub("student")
+    student = build_model(model_args.student, "--student", run.names, from_scratch, dtype=model_args.dtype, **hub)
+    run.prepare_images(model_args.student, from_scratch, **hub)
+    run.ask_the_hub(student)
+    run.distil(student, model_args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""
+Export a saved classifier to ONNX, and compare both runtimes on the CPU.
+
+    iekd-hf export --model out --output student.onnx
+
+The file takes `pixel_values` of any batch size, as the model's image processor makes them, and gives `logits`. It is
+written only if its logits are the model's own.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from ..models.loading import explain_unreachable
+from .arguments import parse_arguments
+from .packages import require
+from .report.latency import median_milliseconds
+
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+# Relative to the largest logit; float32 arithmetic in another order differs by about 1e-6.
+TOLERANCE = 1e-4
+
+
+@dataclass
+class ExportArguments:
+    """Say what to export, and where to."""
+
+    model: str = field(metadata={"help": "The student: a folder that save_model() has written, or a Hub id."})
+    output: str = field(default="student.onnx", metadata={"help": "The file to write."})
+    threads: int = field(default=1, metadata={"help": "Threads of both runtimes while they are timed."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run model code that comes with a Hub model. Only for repositories you trust."},
+    )
+
+
+class Logits(nn.Module):
+    """Give a classifier's logits as the one output of a graph."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return logits of shape `(batch_size, num_labels)`."""
+        return self.model(pixel_values=pixel_values).logits
+
+
+def load(args: ExportArguments) -> tuple[PreTrainedModel, torch.Tensor]:
+    """Return the model in float32 and eval mode, and the processed pixels of one picture."""
+    trust = {"trust_remote_code": args.trust_remote_code}
+    try:
+        model = AutoModelForImageClassification.from_pretrained(args.model, use_safetensors=True, **trust)
+        processor = AutoImageProcessor.from_pretrained(args.model, **trust)
+    except OSError as error:
+        raise ValueError(explain_unreachable(args.model, "--model", error)) from error
+    picture = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    pixels = processor(PIL.Image.fromarray(picture), return_tensors="pt")["pixel_values"]
+    return model.float().eval(), pixels
+
+
+def export(model: PreTrainedModel, pixels: torch.Tensor, path: str) -> None:
+    """Write a model as ONNX for any batch size, with its labels in the file's metadata."""
+    program = torch.onnx.export(
+        Logits(model).eval(),
+        (pixels.repeat(2, 1, 1, 1),),  # a size of 1 would be taken as fixed
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch_size")}},
+        dynamo=True,
+        verbose=False,
+    )
+    program.model.metadata_props["id2label"] = json.dumps(model.config.id2label)
+    program.save(path)
+
+
+def compare(model: PreTrainedModel, pixels: torch.Tensor, session: "onnxruntime.InferenceSession") -> float:
+    """Return the largest difference of two logits in batches of several sizes; refuse more than rounding explains."""
+    generator, differences, largest = torch.Generator().manual_seed(0), [], 0.0
+    for batch_size in (1, 3, 8):
+        noise = torch.randn(batch_size, *pixels.shape[1:], generator=generator)
+        with torch.inference_mode():
+            expected = model(pixel_values=pixels + noise).logits.numpy()
+        (got,) = session.run(["logits"], {"pixel_values": (pixels + noise).numpy()})
+        differences.append(float(np.abs(got - expected).max()))
+        largest = max(largest, float(np.abs(expected).max()))
+    if not max(differences) <= TOLERANCE * largest:
+        raise ValueError(
+            f"Expected onnxruntime to give the model's logits, up to {largest:.3g} in size, got a difference of "
+            f"{max(differences):.3g}: the export of this architecture is wrong, do not use it."
+        )
+    return max(differences)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `iekd-hf export`, with the arguments of the command line by default."""
+    (args,) = parse_arguments((ExportArguments,), __doc__, "export", argv)
+    require("onnx", "onnx", "onnxruntime", "onnxscript")
+    import onnxruntime
+
+    model, pixels = load(args)
+    unchecked = f"{args.output}.part"
+    try:
+        export(model, pixels, unchecked)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = args.threads
+        session = onnxruntime.InferenceSession(unchecked, options, providers=["CPUExecutionProvider"])
+        difference = compare(model, pixels, session)
+        os.replace(unchecked, args.output)
+    finally:
+        if os.path.exists(unchecked):
+            os.remove(unchecked)
+
+    with torch.inference_mode():
+        in_torch = median_milliseconds(lambda x: model(pixel_values=x), pixels, threads=args.threads)
+    in_onnxruntime = median_milliseconds(lambda x: session.run(None, {"pixel_values": x}), pixels.numpy())
+    size = os.path.getsize(args.output) / 2**20
+    _, channels, height, width = pixels.shape
+    print(f"{args.output}: {size:.1f} MiB, pixel_values (batch_size, {channels}, {height}, {width}) -> logits")
+    print(f"largest difference of two logits: {difference:.1e}")
+    threads = "1 thread" if args.threads == 1 else f"{args.threads} threads"
+    print(f"one image on the CPU, {threads}, median: torch {in_torch:.2f} ms, onnxruntime {in_onnxruntime:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

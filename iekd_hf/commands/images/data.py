@@ -1,0 +1,117 @@
+"""Images and labels for classification: where they come from, and what is checked."""
+
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+import PIL.Image
+
+from .source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Say where the images come from. With none of it, scikit-learn's handwritten digits are used."""
+
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images for each class."})
+    train_file: str | None = field(default=None, metadata={"help": "Parquet file with images and labels."})
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the labels. Default: the one that holds class labels, or `label`."}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Height and width in pixels. Default: the pretrained student's, or the first image's own."},
+    )
+    augmentation: str = field(
+        default="auto",
+        metadata={
+            "help": "Crop of training images: padded by an eighth, reflected (`crop`), a random part resized "
+            "(`resized_crop`), `none`, or `crop` up to 64 pixels and `resized_crop` above (`auto`).",
+            "choices": ["auto", "crop", "resized_crop", "none"],
+        },
+    )
+    horizontal_flip: bool | None = field(
+        default=None, metadata={"help": "Flip training images at random. Default: yes, but not for the digits."}
+    )
+    decode_once: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Decode all images before training and augment whole batches on the training device; images of "
+            "several sizes are brought to one. Default: where all images have one size."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.uses_digits = not self.is_given
+        self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
+        if self.horizontal_flip is None:
+            self.horizontal_flip = not self.uses_digits
+
+
+def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
+    """Load `train`, `validation` and perhaps `test`, with the columns `image` and `label`, a `ClassLabel`."""
+    splits = datasets.DatasetDict({"train": _digits()}) if args.uses_digits else load_source(args)
+    if args.uses_digits:
+        args.image_size = args.image_size or 16  # 8x8 scans leave no room for three stages
+    splits = datasets.DatasetDict({name: _rename_columns(split, args, name) for name, split in splits.items()})
+    check_filled(splits)
+    if "validation" not in splits:
+        try:
+            parts = splits["train"].train_test_split(args.train_val_split, seed=seed, stratify_by_column="label")
+        except ValueError:  # no class labels yet, or too few images to hold every class twice
+            parts = splits["train"].train_test_split(args.train_val_split, seed=seed)
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    splits = _unify_labels(splits)
+    limit(splits, args, seed)
+    args.sizes = set().union(*(check_images(split, name) for name, split in splits.items()))
+    if args.decode_once is None:
+        args.decode_once = len(args.sizes) == 1
+    return splits
+
+
+def _digits() -> datasets.Dataset:
+    """Return scikit-learn's 1,797 handwritten digits: real scans of 8x8 pixels that come with the package."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [PIL.Image.fromarray((scan * 255 / 16).astype(np.uint8)) for scan in digits.images]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(n) for n in range(10)])}
+    )
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target}, features=features)
+
+
+def _rename_columns(split: datasets.Dataset, args: DataArguments, name: str) -> datasets.Dataset:
+    """Keep the image and the label column, under the names `image` and `label`."""
+    image = find_column(split, name, "image", args.image_column_name, datasets.Image)
+    label = find_column(split, name, "label", args.label_column_name, datasets.ClassLabel)
+    return rename_columns(split, {image: "image", label: "label"})
+
+
+def _unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Make `label` one `ClassLabel` over all splits."""
+    feature = splits["train"].features["label"]
+    if not isinstance(feature, datasets.ClassLabel):
+        values = splits["train"].unique("label")
+        if all(isinstance(value, int) for value in values):
+            feature = datasets.ClassLabel(names=[str(i) for i in range(max(values) + 1)])
+        else:
+            feature = datasets.ClassLabel(names=sorted(str(value) for value in values))
+    for name, split in splits.items():
+        own = split.features["label"]
+        if isinstance(own, datasets.ClassLabel) and own.names == feature.names:
+            continue
+        strings = {
+            value: own.int2str(value) if isinstance(own, datasets.ClassLabel) else str(value)
+            for value in split.unique("label")
+        }
+        unknown = sorted(set(strings.values()) - set(feature.names))
+        if unknown:
+            raise ValueError(
+                f"Expected labels of the {name} split among the training split's {feature.num_classes} classes, got "
+                f"{', '.join(unknown[:5])}: mend the labels, or train on images of those classes too."
+            )
+        codes = [feature.str2int(strings[value]) for value in split["label"]]
+        splits[name] = split.remove_columns("label").add_column("label", codes).cast_column("label", feature)
+    return splits

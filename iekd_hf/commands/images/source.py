@@ -1,0 +1,184 @@
+"""Where a command's images come from: the Hub, files or folders; every image is looked at before training."""
+
+import io
+import os
+from dataclasses import dataclass, field
+
+import datasets
+import PIL.ExifTags
+import PIL.Image
+from tqdm.auto import tqdm
+
+
+# Orientations of EXIF at which a camera has been held upright.
+_TURNED = (5, 6, 7, 8)
+
+
+@dataclass
+class SourceArguments:
+    """Say where the images come from, whatever they are for."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a folder of one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with the training images."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, for validation."})
+    train_file: str | None = field(default=None, metadata={"help": "Parquet file with the training images."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, for validation."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the images. Default: the one that holds images."}
+    )
+    train_val_split: float = field(
+        default=0.15,
+        metadata={"help": "Share of the training split to validate on, where there is no validation split."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many validation images only."})
+
+    def __post_init__(self):
+        sources = [name for name in ("dataset_name", "train_dir", "train_file") if getattr(self, name) is not None]
+        if len(sources) > 1:
+            raise ValueError(f"Expected one source of training images, got {' and '.join(sources)}: keep one.")
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"Expected train_val_split within (0, 1), got {self.train_val_split}.")
+        self.is_given = bool(sources)
+
+
+def load_source(args: SourceArguments) -> datasets.DatasetDict:
+    """Load `train` and whichever other splits the arguments name."""
+    try:
+        if args.dataset_name is not None:
+            return datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        kind = "parquet" if args.train_file else "imagefolder"
+        files = {"train": args.train_file or args.train_dir, "validation": args.validation_file or args.validation_dir}
+        for name, path in files.items():
+            if path is not None and not os.path.exists(path):
+                raise ValueError(f"Expected a file or folder of {name} images, got {path!r}, which does not exist.")
+        if kind == "imagefolder":
+            files = {name: os.path.join(path, "**") for name, path in files.items() if path}
+        # Split by split: loaded together, all would get the class names of the first.
+        return datasets.DatasetDict(
+            {
+                name: datasets.load_dataset(kind, data_files={name: path}, split=name)
+                for name, path in files.items()
+                if path
+            }
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(
+                "Expected images in the train split, got an empty one: check its file or folder."
+            ) from error
+        if isinstance(error, ValueError):
+            raise
+        name = args.dataset_name or args.train_file or args.train_dir
+        raise ValueError(
+            f"Expected a data set on the Hub or on disk, got {name!r}, which cannot be had ({error}). Without a "
+            "network, give --train_file (parquet) or --train_dir (folders of images), or fill the cache "
+            "(HF_DATASETS_CACHE) on a machine that has one and set HF_HUB_OFFLINE=1."
+        ) from error
+
+
+def find_column(split: datasets.Dataset, name: str, role: str, given: str | None, kind: type | None = None) -> str:
+    """
+    Find a column by the name that was given, by its type, or by the name of its role.
+
+    Args:
+        split (`datasets.Dataset`), name (`str`):
+            A split, and what it is called.
+        role (`str`):
+            What the column holds: `"image"`. It is given as `--<role>_column_name`.
+        given (`str`, *optional*):
+            The name that was given.
+        kind (`type`, *optional*):
+            The type of its feature.
+
+    Returns:
+        `str`
+
+    Raises:
+        `ValueError`: there is none.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from iekd_hf.commands.images.source import find_column
+    >>> features = datasets.Features({"img": datasets.Image(), "fine": datasets.Value("int64")})
+    >>> split = datasets.Dataset.from_dict({"img": [], "fine": []}, features=features)
+    >>> find_column(split, "train", "image", None, datasets.Image)
+    'img'
+
+    ```
+    """
+    by_type = [column for column, feature in split.features.items() if kind and isinstance(feature, kind)]
+    candidates = [given] if given else [*by_type, role]
+    column = next((column for column in candidates if column in split.column_names), None)
+    if column is None:
+        raise ValueError(
+            f"Expected a column of {role}s in the {name} split, got the columns {', '.join(split.column_names)}"
+            + (f", not {given!r}" if given else "")
+            + f": name it with --{role}_column_name."
+        )
+    return column
+
+
+def rename_columns(split: datasets.Dataset, roles: dict[str, str]) -> datasets.Dataset:
+    """
+    Keep some columns under the names of their roles, the one called `image` as images.
+
+    Args:
+        split (`datasets.Dataset`):
+            A split.
+        roles (`dict[str, str]`):
+            The role of each column that is kept.
+
+    Returns:
+        `datasets.Dataset`
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from iekd_hf.commands.images.source import rename_columns
+    >>> split = datasets.Dataset.from_dict({"path": ["a.png"], "id": [0], "fine": [3]})
+    >>> rename_columns(split, {"path": "image", "fine": "label"}).features["image"]
+    Image(mode=None, decode=True)
+
+    ```
+    """
+    split = split.select_columns(list(roles)).rename_columns({c: role for c, role in roles.items() if c != role})
+    as_image = isinstance(split.features["image"], datasets.Image)
+    return split if as_image else split.cast_column("image", datasets.Image())
+
+
+def check_filled(splits: datasets.DatasetDict) -> None:
+    """Refuse a split without rows."""
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise ValueError(f"Expected images in the {name} split, got an empty one: check its file or folder.")
+
+
+def limit(splits: datasets.DatasetDict, args: SourceArguments, seed: int) -> None:
+    """Shorten the splits, in place, to as many images as the arguments allow."""
+    for name, most in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
+        if most is not None and most < len(splits[name]):
+            splits[name] = splits[name].shuffle(seed=seed).select(range(most))
+
+
+def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
+    """Return every image's (height, width); a file that is no image is named now, not in the middle of an epoch."""
+    sizes = []
+    raw = split.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    for row, example in enumerate(tqdm(raw, desc=f"Checking {name} images", leave=False)):
+        image = example["image"]
+        try:
+            with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+                turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) in _TURNED
+                sizes.append((opened.width, opened.height) if turned else (opened.height, opened.width))
+        except (OSError, TypeError, AttributeError, ValueError) as error:
+            where = f" ({os.path.basename(image['path'])})" if image and image.get("path") else ""
+            raise ValueError(
+                f"Expected an image in row {row} of the {name} split{where}, got something that cannot be read as one "
+                f"({type(error).__name__}): replace or remove it."
+            ) from error
+    return sizes

@@ -1,0 +1,142 @@
+"""
+Let image classifiers teach each other while they learn: IE-DML, beside DML and beside each of them alone.
+
+    iekd-hf mutual \
+        --peers cifar-resnet-32 cifar-resnet-20 --dataset_name uoft-cs/cifar10 --output_dir mutual --push_to_hub
+
+Without a data set it uses scikit-learn's handwritten digits: no network is needed. All arguments can also stand in one
+JSON or YAML file: iekd-hf mutual recipe.yaml
+
+On several GPUs: accelerate launch -m iekd_hf.commands.mutual, with the same arguments
+"""
+
+import copy
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from iekd_hf import MutualTrainer, MutualTrainingArguments
+
+from .arguments import ScriptArguments, parse_arguments
+from .images.data import DataArguments
+from .images.run import PICTURE, ImageRun, build_model, is_shorthand
+from .packages import require
+from .report.table import Result, table
+
+
+logger = logging.getLogger(__name__)
+
+NAMES = {"ie": "IE-DML", "kl": "DML", "ie+kl": "IE-DML with KL"}
+
+
+@dataclass
+class PeerArguments:
+    """Say which peers, and what to compare them with."""
+
+    peers: list[str] = field(
+        default_factory=lambda: ["cifar-resnet-20", "cifar-resnet-8"],
+        metadata={
+            "help": "Two or more networks: Hub ids, folders or `cifar-resnet-<depth>`, which start from scratch. The "
+            "first one's image processor is used."
+        },
+    )
+    peers_from_scratch: bool = field(
+        default=True, metadata={"help": "Take only the configurations from --peers, not their weights."}
+    )
+    alone: bool = field(default=True, metadata={"help": "Also train each peer alone, to compare with."})
+    dml: bool = field(default=True, metadata={"help": "Also train the peers by DML (logits only), to compare with."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run model code that comes with a Hub model. Only for repositories you trust."},
+    )
+
+
+@dataclass
+class RunArguments(ScriptArguments, MutualTrainingArguments):
+    """Add the arguments of mutual learning to those that the commands share."""
+
+
+def of_peer(i: int, logs: dict) -> dict:
+    """Return logs or metrics as those of a model alone: a peer's own come after the means and take their names."""
+    return {name.replace(f"peer_{i}/", "").replace(f"peer_{i}_", ""): value for name, value in sorted(logs.items())}
+
+
+def results_of(
+    models: list[PreTrainedModel], metrics: list[dict], how: str, seconds: float | None, log_history: list[dict]
+) -> list[Result]:
+    """Make the rows of peers that were trained together."""
+    results = []
+    for i, model in enumerate(models, start=1):
+        history = [of_peer(i, logs) for logs in log_history]
+        stages = {} if seconds is None else {"together": seconds}
+        results.append(Result(f"peer {i}, {how}", model.num_parameters(), metrics[i - 1], stages, history))
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `iekd-hf mutual`, with the arguments of the command line by default."""
+    kinds = (PeerArguments, DataArguments, RunArguments)
+    model_args, data_args, args = parse_arguments(kinds, __doc__, "mutual", argv)
+    require("cli", "kornia", "matplotlib", "sklearn")
+    run = ImageRun(data_args, args)
+    from_scratch = model_args.peers_from_scratch or all(is_shorthand(name) for name in model_args.peers)
+    peers = [
+        build_model(name, "--peers", run.names, from_scratch or is_shorthand(name), model_args.trust_remote_code)
+        for name in model_args.peers
+    ]
+    run.prepare_images(model_args.peers[0], from_scratch)
+    run.ask_the_hub(peers[0])
+    results, epochs = [], args.num_train_epochs
+    how = NAMES[args.mutual_loss] if args.do_train else "as given"
+
+    if args.do_train and model_args.alone:
+        for i, model in enumerate(copy.deepcopy(peers), start=1):
+            seconds, history = run.train_alone(model, f"peer {i} alone", epochs)
+            results.append(
+                Result(f"peer {i} alone", model.num_parameters(), run.evaluate(model), {"training": seconds}, history)
+            )
+    if args.do_train and model_args.dml and args.mutual_loss != "kl":
+
+        def make_trainer(baseline_args):
+            baseline_args.mutual_loss = "kl"
+            return MutualTrainer(baseline, args=baseline_args, **run.common())
+
+        baseline = copy.deepcopy(peers)  # the same start
+        folders = {f"peer_{i}": model for i, model in enumerate(baseline, start=1)}
+        seconds, history = run.train_beside("DML", epochs, folders, make_trainer)
+        results += results_of(baseline, [run.evaluate(model) for model in baseline], "DML", seconds, history)
+    trainer = MutualTrainer(peers, args=args, **run.common())
+    seconds = None
+    if args.do_train:
+        logger.warning("Training the peers together (%s) for %g epochs.", how, epochs)
+        output = trainer.train(resume_from_checkpoint=run.resume)
+        seconds = output.metrics["train_runtime"]
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", output.metrics)
+        trainer.save_metrics("train", output.metrics)
+    history = list(trainer.state.log_history)
+    evaluated = trainer.evaluate()
+    trainer.save_metrics("eval", evaluated)
+    evaluated = {name.removeprefix("eval_"): value for name, value in evaluated.items()}
+    metrics = [of_peer(i, evaluated) for i in range(1, len(peers) + 1)]
+    results += results_of(peers, metrics, how, seconds, history)
+
+    if trainer.is_world_process_zero():
+        print("\n" + table(results) + "\n")
+        if args.do_train:
+            from .report.curves import draw
+
+            picture = os.path.join(args.output_dir, PICTURE)
+            draw(results, picture)
+            folders = " ".join(os.path.join(args.output_dir, name) for name in trainer.named_peers())
+            print(f"Peers: {folders}   Picture: {picture}")
+    if args.push_to_hub:
+        trainer.push_to_hub(**run.for_the_card())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""What `distill`, `mutual` and `detect` share: resuming, networks to compare with, and the run of a distillation."""
+
+import copy
+import json
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import torch
+import transformers
+from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from iekd_hf import IEKDTrainer
+
+from ..training.base_trainer import DistillationTrainer
+from ..training.checkpoints import load_weights
+from ..training.manifest import write_whole
+from ..training.resume import find_last_checkpoint, find_resume_point
+from .arguments import ModelArguments
+from .report.latency import median_milliseconds
+from .report.table import Result, latencies
+
+
+logger = logging.getLogger(__name__)
+
+# What a network that was trained to compare with leaves in its folder at its end.
+_DONE = "done.json"
+
+
+def check_output_dir(args: TrainingArguments) -> str | bool | None:
+    """Return what to resume from; refuse to mix a new run into an old one's checkpoints, or to continue nothing."""
+    resume = args.resume_from_checkpoint
+    if resume is not None and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true" or None
+    if args.do_train and not resume and os.path.isdir(args.output_dir) and get_last_checkpoint(args.output_dir):
+        raise ValueError(
+            f"Expected an output_dir without checkpoints, got {args.output_dir!r} with "
+            f"{os.path.basename(get_last_checkpoint(args.output_dir))}: add --resume_from_checkpoint true to continue "
+            "that run, or choose another --output_dir."
+        )
+    beside = (Path(args.output_dir).glob(f"_*/{name}") for name in (_DONE, "checkpoint-*"))
+    has_begun = find_resume_point(args.output_dir, True) is not None or any(map(any, beside))
+    if args.do_train and resume is True and not has_begun:
+        raise ValueError(
+            f"Expected the output_dir of a run that has begun, got {args.output_dir!r} without any checkpoint: leave "
+            "--resume_from_checkpoint out to start it, or name that run's --output_dir."
+        )
+    return resume
+
+
+@dataclass
+class Compared:
+    """Hold a row of the table with its model, and the model's own image processor where that is another."""
+
+    result: Result
+    model: PreTrainedModel
+    processor: BaseImageProcessor | None = None
+
+
+class CommandRun:
+    """Hold what the trainers of one command share; a subclass has the data."""
+
+    # Trains what the result is compared with, and what distils.
+    trainer_class: type[DistillationTrainer] = DistillationTrainer
+    distiller_class: type[IEKDTrainer] = IEKDTrainer
+    # The images, and the student's image processor, once they are known.
+    splits: datasets.DatasetDict
+    processor: BaseImageProcessor
+
+    def __init__(self, args: TrainingArguments):
+        logging.basicConfig(
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            level=logging.WARNING if args.should_log else logging.ERROR,
+        )
+        transformers.utils.logging.disable_progress_bar()  # those of loading and saving; training keeps its own
+        self.args = args
+        resume = check_output_dir(args)
+        # What was finished beside the run is taken up even where the run itself has not begun.
+        self.reuses = bool(resume)
+        self.resume = None if resume is True and find_resume_point(args.output_dir, True) is None else resume
+        set_seed(args.seed)
+
+    def common(self) -> dict:
+        """Return the arguments that every trainer of this command takes."""
+        raise NotImplementedError
+
+    def evaluate(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> dict[str, float]:
+        """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
+        raise NotImplementedError
+
+    def get_teacher(self, model_args: ModelArguments) -> Compared:
+        """Load the teacher, or build and train it, and measure it where it knows the data's classes."""
+        raise NotImplementedError
+
+    def measure_student(self, trainer: DistillationTrainer, result: Result) -> dict[str, float]:
+        """Measure and save the metrics of the trainer's student, set those of its row, and return the card's."""
+        raise NotImplementedError
+
+    def predict(self, trainer: DistillationTrainer, student: PreTrainedModel) -> None:
+        """Write what the student predicts for the test split, or else for the validation images."""
+        raise NotImplementedError
+
+    def report(self, compared: list[Compared]) -> None:
+        """Print the table, and draw the picture."""
+        raise NotImplementedError
+
+    def for_the_card(self) -> dict:
+        """Return what the model card says of the data and the run."""
+        raise NotImplementedError
+
+    def distil(self, student: PreTrainedModel, model_args: ModelArguments) -> None:
+        """Train, measure and report a teacher, the student without it and the student with it; push the last."""
+        args, compared, teacher_metrics, metrics = self.args, [], None, None
+        if args.do_train:
+            plain = copy.deepcopy(student)  # the same start as the distilled student's
+            teacher = self.get_teacher(model_args)
+            compared.append(teacher)
+            teacher_metrics = teacher.result.metrics
+            if model_args.plain_student:
+                compared.append(Compared(self.train_plain(plain), plain))
+            trainer = self.distiller_class(
+                model=student,
+                teacher_model=teacher.model,
+                teacher_processor=teacher.processor,
+                paraphraser=model_args.paraphraser,
+                args=args,
+                **self.common(),
+            )
+            compared.append(Compared(self.train_distilled(trainer), student))
+        else:
+            trainer = self.trainer_class(model=student, args=args, **self.common())
+            compared.append(Compared(Result("student", student.num_parameters()), student))
+
+        if args.do_eval:
+            metrics = self.measure_student(trainer, compared[-1].result)
+        if args.do_predict:
+            self.predict(trainer, student)
+        if trainer.is_world_process_zero():
+            if args.do_eval:  # all at the end, one after the other, so that they can be compared
+                for row in compared:
+                    row.result.latency = self.latency(row.model, row.processor)
+            self.report(compared)
+        if args.push_to_hub:
+            trainer.push_to_hub(
+                teacher_metrics=teacher_metrics,
+                metrics=metrics,
+                latencies=latencies([row.result for row in compared]),
+                **self.for_the_card(),
+            )
+
+    def train_beside(
+        self, name: str, epochs: float, models: dict[str, PreTrainedModel], make_trainer: Callable
+    ) -> tuple[float, list[dict]]:
+        """Train a network to compare with in a folder that is never pushed; a resumed run finds it there."""
+        folder = Path(self.args.output_dir) / f"_{re.sub('[^a-z0-9]+', '_', name.lower())}"
+        done = folder / _DONE
+        if self.reuses and done.is_file():
+            for subfolder, model in models.items():
+                load_weights(model, str(folder / subfolder))
+            content = json.loads(done.read_text())
+            return content["seconds"], content["log_history"]
+        args = copy.copy(self.args)
+        args.output_dir, args.num_train_epochs, args.push_to_hub = str(folder), epochs, False
+        args.report_to = []  # trackers would mix it with the run that it is compared with
+        args.load_best_model_at_end, args.metric_for_best_model = False, None
+        trainer = make_trainer(args)
+        logger.warning("Training the %s for %g epochs.", name, epochs)
+        output = trainer.train(find_last_checkpoint(folder) if self.reuses else None)
+        seconds = output.metrics["train_runtime"]
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            write_whole(done, json.dumps({"seconds": seconds, "log_history": trainer.state.log_history}))
+        return seconds, trainer.state.log_history
+
+    def train_alone(self, model: PreTrainedModel, name: str, epochs: float) -> tuple[float, list[dict]]:
+        """Train a model on its own loss, as [`train_beside`]."""
+        return self.train_beside(
+            name, epochs, {"": model}, lambda args: self.trainer_class(model=model, args=args, **self.common())
+        )
+
+    def measure(self, model: PreTrainedModel, **common) -> dict[str, float]:
+        """Return a model's metrics, by the arguments of a trainer."""
+        args = copy.copy(self.args)
+        args.push_to_hub, args.report_to = False, []
+        metrics = self.trainer_class(model=model, args=args, **common).evaluate()
+        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+    def train_teacher(self, teacher: PreTrainedModel, epochs: float) -> Result:
+        """Train the teacher on the data, unless it is for no epochs; its metrics are still to be measured."""
+        result = Result("teacher", teacher.num_parameters())
+        if epochs > 0:
+            seconds, result.log_history = self.train_alone(teacher, "teacher", epochs)
+            result.seconds = {"training": seconds}
+            teacher.config.name_or_path = ""  # no longer the model of that name
+        return result
+
+    def train_plain(self, student: PreTrainedModel) -> Result:
+        """Train the student without a teacher, on the same schedule, and measure it."""
+        seconds, history = self.train_alone(student, "plain student", self.args.num_train_epochs)
+        measured = self.evaluate(student) if self.args.do_eval else {}
+        return Result("plain student", student.num_parameters(), measured, {"training": seconds}, history)
+
+    def train_distilled(self, trainer: IEKDTrainer) -> Result:
+        """Train both stages, and save the student with what is known of the training."""
+        logger.warning("Distilling the student: stage 1 (paraphraser), then stage 2.")
+        metrics = trainer.train(resume_from_checkpoint=self.resume).metrics
+        seconds = {"stage 2": metrics["train_runtime"]}
+        if "paraphraser_train_runtime" in metrics:
+            seconds = {"stage 1": metrics["paraphraser_train_runtime"], **seconds}
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        return Result("distilled student", trainer.student.num_parameters(), {}, seconds, trainer.state.log_history)
+
+    def ask_the_hub(self, model: PreTrainedModel) -> None:
+        """Let a Hub that refuses the repository say so now, and not after the networks to compare with are trained."""
+        if self.args.push_to_hub:
+            args = copy.copy(self.args)
+            args.report_to = []
+            self.trainer_class(model=model, args=args, **self.common())
+
+    def first_image(self) -> PIL.Image.Image:
+        """Return the first validation image, in RGB."""
+        return self.splits["validation"][0]["image"].convert("RGB")
+
+    def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
+        """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""
+        pixels = (processor or self.processor)(self.first_image(), return_tensors="pt")["pixel_values"]
+        on_cpu = copy.deepcopy(model).to("cpu", torch.float32).eval()
+        with torch.inference_mode():
+            return median_milliseconds(lambda: on_cpu(pixel_values=pixels))

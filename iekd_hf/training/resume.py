@@ -1,0 +1,87 @@
+"""Where a run goes on: which stage, from which checkpoint, with which paraphrasers."""
+
+import json
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
+
+from .manifest import check_undamaged, find_checkpoint_damage, read_manifest, write_whole
+
+
+logger = logging.get_logger(__name__)
+
+# Trainer never uploads names that begin with an underscore: what is pushed is the plain student.
+PARAPHRASER_FOLDER = "_paraphraser"
+STAGE_1_FOLDER = "_stage_1"
+# Names the run that an `output_dir` belongs to, so that a new run never goes on from an old one's checkpoint.
+RUN_FILE = "_run.json"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Say where a run goes on."""
+
+    checkpoint: str | None = None  # of stage 2
+    stage_1_checkpoint: str | None = None  # where stage 1 is not over
+    paraphrasers: Path | None = None  # folder of the finished ones
+
+
+def find_resume_point(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> ResumePoint | None:
+    """Find where a run goes on; only the disk is read."""
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint is not True:
+        named = Path(resume_from_checkpoint)
+        check_undamaged(named)
+        if named.parent.name == STAGE_1_FOLDER:
+            return ResumePoint(stage_1_checkpoint=str(resume_from_checkpoint))
+        # A checkpoint from the Hub has them inside.
+        inside, beside = named / PARAPHRASER_FOLDER, named.parent / PARAPHRASER_FOLDER
+        return ResumePoint(str(resume_from_checkpoint), paraphrasers=inside if inside.is_dir() else beside)
+    finished = Path(output_dir) / PARAPHRASER_FOLDER
+    if checkpoint := find_last_checkpoint(output_dir):
+        return ResumePoint(checkpoint, paraphrasers=finished)
+    # Stage 1 is over, even if its checkpoints have not all been removed.
+    if finished.is_dir() and _is_of_run(finished, last_run(output_dir)):
+        return ResumePoint(paraphrasers=finished)
+    if checkpoint := find_last_checkpoint(Path(output_dir) / STAGE_1_FOLDER):
+        return ResumePoint(stage_1_checkpoint=checkpoint)
+    return None
+
+
+def find_last_checkpoint(folder: str | Path) -> str | None:
+    """Return the newest whole checkpoint of a folder's last run; log which newer ones are passed over."""
+    run = last_run(folder)
+    for checkpoint in reversed(sort_checkpoints(str(folder)) if Path(folder).is_dir() else []):
+        damage = find_checkpoint_damage(checkpoint)
+        if damage is None and not _is_of_run(checkpoint, run):
+            damage = "it belongs to an earlier run in this folder; to go on from it, name it"
+        if damage is None:
+            return checkpoint
+        logger.warning(f"{checkpoint} is passed over: {damage}.")
+    return None
+
+
+def begin_run(output_dir: str | Path, point: ResumePoint | None) -> str:
+    """Name the run that an `output_dir` belongs to from now on: a new one, or the one that goes on."""
+    run = read_manifest(point.checkpoint).get("run") if point and point.checkpoint else None
+    run = run or (last_run(output_dir) if point else None) or uuid.uuid4().hex
+    if run != last_run(output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(output_dir, RUN_FILE), json.dumps({"run": run}))
+    return run
+
+
+def _is_of_run(folder: str | Path, run: str | None) -> bool:
+    return run is None or read_manifest(folder).get("run") == run
+
+
+def last_run(output_dir: str | Path) -> str | None:
+    """Return the name of the run that was last begun in a folder; none in folders of other programs."""
+    try:
+        return json.loads(Path(output_dir, RUN_FILE).read_text())["run"]
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,105 @@
+"""Stage 1: get a teacher's paraphrasers: check given ones, train them, or measure OD's margins."""
+
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, random_split
+from transformers import set_seed
+from transformers.utils import logging
+
+from ..arguments import IEKDTrainingArguments
+from ..method.factors import Paraphraser
+from ..method.knowledge import KNOWLEDGE, MarginReLU
+from ..method.padding import zero_padding
+from ..method.trainable import ParaphraserStack
+from ..teacher.frozen import FrozenTeacher
+from .checkpoints import load_paraphrasers
+from .checks import is_stream
+from .paraphraser_trainer import ParaphraserTrainer
+
+
+logger = logging.get_logger(__name__)
+
+MARGIN_BATCHES = 8
+
+
+def get_paraphrasers(source, teacher_channels: list[int], args: IEKDTrainingArguments) -> list[nn.Module]:
+    """Load paraphrasers and check that they fit the teacher and the arguments."""
+    knowledge = KNOWLEDGE[args.knowledge]
+    if not knowledge.is_kept:
+        raise ValueError("Expected no paraphraser with knowledge='attention', got one: maps of attention need none.")
+    paraphrasers = load_paraphrasers(source, len(teacher_channels), knowledge.teacher_side)
+    for paraphraser, channels in zip(paraphrasers, teacher_channels, strict=True):
+        if paraphraser.in_channels != channels:
+            raise ValueError(
+                f"Expected a paraphraser for {channels} channels, the teacher's, got one for "
+                f"{paraphraser.in_channels}: choose one of this teacher and layer, or pass None to train one."
+            )
+        if knowledge.is_trained and args.factor_channels not in (None, paraphraser.factor_channels):
+            raise ValueError(
+                f"Expected a paraphraser with factor_channels={args.factor_channels}, got one with "
+                f"{paraphraser.factor_channels}: leave factor_channels at None, or pass another paraphraser."
+            )
+    return [paraphraser.to(args.device) for paraphraser in paraphrasers]
+
+
+def train_paraphrasers(
+    teacher: FrozenTeacher,
+    widths: list[tuple[int, int]],
+    args: IEKDTrainingArguments,
+    output_dir: Path,
+    checkpoint: str | None,
+    **images,
+) -> tuple[list[Paraphraser], dict[str, float]]:
+    """Train a paraphraser for each map of the teacher."""
+    set_seed(args.seed)  # the same paraphrasers whatever was built before them
+    paraphrasers = [Paraphraser(c, k, decoder=args.paraphraser_decoder) for c, k in widths]
+    trainer = ParaphraserTrainer(ParaphraserStack(paraphrasers), teacher, args, output_dir=str(output_dir), **images)
+    logger.info(f"Stage 1: training the paraphraser, {args.paraphraser_epochs:g} epochs.")
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    # MLflow's callback ends whatever run is active when it is collected: let that be now, not in stage 2.
+    trainer.callback_handler.callbacks.clear()
+    return paraphrasers, {"train_runtime": output.metrics["train_runtime"], **trainer.reported}
+
+
+def measure_margins(
+    teacher: FrozenTeacher, teacher_channels: list[int], batches: Iterable[dict]
+) -> tuple[list[MarginReLU], dict[str, float]]:
+    """Measure the margins of OD on some batches; there is nothing to train."""
+    start = time.monotonic()
+    maps = [maps_without_padding(teacher, inputs) for inputs in batches]
+    margins = [MarginReLU(channels) for channels in teacher_channels]
+    for margin_relu, of_layer in zip(margins, zip(*maps, strict=True), strict=True):
+        margin_relu.to(of_layer[0].device).measure(of_layer)
+    return margins, {"train_runtime": round(time.monotonic() - start, 4)}
+
+
+def maps_without_padding(teacher: FrozenTeacher, inputs: dict) -> list[torch.Tensor]:
+    """Return the teacher's maps with zeros for the padding, which no margin is measured on."""
+    return [zero_padding(f_T, inputs.get("pixel_mask")) for f_T in teacher.feature_maps(inputs)[0]]
+
+
+def split_images(train_dataset: Dataset, eval_dataset, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Return images to train on and to report on: the evaluation set, or a twentieth of the training set."""
+    held_out = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
+    if held_out is None and not is_stream(train_dataset) and len(train_dataset) > 1:
+        num_held_out = max(len(train_dataset) // 20, 1)
+        sizes = [len(train_dataset) - num_held_out, num_held_out]
+        train_dataset, held_out = random_split(train_dataset, sizes, generator=torch.Generator().manual_seed(seed))
+    return train_dataset, held_out
+
+
+def stage_1_settings(widths: list[tuple[int, int]], args: IEKDTrainingArguments) -> tuple:
+    """Return what the paraphrasers depend on; a hyperparameter search may change it between two runs."""
+    distance, epochs, rate = args.reconstruction_distance, args.paraphraser_epochs, args.paraphraser_learning_rate
+    return tuple(widths), args.paraphraser_decoder, distance, epochs, rate
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a stage 1 that is over; what trackers have written there stays."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)

@@ -1,0 +1,288 @@
+"""What users of Trainer bring: their optimizers, collators, streams, tasks; it trains as they expect or is refused."""
+
+import copy
+
+import datasets
+import PIL.Image
+import pytest
+import torch
+from conftest import make_images, make_resnet, make_vit
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Dinov2Config, Dinov2Model
+
+from iekd_hf import DecodedImages, IEKDTrainingArguments, MutualTrainingArguments
+from iekd_hf.method.losses import kd_loss
+from iekd_hf.method.objective import logit_loss
+
+
+def stream(count: int = 16) -> datasets.IterableDataset:
+    rows = [{"pixel_values": row["pixel_values"].numpy(), "labels": row["labels"]} for row in make_images(count)]
+    return datasets.Dataset.from_list(rows).with_format("torch").to_iterable_dataset()
+
+
+class Endless(IterableDataset):
+    """A stream that has a length all the same."""
+
+    def __len__(self):
+        return 16
+
+    def __iter__(self):
+        return iter(make_images(16))
+
+
+@pytest.mark.parametrize("make", [stream, Endless])
+def test_a_stream_goes_through_both_stages(make_trainer, make, tmp_path):
+    trainer = make_trainer(train_dataset=make(), max_steps=3, paraphraser_epochs=1)
+    metrics = trainer.train().metrics
+    assert trainer.state.global_step == 3 and metrics["paraphraser_train_runtime"] > 0
+    trainer = make_trainer(train_dataset=make(), max_steps=3, paraphraser_max_steps=2)
+    before = [p.clone() for p in trainer.student.parameters()]
+    trainer.train()
+    assert any(not torch.equal(p, q) for p, q in zip(before, trainer.student.parameters(), strict=True))
+
+
+def test_peers_train_on_a_stream(make_mutual):
+    trainer = make_mutual(train_dataset=Endless(), max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_collator_that_reads_labels_works_with_any_teacher(make_trainer):
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32)
+    rows = datasets.Dataset.from_list(
+        [{"pixel_values": r["pixel_values"].numpy(), "labels": r["labels"], "name": "x"} for r in make_images()]
+    ).with_format("torch")
+
+    def collate(examples):
+        assert all("name" not in example for example in examples)  # Trainer removes what the student does not take
+        return {
+            "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+            "labels": torch.tensor([example["labels"] for example in examples]),
+        }
+
+    trainer = make_trainer(teacher_model=Dinov2Model(config), train_dataset=rows, data_collator=collate)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_an_optimizer_of_the_users_own_gets_the_encoders(make_trainer):
+    student = make_resnet(8, seed=1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    trainer = make_trainer(student, optimizers=(optimizer, None))
+    before = copy.deepcopy(trainer.student_side.state_dict())
+    trainer.train()
+    for name, parameter in trainer.student_side.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(student.parameters(), lr=0.01), lambda step: 1.0)
+    with pytest.raises(ValueError, match="without a schedule"):
+        make_trainer(student, optimizers=(schedule.optimizer, schedule))
+
+
+def test_a_parameter_that_was_left_out_of_it_stays_out(make_trainer):
+    student = make_resnet(8, seed=1)
+    head = [parameter for name, parameter in student.named_parameters() if "classifier" in name]
+    make_trainer(student, optimizers=(torch.optim.SGD(student.resnet.parameters(), lr=0.01), None)).train()
+    for parameter, same in zip(head, make_resnet(8, seed=1).classifier.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+
+
+def test_a_student_in_half_precision_is_refused(make_trainer):
+    with pytest.raises(ValueError, match=r'got one in float16.*dtype="float32"'):
+        make_trainer(make_resnet(8).half())
+
+
+@pytest.mark.parametrize("fast_teacher", [False, True])
+def test_a_student_that_is_its_teacher_is_refused(make_trainer, fast_teacher):
+    model = make_resnet(8)
+    with pytest.raises(ValueError, match=r"shares \d+ with the student.*deepcopy"):
+        make_trainer(model, model, fast_teacher=fast_teacher)
+    student = make_resnet(8, seed=1)
+    student.resnet.embedder = model.resnet.embedder
+    with pytest.raises(ValueError, match=r"shares \d+ with the student"):
+        make_trainer(student, model)
+
+
+def test_examples_that_are_tuples_are_refused(make_trainer):
+    class Tuples(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return torch.randn(3, 32, 32), index % 3
+
+    with pytest.raises(ValueError, match="dictionaries with pixel_values and labels, got a tuple"):
+        make_trainer(train_dataset=Tuples())
+
+
+def test_a_last_batch_of_one_image_on_a_1x1_map(make_trainer):
+    images = make_images(9, size=(4, 4))
+    with pytest.raises(ValueError, match=r"single image.*9 images in batches of 4.*dataloader_drop_last=True"):
+        make_trainer(train_dataset=images, max_steps=-1, num_train_epochs=1)
+    trainer = make_trainer(train_dataset=images, max_steps=-1, num_train_epochs=1, dataloader_drop_last=True)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    make_trainer(train_dataset=make_images(9), max_steps=-1, num_train_epochs=1).train()  # larger maps are fine
+
+
+# ---- The logit term, as the task has it ----
+
+
+def test_dense_logits_are_compared_along_the_classes():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    rows = [z.permute(0, 2, 3, 1).reshape(-1, 5) for z in (student, teacher)]
+    torch.testing.assert_close(kd_loss(student, teacher, 2.0), kd_loss(*rows, 2.0))
+    repeated = [z.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3) for z in (student, teacher)]
+    torch.testing.assert_close(kd_loss(*repeated, 2.0), kd_loss(student, teacher, 2.0))  # whatever the size
+
+
+def test_positions_that_the_labels_leave_out_do_not_count():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 4, 6, generator=generator) for _ in range(2))
+    labels = torch.zeros(2, 8, 12, dtype=torch.long)
+    labels[:, :, 6:] = 255
+    expected = kd_loss(student[..., :3], teacher[..., :3])
+    torch.testing.assert_close(logit_loss(student, teacher, 4.0, labels, ignore_index=255), expected)
+    student[..., 3:] = 7.0
+    torch.testing.assert_close(logit_loss(student, teacher, 4.0, labels, ignore_index=255), expected)
+    labels.fill_(255)
+    assert logit_loss(student, teacher, 4.0, labels, ignore_index=255) == 0
+
+
+def test_multi_label_logits_are_questions_of_their_own():
+    student, teacher = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 3.0]])
+    p_S, p_T = student.sigmoid(), teacher.sigmoid()
+    by_hand = (p_T * (p_T / p_S).log() + (1 - p_T) * ((1 - p_T) / (1 - p_S)).log()).mean()
+    torch.testing.assert_close(logit_loss(student, teacher, 1.0, multi_label=True), by_hand)
+
+
+def test_a_multi_label_student_learns_from_logits(make_trainer):
+    images = [{**row, "labels": torch.tensor([1.0, 0.0, 1.0])} for row in make_images()]
+    models = [make_resnet(w, seed=w, problem_type="multi_label_classification") for w in (8, 16)]
+    trainer = make_trainer(*models, method="kd", train_dataset=images)
+    trainer.train()
+    assert trainer.state.log_history[0]["kd_loss"] > 0
+
+
+def test_a_regression_has_no_logits(make_trainer, make_mutual):
+    images = [{**row, "labels": 1.7} for row in make_images()]
+    models = [make_resnet(w, num_labels=1, problem_type="regression", seed=w) for w in (8, 16)]
+    with pytest.raises(ValueError, match=r"targets of a regression.*method without"):
+        make_trainer(*models, method="kd", train_dataset=images)
+    with pytest.raises(ValueError, match="targets of a regression"):
+        make_mutual(models, mutual_loss="kl", train_dataset=images)
+    trainer = make_trainer(*models, train_dataset=images)  # features do
+    trainer.train()
+    assert trainer.state.log_history[0]["task_loss"] > 0
+
+
+def test_label_maps_with_keys_as_json_has_them(make_trainer):
+    student, teacher = make_resnet(8), make_resnet(16)
+    student.config.id2label = {"0": "cat", "1": "dog", "2": "cow"}
+    teacher.config.id2label = {0: "cat", 1: "dog", 2: "cow"}
+    make_trainer(student, teacher, method="kd")
+    teacher.config.id2label = {0: "cat", 1: "cow", 2: "dog"}
+    with pytest.raises(ValueError, match="differ first at 1"):
+        make_trainer(student, teacher, method="kd")
+
+
+# ---- Labels ----
+
+
+def decoded(labels, feature=None) -> DecodedImages:
+    """Make images that are all of one value, their row's, so that a row is known by its pixels."""
+    images = [PIL.Image.new("RGB", (4, 4), (10 * row,) * 3) for row in range(len(labels))]
+    table = datasets.Dataset.from_dict({"image": images, "label": labels}).cast_column("image", datasets.Image())
+    return DecodedImages.decode(table if feature is None else table.cast_column("label", feature))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 2, 1], torch.tensor([0, 2, 1])),
+        ([True, False, True], torch.tensor([1, 0, 1])),
+        ([0.5, 1.7, 2.9], torch.tensor([0.5, 1.7, 2.9])),
+        ([[1, 0], [0, 1], [1, 1]], torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])),
+        ([[0.4, 0.0], [0.0, 1.0], [1.0, 1.0]], torch.tensor([[0.4, 0.0], [0.0, 1.0], [1.0, 1.0]])),
+    ],
+)
+def test_labels_are_kept_as_they_are(labels, expected):
+    batch = decoded(labels).__getitems__([0, 1, 2])
+    assert batch["labels"].dtype == expected.dtype and torch.equal(batch["labels"], expected)
+
+
+def test_a_missing_label_is_named_by_its_row():
+    with pytest.raises(ValueError, match=r"got none in row 2 of column 'label' \(1 of 4 rows\)"):
+        decoded([0, 1, None, 1])
+
+
+def test_strings_are_no_labels():
+    with pytest.raises(ValueError, match=r"strings such as 'cat'.*class_encode_column"):
+        decoded(["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda table: table.select([5, 3, 1]),
+        lambda table: table.shuffle(seed=0),
+        lambda table: table.filter(lambda row: row["labels"] % 2 == 1),
+        lambda table: table.shard(2, 1),
+        lambda table: table.train_test_split(0.5, seed=0)["test"],
+    ],
+)
+def test_rows_that_are_picked_keep_their_labels(pick):
+    images = DecodedImages(pick(decoded(list(range(6))).table))
+    batch = images.__getitems__(list(range(len(images))))
+    assert [int(pixels.flatten()[0]) // 10 for pixels in batch["pixel_values"]] == batch["labels"].tolist()
+
+
+def test_targets_of_a_regression_are_no_classes(make_trainer):
+    rows = [{"pixel_values": r["pixel_values"].numpy(), "label": 20 + i} for i, r in enumerate(make_images())]
+    ages = datasets.Dataset.from_list(rows).with_format("torch")
+    models = [make_resnet(w, num_labels=1, problem_type="regression", seed=w) for w in (8, 16)]
+    make_trainer(*models, train_dataset=ages).train()
+    images = [{**row, "labels": 1.7} for row in make_images()]
+    make_trainer(*models, train_dataset=images).train()
+
+
+def test_a_label_outside_the_classes_is_refused_in_a_list_too(make_trainer, make_mutual):
+    images = make_images()
+    images[3]["labels"] = 7
+    with pytest.raises(ValueError, match=r"within 0 and 2.*got 7 in row 3"):
+        make_trainer(train_dataset=images)
+    with pytest.raises(ValueError, match=r"got 7 in row 3"):
+        make_mutual(train_dataset=images)
+    images[3]["labels"] = torch.tensor(-100)
+    make_trainer(train_dataset=images)
+
+
+# ---- Arguments ----
+
+
+@pytest.mark.parametrize(
+    ("args_class", "values", "words"),
+    [
+        (IEKDTrainingArguments, {"lambda_inh": "300"}, "lambda_inh of type float or None, got '300' of type str"),
+        (IEKDTrainingArguments, {"cache_views": 1.5}, "cache_views of type int, got 1.5"),
+        (IEKDTrainingArguments, {"factor_channels": 2.5}, "factor_channels of type int or None"),
+        (IEKDTrainingArguments, {"split_seed": 0.5}, "split_seed of type int"),
+        (IEKDTrainingArguments, {"method": ["ft"]}, "method of type str"),
+        (IEKDTrainingArguments, {"teacher_layers": "layer4"}, "teacher_layers of type list or None"),
+        (IEKDTrainingArguments, {"paraphraser_epochs": float("inf")}, "paraphraser_epochs above 0 and finite"),
+        (IEKDTrainingArguments, {"paraphraser_max_steps": 0}, "paraphraser_max_steps above 0"),
+        (MutualTrainingArguments, {"lambda_kl": "1"}, "lambda_kl of type float"),
+        (MutualTrainingArguments, {"temperature": True}, "temperature of type float"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(args_class, values, words):
+    with pytest.raises(ValueError, match=words):
+        args_class(output_dir="out", **values)
+
+
+def test_peers_that_are_no_list_are_refused(make_mutual):
+    from iekd_hf import MutualTrainer
+
+    for models in (None, make_vit()):
+        with pytest.raises(ValueError, match="Expected models as a list"):
+            MutualTrainer(models, args=MutualTrainingArguments("out"))
