@@ -91,3 +91,10 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "results" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(path):
+    """Links would leave the site, so files of the code are named as code."""
+    named = re.findall(r"`((?:iekd_hf|examples|tests|docs)/[\w/.-]+)`", path.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
