@@ -1,5 +1,6 @@
 """`IEKDTrainingArguments` and `MutualTrainingArguments`: `TrainingArguments` and what each trainer adds."""
 
+import inspect
 import math
 import os
 from collections.abc import Iterable
@@ -164,8 +165,10 @@ class IETrainingArguments(TrainingArguments):
 
     def check_types(self) -> None:
         """Refuse values of another type than their field's, such as numbers in quotes."""
+        # By the annotations: HfArgumentParser takes the None out of the types of a dataclass's fields.
+        types = {k: v for cls in reversed(type(self).__mro__) for k, v in inspect.get_annotations(cls).items()}
         for f in fields(self):
-            kinds, value = get_args(f.type) or (f.type,), getattr(self, f.name)
+            kinds, value = get_args(types[f.name]) or (types[f.name],), getattr(self, f.name)
             if f.name in _FIELDS_OF_TRAINER or any(_is_a(value, kind) for kind in kinds):
                 continue
             names = " or ".join(getattr(kind, "__name__", str(kind)).replace("NoneType", "None") for kind in kinds)
