@@ -18,7 +18,7 @@ TORCHVISION ?= torch==2.14.1 torchvision==0.29.1
 # Images for the second half of `make evidence`: any arguments of run_iekd.py that say where they are.
 CIFAR10 ?= --dataset_name uoft-cs/cifar10
 
-.PHONY: help demo demo-mutual demo-detection evidence test test-fast test-minimum test-torchvision style quality clean
+.PHONY: help demo demo-mutual demo-detection evidence test test-fast test-minimum test-torchvision docs style quality clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,9 @@ test-torchvision: .venv-torchvision/test  ## run timm's tests and the fast ones 
 	.venv-torchvision/bin/$(PYTEST) tests/test_timm.py tests/test_foreign_teachers.py
 	.venv-torchvision/bin/$(PYTEST) -m "not slow"
 
+docs: .venv/docs  ## build the documents as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 style: .venv/test  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -83,6 +86,10 @@ quality: .venv/test  ## check style and format
 	$(PIP) -e ".[test,quality]"
 	touch $@ .venv/examples
 
+.venv/docs: .venv/torch setup.cfg
+	$(PIP) -e ".[docs]"
+	touch $@
+
 .venv-minimum/test: constraints-minimum.txt setup.cfg
 	$(PYTHON_MINIMUM) -m venv .venv-minimum
 	.venv-minimum/$(PIP_WITH) constraints-minimum.txt -e ".[test]"
@@ -96,4 +103,4 @@ quality: .venv/test  ## check style and format
 	touch $@
 
 clean:  ## remove the environments and what the targets made
-	rm -rf .venv .venv-minimum .venv-torchvision demo demo-mutual demo-detection evidence build *.egg-info
+	rm -rf .venv .venv-minimum .venv-torchvision demo demo-mutual demo-detection evidence build site *.egg-info

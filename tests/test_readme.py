@@ -1,11 +1,12 @@
 """
-Every code block of the README runs. Names on the Hub stand for small local folders of that name, and torchvision,
-which does not import beside every build of torch, for a module with a network in its style.
+Every code block of the README and of the documents runs. Names on the Hub stand for small local folders of that name,
+and torchvision, which does not import beside every build of torch, for a module with a network in its style.
 """
 
 import configparser
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -25,8 +26,77 @@ from iekd_hf.commands.boxes.tiny_detectors import tiny_detector, tiny_processor
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+# In the order in which people read them: code on a page goes on where the page before it ended.
+PAGES = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
+TEXT = "\n".join([README, *((ROOT / "docs" / page).read_text() for page in PAGES)])
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [line[2:] for kind, block in BLOCKS if kind == "console" for line in block.splitlines() if line[:2] == "$ "]
+
+# Transformers' run_image_classification.py as far as the README's diff goes: the same lines, in the same order.
+CLASSIFICATION_SCRIPT = """
+import numpy as np
+import torch
+from datasets import load_dataset
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+
+def collate_fn(examples):
+    pixel_values = torch.stack([example["pixel_values"] for example in examples])
+    return {"pixel_values": pixel_values, "labels": torch.tensor([example["labels"] for example in examples])}
+
+
+def main():
+    (training_args,) = HfArgumentParser((TrainingArguments,)).parse_args_into_dataclasses()
+    set_seed(training_args.seed)
+    image_processor = AutoImageProcessor.from_pretrained("microsoft/resnet-18")
+    dataset = load_dataset("uoft-cs/cifar10").rename_columns({"img": "image", "label": "labels"})
+    labels = dataset["train"].features["labels"].names
+    model = AutoModelForImageClassification.from_pretrained(
+        "microsoft/resnet-18",
+        num_labels=len(labels),
+        label2id={label: str(i) for i, label in enumerate(labels)},
+        id2label={str(i): label for i, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+    )
+
+    def transform(rows):
+        return {**image_processor(rows["image"], return_tensors="pt"), "labels": rows["labels"]}
+
+    dataset.set_transform(transform)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset["train"] if training_args.do_train else None,
+        eval_dataset=dataset["test"] if training_args.do_eval else None,
+        compute_metrics=lambda p: {"accuracy": float(np.mean(np.argmax(p.predictions, axis=1) == p.label_ids))},
+        processing_class=image_processor,
+        data_collator=collate_fn,
+    )
+    if training_args.do_train:
+        train_result = trainer.train(resume_from_checkpoint=None)
+        trainer.save_model()
+        trainer.log_metrics("train", train_result.metrics)
+        trainer.save_metrics("train", train_result.metrics)
+        trainer.save_state()
+    if training_args.do_eval:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.create_model_card(
+        finetuned_from="microsoft/resnet-18",
+        tasks="image-classification",
+        dataset="uoft-cs/cifar10",
+        tags=["image-classification", "vision"],
+    )
+
+
+main()
+"""
 
 
 @pytest.fixture
@@ -124,6 +194,52 @@ def test_the_accelerate_line(stand_ins, script, row, folders):
         assert not [path for path in repository["files"] if path.startswith(("_", "checkpoint-"))]
 
 
+def patched(script: str, diff: str) -> str:
+    """Apply a diff; what a hunk takes away and leaves must stand together, once, in the script."""
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]:
+        lines = hunk.splitlines(keepends=True)
+        before, after = ("".join(line[1:] for line in lines if line[0] != sign) for sign in "+-")
+        assert script.count(before) == 1, before
+        script = script.replace(before, after)
+    return script
+
+
+@pytest.mark.slow
+def test_the_diff_makes_a_script_distil(stand_ins):
+    (diff,) = [block for kind, block in BLOCKS if kind == "diff"]
+    assert [sum(line.startswith(sign) for line in diff.splitlines()) for sign in "+-"] == [2, 2]
+    (stand_ins / "run.py").write_text(patched(CLASSIFICATION_SCRIPT, diff))
+    arguments = "--output_dir out --do_train --do_eval --remove_unused_columns false --max_steps 2 --use_cpu"
+    arguments += " --paraphraser_epochs 1 --logging_steps 1 --report_to none"
+    program = [sys.executable, "run.py", *arguments.split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (stand_ins / "out" / "_paraphraser").is_dir() and (stand_ins / "out" / "model.safetensors").is_file()
+    assert "inheritance_loss" in (stand_ins / "out" / "trainer_state.json").read_text()
+
+
+@pytest.mark.slow
+def test_the_console_command(stand_ins):
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    scripts = config.get("options.entry_points", "console_scripts", fallback="")
+    targets = dict(re.findall(r"^\s*([\w-]+)\s*=\s*(\S+)", scripts, flags=re.MULTILINE))
+    if "iekd-hf" not in targets:
+        pytest.skip("setup.cfg names no console command iekd-hf")
+    (command,) = [c for c in COMMANDS if c.startswith("iekd-hf ")]
+    module, function = targets["iekd-hf"].split(":")
+    # As the installed command does, but from this tree.
+    program = f"import sys; sys.argv[0] = 'iekd-hf'; from {module} import {function}; sys.exit({function}())"
+    with HubServer() as hub:
+        environment = with_hub(hub, stand_ins)
+        arguments = [sys.executable, "-c", program, *shlex.split(command)[1:]]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^distilled student +[\d,]+ +\d", done.stdout, flags=re.MULTILINE), done.stdout
+    assert (stand_ins / "out" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "target, rows",
@@ -165,6 +281,23 @@ def test_make_demo_detection_is_the_script_as_it_is():
     assert "make demo-detection" in COMMANDS
 
 
+SCRIPTS = sorted({shlex.split(command)[1] for command in COMMANDS if command.startswith("python ")})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_know_the_arguments_of_the_pages(script, monkeypatch, capsys):
+    """Other tests run these scripts with data and sizes of their own."""
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    known = capsys.readouterr().out
+    for command in COMMANDS:
+        if command.startswith(f"python {script} "):
+            for argument in re.findall(r" (--[\w-]+)", command):
+                assert re.search(rf"(^|[\s,\[]){re.escape(argument)}\b", known), f"{script} does not know {argument}"
+
+
 def test_every_command_is_one_of_those_run():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
@@ -174,12 +307,16 @@ def test_every_command_is_one_of_those_run():
         ]
         with_tests += ["analyze_student.py", "export_onnx.py", "run_iekd_detection.py"]  # of their own
         known = {"make": targets, "python": [f"examples/{script}" for script in with_tests]}
-        assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip"), command
+        assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip", "iekd-hf"), command
     # `make test` is what runs this file, and installs by the line that the README shows.
     assert "make test" in COMMANDS and "make test" in (ROOT / ".ci" / "run").read_text()
     (pip,) = [command for command in COMMANDS if command.startswith("pip")]
-    assert '-e ".[examples]"' in pip and '-e ".[examples]"' in (ROOT / "Makefile").read_text()
-    assert {kind for kind, _ in BLOCKS} <= {"console", "python", "bibtex"}
+    assert '-e ".[cli]"' in pip and '-e ".[cli]"' in (ROOT / "Makefile").read_text()
+    assert {kind for kind, _ in BLOCKS} <= {"console", "python", "diff", "bibtex"}
+    assert [kind for kind, _ in BLOCKS].count("diff") == 1
+    # Each page is in the order above, and no block is written in a way that this file does not see.
+    assert {*PAGES} == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert len(re.findall(r"^\s*(?:```|~~~)", TEXT, flags=re.MULTILINE)) == 2 * len(BLOCKS)
 
 
 def test_badges_say_what_setup_cfg_says():
