@@ -295,6 +295,13 @@ class DistillationTrainer(HubTrainer):
     def before_training(self, point: ResumePoint | None, trial) -> None:
         """Prepare what a training needs, where the run begins or goes on."""
 
+    def _run_epoch(self, *args, **kwargs):
+        # Trainer takes a step beyond max_steps where the checkpoint that it resumes is the last one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._saving_folder is None else str(self._saving_folder)
 
