@@ -62,8 +62,7 @@ class RunArguments(DetectionScriptArguments, IEKDTrainingArguments):
     method: str = field(
         default="ie-ft",
         metadata={
-            "help": "What is distilled, see the README: plain, ft, at, od, ie-ft, ie-at, ie-od, inheritance or "
-            "exploration.",
+            "help": "What is distilled: plain, ft, at, od, ie-ft, ie-at, ie-od, inheritance or exploration.",
             "choices": [name for name in METHODS if "kd" not in name],
         },
     )

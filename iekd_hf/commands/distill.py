@@ -38,7 +38,7 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
     method: str | None = field(
         default=None,
         metadata={
-            "help": "What is distilled, see the README: plain, kd, ft, at, od, ie-ft, ie-at, ie-od, inheritance, "
+            "help": "What is distilled: plain, kd, ft, at, od, ie-ft, ie-at, ie-od, inheritance, "
             "exploration, with or without +kd. Default: ie-ft+kd where the teacher knows the data's classes, else "
             "ie-ft.",
             "choices": list(METHODS),
