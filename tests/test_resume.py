@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,3 +261,66 @@ def test_nan_in_stage_1_names_the_reconstruction(make_trainer):
     with pytest.raises(FloatingPointError, match=r"reconstruction_loss at step [1-4]\.") as error:
         make_trainer(train_dataset=images, paraphraser_epochs=3).train()
     assert "no checkpoint had been written" in str(error.value)
+
+
+def test_a_model_that_cannot_be_saved_whole_leaves_the_earlier_one(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer()
+    trainer.save_model()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+
+    def fill(*args, **kwargs):
+        (tmp_path / "out" / "_saving" / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(trainer.model), "save_pretrained", fill)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_model()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+
+
+def test_a_full_disk_costs_one_checkpoint(make_trainer, tmp_path, monkeypatch, caplog):
+    straight = make_trainer(max_steps=6, output_dir=str(tmp_path / "straight"))
+    straight.train()
+    trainer = make_trainer(max_steps=6, save_strategy="steps", save_steps=2)
+    save = type(trainer)._save_optimizer_and_scheduler
+
+    def fill(self, folder):
+        if self.state.global_step == 4:
+            (Path(folder) / "optimizer.pt").write_bytes(b"PK")
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(type(trainer), "_save_optimizer_and_scheduler", fill)
+    trainer.train()
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+    assert not (tmp_path / "out" / "_saving").exists()
+    assert "No space left on device" in caplog.text and "checkpoint-2 is the last whole checkpoint" in caplog.text
+    assert same(trainer.student_side.state_dict(), straight.student_side.state_dict())
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_checkpoint_without_its_optimizer(make_trainer, tmp_path, only_model, caplog):
+    make_trainer(save_strategy="steps", save_steps=2, save_only_model=only_model).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    if only_model:
+        make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+        assert "saved with save_only_model: optimizer" in caplog.text
+        return
+    (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing"):
+        make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "manifest.json").unlink()  # as an earlier version has written it
+    with pytest.raises(ValueError, match=r"Expected optimizer\.pt in .*save_only_model=True"):
+        make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_of_a_version_without_manifests_goes_on(make_trainer, tmp_path):
+    straight = make_trainer(max_steps=4, output_dir=str(tmp_path / "straight"))
+    straight.train()
+    make_trainer(max_steps=4, callbacks=[StopAt(2)]).train()
+    (tmp_path / "out" / "checkpoint-2" / "manifest.json").unlink()
+    (tmp_path / "out" / "_paraphraser" / "manifest.json").unlink()
+    (tmp_path / "out" / "_run.json").unlink()
+    resumed = make_trainer(max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(resumed.student_side.state_dict(), straight.student_side.state_dict())

@@ -21,7 +21,7 @@ from ..models.adapters import is_adapted, without_adapters
 from .checkpoints import check_optimizer_state, load_weights
 from .checks import is_stream
 from .component_log import ComponentLog
-from .manifest import is_disk_error, write_manifest
+from .manifest import is_disk_error, move_files, write_manifest
 from .resume import ResumePoint, begin_run, find_last_checkpoint, find_resume_point
 
 
@@ -341,6 +341,16 @@ class DistillationTrainer(HubTrainer):
         if self.args.should_save:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self._saving_folder is not None:
+            super()._save(str(folder), state_dict)
+            return
+        part = folder / SAVING_FOLDER
+        shutil.rmtree(part, ignore_errors=True)
+        super()._save(str(part), state_dict)
+        move_files(part, folder)
 
     def _tell_failed_save(self, checkpoint: Path, error: Exception) -> None:
         """Log that a checkpoint could not be written; in distributed training, where other ranks wait, raise it."""

@@ -83,6 +83,16 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(part, file)
 
 
+def move_files(source: Path, target: Path) -> None:
+    """Move the files of a folder into another, each in one piece, weights last."""
+    files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda p: p.suffix == ".safetensors")
+    for path in files:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    shutil.rmtree(source)
+
+
 @contextmanager
 def written_whole(folder: Path, **facts: str) -> Iterator[Path]:
     """Give a folder to write into, which takes the place of `folder` when it is complete."""
