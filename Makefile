@@ -1,7 +1,7 @@
 # Everything happens in .venv, which is made on first use. torch comes first and by the constraints, so that the
 # packages after it find it installed. The targets for other versions make a .venv-... of their own.
 PYTHON ?= python3
-PYTHON_MINIMUM ?= python3.10
+PYTHON_MINIMUM ?= python3.11
 BIN := .venv/bin
 PIP_WITH := bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c
 PIP := .venv/$(PIP_WITH) constraints.txt

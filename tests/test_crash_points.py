@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_images, make_resnet
+from safetensors.torch import load_file
 from test_whole_batches import make_augmentation, make_decoded
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
+from iekd_hf.commands import distill
 from iekd_hf.training.resume import RUN_FILE
 
 
@@ -34,8 +36,9 @@ EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "
 class Snapshots:
     """Copy a folder before each operation that changes it, once for each state that it is in."""
 
-    def __init__(self, folder: Path, to: Path):
-        self.folder, self.to, self.active, self.seen = folder, to, True, {}
+    def __init__(self, folder: Path, to: Path, unread: str | None = None):
+        # What lies in folders of the name `unread` makes no other state: resuming removes them without a look.
+        self.folder, self.to, self.active, self.seen, self.unread = folder, to, True, {}, unread
         sys.addaudithook(self)  # a hook cannot be removed
 
     def __call__(self, event: str, arguments: tuple) -> None:
@@ -50,6 +53,8 @@ class Snapshots:
     def take(self) -> None:
         digest = hashlib.sha256()
         for path in sorted(self.folder.rglob("*")):
+            if self.unread in path.parts:
+                continue
             digest.update(str(path.relative_to(self.folder)).encode())
             digest.update(path.read_bytes() if path.is_file() else b"")
         if digest.hexdigest() not in self.seen and self.folder.is_dir():
@@ -102,4 +107,26 @@ def test_a_run_goes_on_from_before_each_of_its_file_operations(make, tmp_path):
         got = weights(again)
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[name], expected[name]) for name in got), folder
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_script_goes_on_from_before_each_of_its_file_operations(run_example, tmp_path):
+    command = (
+        *("--max_train_samples", 24, "--per_device_train_batch_size", 12, "--num_train_epochs", 1),
+        *("--teacher", "cifar-resnet-8", "--student", "cifar-resnet-8", "--paraphraser_epochs", 1, "--use_cpu"),
+        *("--do_eval", "false", "--eval_strategy", "no", "--disable_tqdm", "true"),
+    )
+    snapshots = Snapshots(tmp_path / "out", tmp_path / "snapshots", unread="_saving")
+    run_example(distill, *command, "--output_dir", tmp_path / "out")
+    snapshots.active = False
+    expected = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(snapshots.seen) > 20
+    print(len(snapshots.seen))
+    for folder in snapshots.seen.values():
+        has_begun = any((folder / "out").glob("**/_run.json"))
+        resume = ("--resume_from_checkpoint", "true") if has_begun else ()
+        run_example(distill, *command, *resume, "--output_dir", folder / "out")
+        got = load_file(folder / "out" / "model.safetensors")
+        assert all(torch.equal(got[name], expected[name]) for name in expected), folder
         shutil.rmtree(folder)

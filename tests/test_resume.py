@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from iekd_hf import Paraphraser
 from iekd_hf.training.checkpoints import load_weights
+from iekd_hf.training.manifest import write_manifest
 from iekd_hf.training.paraphraser_trainer import ParaphraserTrainer
 
 
@@ -324,3 +325,24 @@ def test_a_checkpoint_of_a_version_without_manifests_goes_on(make_trainer, tmp_p
     resumed = make_trainer(max_steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert same(resumed.student_side.state_dict(), straight.student_side.state_dict())
+
+
+class Payload:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_foreign_pickle_runs_no_code(make_trainer, tmp_path, name):
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    torch.save({"state": Payload(tmp_path / "ran")}, checkpoint / name)
+    write_manifest(checkpoint)
+    with pytest.raises(Exception, match=r"weights_only|Weights only|WeightsUnpickler"):
+        make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+    assert not (tmp_path / "ran").exists()

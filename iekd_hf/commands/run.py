@@ -21,7 +21,7 @@ from iekd_hf import IEKDTrainer
 from ..training.base_trainer import DistillationTrainer
 from ..training.checkpoints import load_weights
 from ..training.manifest import write_whole
-from ..training.resume import find_last_checkpoint, find_resume_point
+from ..training.resume import RUN_FILE, find_last_checkpoint, find_resume_point
 from .arguments import ModelArguments
 from .report.latency import median_milliseconds
 from .report.table import Result, latencies
@@ -44,7 +44,7 @@ def check_output_dir(args: TrainingArguments) -> str | bool | None:
             f"{os.path.basename(get_last_checkpoint(args.output_dir))}: add --resume_from_checkpoint true to continue "
             "that run, or choose another --output_dir."
         )
-    beside = (Path(args.output_dir).glob(f"_*/{name}") for name in (_DONE, "checkpoint-*"))
+    beside = (Path(args.output_dir).glob(f"_*/{name}") for name in (_DONE, "checkpoint-*", RUN_FILE))
     has_begun = find_resume_point(args.output_dir, True) is not None or any(map(any, beside))
     if args.do_train and resume is True and not has_begun:
         raise ValueError(
