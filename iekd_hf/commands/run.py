@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from iekd_hf import IEKDTrainer
 
+from ..data.rgb import to_rgb
 from ..training.base_trainer import DistillationTrainer
 from ..training.checkpoints import load_weights
 from ..training.manifest import write_whole
@@ -228,7 +229,7 @@ class CommandRun:
 
     def first_image(self) -> PIL.Image.Image:
         """Return the first validation image, in RGB."""
-        return self.splits["validation"][0]["image"].convert("RGB")
+        return to_rgb(self.splits["validation"][0]["image"])
 
     def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
         """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import datasets
 import PIL.Image
 
+from ...data.rgb import to_rgb
 from ..images.source import (
     SourceArguments,
     check_filled,
@@ -88,7 +89,7 @@ class Annotated:
         """Yield the index, the image in RGB and the objects of some rows."""
         images = self.images[indices]["image"]
         for index, image, objects in zip(indices, images, self.truth(indices), strict=True):
-            yield index, image.convert("RGB"), objects
+            yield index, to_rgb(image), objects
 
     def truth(self, indices: list[int]) -> list[dict[str, list]]:
         """Return the objects of some rows."""
