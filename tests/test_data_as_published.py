@@ -1,5 +1,8 @@
 """Images, labels, splits and files as people publish them: used as they are meant, or refused in one sentence."""
 
+import copy
+import csv
+import json
 import logging
 import pickle
 
@@ -7,11 +10,15 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import run_iekd
+import run_mutual
 import torch
-from conftest import make_resnet
+from conftest import make_images, make_resnet
+from test_run_iekd import QUICK
 from transformers import ViTImageProcessorPil
 
 from iekd_hf import DecodedImages
+from iekd_hf.commands.boxes.data import DetectionDataArguments, load_annotated
 from iekd_hf.commands.images.data import DataArguments, load_images
 from iekd_hf.commands.images.transforms import prepare
 from iekd_hf.data.rgb import to_rgb
@@ -225,8 +232,6 @@ def test_transforms_can_be_given_to_spawned_workers(tmp_path):
 
 
 def test_a_tapped_model_can_be_copied_and_saved(tmp_path):
-    import copy
-
     model, pixels = make_resnet(), torch.zeros(1, 3, 32, 32)
     tap = FeatureTap(model, before_activation=True)
     tap.attach()
@@ -236,3 +241,86 @@ def test_a_tapped_model_can_be_copied_and_saved(tmp_path):
     for other in (twin, loaded):
         assert torch.equal(other.eval()(pixels).logits, model.eval()(pixels).logits)
     assert tap.run({"pixel_values": pixels})[1][0].ndim == 4
+
+
+def test_predictions_of_hidden_labels_with_commas_in_their_names(run_example, tmp_path):
+    names = ["cat, black", 'the "dog"']
+    kind = datasets.ClassLabel(names=names)
+    root = publish(
+        tmp_path / "x", train=rows([0, 1] * 8, kind), validation=rows([0, 1] * 4, kind), test=rows([-1] * 5, kind)
+    )
+    small = [*QUICK, "--plain_student", "false", "--image_size", 16, "--student", "cifar-resnet-8"]
+    printed = run_example(run_iekd, "--output_dir", tmp_path / "o", "--dataset_name", root, *small, "--do_predict")
+    assert "distilled student" in printed
+    with (tmp_path / "o" / "predictions.csv").open(newline="") as file:
+        predictions = list(csv.reader(file))
+    assert predictions[0] == ["row", "label"] and [row for row, _ in predictions[1:]] == list("01234")
+    assert {label for _, label in predictions[1:]} <= set(names)
+
+
+def detection_file(tmp_path, categories, name="rows"):
+    objects = [{"bbox": [[4, 4, 8, 8]], "category": [category]} for category in categories]
+    images = [picture(i, (40, 40)) for i in range(len(objects))]
+    split = datasets.Dataset.from_dict({"image": images, "objects": objects})
+    split.cast_column("image", datasets.Image()).to_parquet(tmp_path / f"{name}.parquet")
+    return str(tmp_path / f"{name}.parquet")
+
+
+def test_categories_of_objects(tmp_path, caplog):
+    bad = detection_file(tmp_path, ["a", "b", "a", None, "a", "b"])
+    with pytest.raises(ValueError, match=r"every object in the train split, got None in row 3: name"):
+        load_annotated(DetectionDataArguments(train_file=bad, validation_file=bad), 0)
+    good = detection_file(tmp_path, [7, 10001] * 3)
+    splits, names = load_annotated(DetectionDataArguments(train_file=good, validation_file=good), 0)
+    assert names == ["7", "10001"] and splits["train"].truth([1])[0]["labels"] == [1]
+    assert "The labels 7, 10001 become the classes 0 to 1" in caplog.text
+
+
+@pytest.mark.parametrize("module", [run_iekd, run_mutual])
+def test_mistakes_are_said_before_anything_trains(run_example, tmp_path, module):
+    def run(*arguments):
+        run_example(module, "--output_dir", tmp_path / "o", "--use_cpu", *arguments)
+
+    with pytest.raises(ValueError, match=r"a whole checkpoint as --resume_from_checkpoint, got .*no such folder"):
+        run("--resume_from_checkpoint", tmp_path / "o" / "checkpoint-7")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"a whole checkpoint .*empty': trainer_state\.json is missing"):
+        run("--resume_from_checkpoint", tmp_path / "empty")
+    for epochs in ("0", "-3"):
+        with pytest.raises(ValueError, match=rf"num_train_epochs above 0, got {epochs}\.0: .*--do_train false"):
+            run("--num_train_epochs", epochs)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_saved_teacher_is_loaded_whole_or_refused(run_example, tmp_path):
+    teacher = make_resnet(16, num_labels=5)
+    teacher.save_pretrained(tmp_path / "t")
+    (tmp_path / "t" / "model.safetensors").unlink()
+    torch.save(teacher.state_dict(), tmp_path / "t" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"Expected --teacher='.*' to hold a loadable"):
+        run_example(run_iekd, "--output_dir", tmp_path / "o", *QUICK, "--teacher", tmp_path / "t")
+    make_resnet(16, num_labels=5).save_pretrained(tmp_path / "code")
+    processor = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}
+    (tmp_path / "code" / "preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / "code" / "own.py").write_text("class Own: pass")
+    with pytest.raises(ValueError, match=r"Expected the image processor .*without code of its own"):
+        run_example(run_iekd, "--output_dir", tmp_path / "o", *QUICK, "--teacher", tmp_path / "code")
+
+
+def test_the_card_shows_names_from_outside_as_they_are(make_trainer, tmp_path):
+    names = ["a\n---\n# heading", "<script>alert(1)</script>", "![image](https://example.org/x.png) | `b` *c*"]
+    maps = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+    def per_class(prediction):
+        return {f"accuracy_{name}": 0.5 for name in names}
+
+    trainer = make_trainer(
+        model=make_resnet(8, **maps), eval_dataset=make_images(), compute_metrics=per_class, eval_strategy="epoch"
+    )
+    trainer.train()
+    trainer.create_model_card(dataset="mine\n\n# <b>")
+    card = (tmp_path / "out" / "README.md").read_text()
+    text = card.partition("\n---\n")[2]
+    assert "# heading" not in text.splitlines() and "\n---" not in text
+    assert "<script>" not in text and "<b>" not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "![image]" not in text and r"!\[image\](https://example.org/x.png) \| \`b\` \*c\*" in text

@@ -89,7 +89,7 @@ def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
         )
     values = split["label"][:]
     for row, value in enumerate(values):
-        if _is_missing(value):
+        if is_missing(value):
             if name == "test":
                 return None
             raise ValueError(
@@ -109,6 +109,6 @@ def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
     return [int(value) if isinstance(value, float) else value for value in values]
 
 
-def _is_missing(value: _Label | float | None) -> bool:
+def is_missing(value: _Label | float | None) -> bool:
     """Tell whether a label stands for none: null, empty, NaN or below 0."""
     return value is None or (not value if isinstance(value, str) else not value >= 0)
