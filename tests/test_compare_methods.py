@@ -150,3 +150,24 @@ def test_peers_and_the_test_split_that_is_not_read(compare, tmp_path):
     for cell in json.loads((tmp_path / "comparison.json").read_text()):
         assert not [name for name in cell["metrics"] if name.startswith("test_")]
         assert {"validation_peer_1_accuracy", "validation_peer_2_accuracy"} <= set(cell["metrics"])
+
+
+@pytest.mark.slow
+def test_a_saved_teacher_is_used_as_it_is(compare, tmp_path):
+    """Its own weights and pixels, and nothing is written into its folder or anywhere else outside."""
+    from conftest import make_resnet
+    from transformers import ViTImageProcessorPil
+
+    folder = tmp_path / "mine"
+    make_resnet(16, num_labels=10, seed=3).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    networks = f"{folder}:cifar-resnet-8"
+    printed = compare(
+        *["--output_dir", tmp_path / "out", *QUICK, "--networks", networks, "--seeds", "0", "--methods", "ie-ft"]
+    )
+    assert f"### {networks} (validation)" in printed
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+    assert not (tmp_path / "out" / "teachers").exists()
+    assert cell_folder(tmp_path / "out", networks, "ie-ft", 0).is_relative_to(tmp_path / "out" / "cells")

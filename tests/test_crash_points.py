@@ -12,7 +12,14 @@ from conftest import make_images, make_resnet
 from safetensors.torch import load_file
 from test_whole_batches import make_augmentation, make_decoded
 
-from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
+from iekd_hf import (
+    CifarResNetConfig,
+    CifarResNetForImageClassification,
+    IEKDTrainer,
+    IEKDTrainingArguments,
+    MutualTrainer,
+    MutualTrainingArguments,
+)
 from iekd_hf.commands import distill
 from iekd_hf.training.resume import RUN_FILE
 
@@ -112,9 +119,11 @@ def test_a_run_goes_on_from_before_each_of_its_file_operations(make, tmp_path):
 
 @pytest.mark.slow
 def test_a_script_goes_on_from_before_each_of_its_file_operations(run_example, tmp_path):
+    config = CifarResNetConfig.from_depth(8, num_labels=10)
+    CifarResNetForImageClassification(config).save_pretrained(tmp_path / "teacher")
     command = (
         *("--max_train_samples", 24, "--per_device_train_batch_size", 12, "--num_train_epochs", 1),
-        *("--teacher", "cifar-resnet-8", "--student", "cifar-resnet-8", "--paraphraser_epochs", 1, "--use_cpu"),
+        *("--teacher", tmp_path / "teacher", "--student", "cifar-resnet-8", "--paraphraser_epochs", 1, "--use_cpu"),
         *("--do_eval", "false", "--eval_strategy", "no", "--disable_tqdm", "true"),
     )
     snapshots = Snapshots(tmp_path / "out", tmp_path / "snapshots", unread="_saving")
@@ -122,7 +131,6 @@ def test_a_script_goes_on_from_before_each_of_its_file_operations(run_example, t
     snapshots.active = False
     expected = load_file(tmp_path / "out" / "model.safetensors")
     assert len(snapshots.seen) > 20
-    print(len(snapshots.seen))
     for folder in snapshots.seen.values():
         has_begun = any((folder / "out").glob("**/_run.json"))
         resume = ("--resume_from_checkpoint", "true") if has_begun else ()

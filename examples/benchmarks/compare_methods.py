@@ -33,7 +33,10 @@ class ComparisonArguments:
 
     networks: list[str] = field(
         default_factory=lambda: ["cifar-resnet-20:cifar-resnet-8"],
-        metadata={"help": "Pairs `teacher:student`, or peers `first+second`; each a `cifar-resnet-<depth>`."},
+        metadata={
+            "help": "Pairs `teacher:student`, or peers `first+second`; each a `cifar-resnet-<depth>`. A teacher can "
+            "also be a saved one (Hub id or folder), which is used as it is."
+        },
     )
     methods: list[str] = field(
         default_factory=lambda: ["plain", "kd", "ft", "ie-ft", "ft+kd", "ie-ft+kd"],

@@ -8,6 +8,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import accelerate
 import datasets
@@ -15,15 +16,16 @@ import torch
 import transformers
 from comparison_methods import MUTUAL, label, parse_method
 from huggingface_hub.utils import WeakFileLock
-from transformers import PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
 import iekd_hf
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
 from iekd_hf.arguments import METHODS
 from iekd_hf.commands.images.data import DataArguments, load_images
 from iekd_hf.commands.images.metrics import TopKAccuracy
-from iekd_hf.commands.images.run import build_model, build_processor
+from iekd_hf.commands.images.run import build_model, build_processor, is_shorthand
 from iekd_hf.commands.images.transforms import prepare
+from iekd_hf.models.loading import find_processor, load_model
 from iekd_hf.training.base_trainer import DistillationTrainer
 from iekd_hf.training.checkpoints import load_weights
 
@@ -121,6 +123,8 @@ class Comparison:
         splits = load_images(data_args, seed=0)
         held_out = splits["train"].train_test_split(schedule.held_out, seed=0, stratify_by_column="label")
         train, test = held_out["train"], splits.get("test", splits["validation"])
+        if "label" not in test.column_names:
+            raise ValueError("Expected a test split with labels, got hidden ones: give the files of the other splits.")
         few = train
         if schedule.student_samples is not None:
             few = train.train_test_split(train_size=schedule.student_samples, seed=0, stratify_by_column="label")
@@ -161,8 +165,14 @@ class Comparison:
         trainer.save_model()
         return trainer, metrics
 
-    def teacher(self, name: str) -> PreTrainedModel:
-        """Train a teacher on the whole training part, or load the one that was trained before."""
+    def teacher(self, name: str) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
+        """
+        Train a teacher on the whole training part, or load the one that was trained before.
+
+        One that somebody else has saved is used as it is, with its own image processor.
+        """
+        if not is_shorthand(name):
+            return load_model(name, "teacher"), find_processor(name)
         folder = self.folder / "teachers" / name
         model = self.build(name, seed=0)
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,18 +182,20 @@ class Comparison:
                 trainer, metrics = self.train_alone(model, folder, 0, self.schedule.teacher_epochs, "train")
                 write(folder / "metrics.json", {**metrics, **self.accuracies(trainer, ["validation", "test"])})
         load_weights(model, str(folder))
-        return model
+        return model, None
 
-    def paraphraser(self, name: str, teacher: PreTrainedModel) -> str:
+    def paraphraser(self, name: str, teacher: PreTrainedModel, processor: BaseImageProcessor | None) -> str:
         """Train the paraphraser of a teacher, or find the one that was trained before; return its folder."""
-        folder = self.folder / "paraphrasers" / name
+        folder = self.folder / "paraphrasers" / quote(name, safe="")
         folder.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(folder / "lock"):
             if not (folder / "metrics.json").is_file():
                 logger.warning("Training the paraphraser of %s.", name)
                 arguments = self.schedule.training_arguments(folder, 0, 1, max_steps=1)
                 args = IEKDTrainingArguments(paraphraser_epochs=self.schedule.paraphraser_epochs, **arguments)
-                trainer = IEKDTrainer(self.build(name, 0), teacher, args, **self.common("few"))
+                # Stage 1 needs any student that takes the images: a saved teacher's kind might not.
+                student = self.build(name if is_shorthand(name) else "cifar-resnet-8", 0)
+                trainer = IEKDTrainer(student, teacher, args, teacher_processor=processor, **self.common("few"))
                 write(folder / "metrics.json", trainer.train().metrics)
         return str(folder / "_paraphraser")
 
@@ -222,7 +234,7 @@ class Comparison:
                 if done.is_file():
                     return False
                 logger.warning("%s  %s  seed %d", networks, method, seed)
-                run = self._run_peers if "+" in networks else self._run_pair
+                run = self._run_pair if ":" in networks else self._run_peers
                 start, cpu = time.monotonic(), time.process_time()
                 history, args, metrics = run(networks, *parse_method(method), folder, seed, parts)
                 metrics |= {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
@@ -235,8 +247,8 @@ class Comparison:
         return True
 
     def _run_pair(self, networks: str, method: str, changes: dict, folder: Path, seed: int, parts: list[str]) -> tuple:
-        teacher_name, student_name = networks.split(":")
-        teacher, student = self.teacher(teacher_name), self.build(student_name, seed)
+        teacher_name, _, student_name = networks.rpartition(":")
+        (teacher, processor), student = self.teacher(teacher_name), self.build(student_name, seed)
         views = self.schedule.cache_views
         args = IEKDTrainingArguments(
             method=method,
@@ -247,8 +259,10 @@ class Comparison:
             **self.schedule.training_arguments(folder / "student", seed, self.schedule.epochs, **changes),
         )
         needs_paraphraser = args.knowledge == "factors" and (args.lambda_inh > 0 or args.lambda_exp > 0)
-        paraphraser = self.paraphraser(teacher_name, teacher) if needs_paraphraser else None
-        trainer = IEKDTrainer(student, teacher, args, paraphraser=paraphraser, **self.common("few"))
+        paraphraser = self.paraphraser(teacher_name, teacher, processor) if needs_paraphraser else None
+        trainer = IEKDTrainer(
+            student, teacher, args, paraphraser=paraphraser, teacher_processor=processor, **self.common("few")
+        )
         metrics = trainer.train().metrics
         trainer.save_model()
         names = [*METHODS[method], "temperature", "lambda_schedule", "lambda_warmup_ratio", "split_mode", "split_seed"]
@@ -280,7 +294,9 @@ class Comparison:
 
 def cell_folder(folder: Path, networks: str, method: str, seed: int) -> Path:
     """Return the folder of a cell."""
-    return folder / "cells" / networks.replace(":", "-to-") / label(method) / f"seed-{seed}"
+    # A network that is a folder must not lead out of this one.
+    name = quote(networks, safe="+:").replace(":", "-to-")
+    return folder / "cells" / name / label(method) / f"seed-{seed}"
 
 
 def made() -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
+from urllib.parse import unquote
 
 import matplotlib
 
@@ -35,7 +36,7 @@ def collect(folder: Path) -> list[dict]:
         content = {name: json.loads((done.parent / f"{name}.json").read_text()) for name in ("arguments", "log")}
         cells.append(
             {
-                "networks": networks.replace("-to-", ":"),
+                "networks": unquote(networks.replace("-to-", ":")),
                 "method": method,
                 "seed": int(seed.removeprefix("seed-")),
                 "metrics": json.loads(done.read_text()),

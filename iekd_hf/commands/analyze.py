@@ -31,6 +31,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from iekd_hf import FactorEncoder, exploration_loss
 
+from ..data.rgb import to_rgb
 from ..features.tap import FeatureTap
 from ..training.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
 from .arguments import parse_arguments
@@ -236,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     validation = load_images(data_args, seed=42)["validation"]
     validation = validation.shuffle(seed=0).select(range(min(analysis.num_images, len(validation))))
-    images = [image.convert("RGB") for image in validation["image"]]
+    images = [to_rgb(image) for image in validation["image"]]
     processor = build_processor(analysis.run, data_args.image_size, images[0])
     pixels = processor(images, return_tensors="pt")["pixel_values"]
     features = {name: torch.cat([net.features(x) for x in pixels.split(128)]) for name, net in networks.items()}

@@ -58,6 +58,11 @@ class ScriptArguments:
         self.undecided = [name for name in self.own_epochs if getattr(self, name, 0) is None]
         for name in self.undecided:
             setattr(self, name, self.other_epochs)
+        if not self.num_train_epochs > 0:
+            raise ValueError(
+                f"Expected num_train_epochs above 0, got {self.num_train_epochs}: to measure without training, set "
+                "--do_train false."
+            )
         super().__post_init__()
 
     def use_own_epochs(self) -> None:
@@ -121,6 +126,10 @@ class ModelArguments:
         default=False,
         metadata={"help": "Run model code that comes with a Hub model. Only for repositories you trust."},
     )
+
+    def __post_init__(self):
+        if self.teacher_epochs is not None and not self.teacher_epochs >= 0:
+            raise ValueError(f"Expected teacher_epochs of at least 0, got {self.teacher_epochs}.")
 
     def hub(self, role: str) -> dict:
         """Return the keyword arguments of `from_pretrained` for the teacher or the student."""

@@ -11,17 +11,18 @@ needed. All arguments can also stand in one JSON or YAML file: iekd-hf distill r
 On several GPUs: accelerate launch -m iekd_hf.commands.distill, with the same arguments
 """
 
+import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from iekd_hf import IEKDTrainingArguments
 
 from ..arguments import METHODS
-from ..models.loading import explain_unreachable, find_processor
+from ..models.loading import explain_unreachable, find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
 from .arguments import ModelArguments, ScriptArguments, parse_arguments
 from .images.data import DataArguments
@@ -83,11 +84,12 @@ class DistillRun(ImageRun):
         if epochs is None:
             epochs = self.args.num_train_epochs if is_shorthand(name) else 0
         own_classes = is_shorthand(name) or epochs > 0 or has_classes(name, self.names, **hub)
-        if own_classes:
+        processor = None
+        if is_shorthand(name) or epochs > 0:
             teacher = build_model(name, "--teacher", self.names, False, dtype=dtype, **hub)
-        else:  # its features teach, its head is for other classes
-            teacher = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, dtype=dtype, **hub)
-        processor = None if is_shorthand(name) or epochs > 0 else find_processor(name, **hub)
+        else:  # as it is, every weight of it: its features teach, even if its head is for other classes
+            teacher = load_model(name, "--teacher", dtype=dtype, **hub)
+            processor = find_processor(name, **hub)
         self.args.choose_method(own_classes)
         result = self.train_teacher(teacher, epochs)
         if own_classes and self.args.do_eval:
@@ -109,8 +111,10 @@ class DistillRun(ImageRun):
         split = self.images.get("test", self.images["validation"])
         classes = trainer.predict(split, metric_key_prefix="predict").predictions.argmax(axis=1)
         if trainer.is_world_process_zero():
-            lines = [f"{row},{self.names[index]}" for row, index in enumerate(classes)]
-            Path(self.args.output_dir, "predictions.csv").write_text("\n".join(["row,label", *lines, ""]))
+            with Path(self.args.output_dir, "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["row", "label"])
+                writer.writerows((row, self.names[index]) for row, index in enumerate(classes))
 
     def report(self, compared: list[Compared]) -> None:
         """Print the table of what was trained or measured, and draw the course of the training."""

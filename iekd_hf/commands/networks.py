@@ -1,6 +1,7 @@
 """Pretrained networks, brought to the classes of the data."""
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from ..models.loading import explain_unreachable
@@ -32,7 +33,7 @@ def load_for_classes(
             dtype=dtype,
             **hub,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(explain_unreachable(name, role, error)) from error
 
 

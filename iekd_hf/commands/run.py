@@ -18,9 +18,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from iekd_hf import IEKDTrainer
 
+from ..data.rgb import to_rgb
 from ..training.base_trainer import DistillationTrainer
 from ..training.checkpoints import load_weights
-from ..training.manifest import write_whole
+from ..training.manifest import find_checkpoint_damage, write_whole
 from ..training.resume import RUN_FILE, find_last_checkpoint, find_resume_point
 from .arguments import ModelArguments
 from .report.latency import median_milliseconds
@@ -38,6 +39,13 @@ def check_output_dir(args: TrainingArguments) -> str | bool | None:
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true" or None
+    if args.do_train and isinstance(resume, str):
+        damage = find_checkpoint_damage(resume) if os.path.isdir(resume) else "there is no such folder"
+        if damage:
+            raise ValueError(
+                f"Expected a whole checkpoint as --resume_from_checkpoint, got {resume!r}: {damage}. Name another "
+                "one, or give true for the newest whole one of --output_dir."
+            )
     if args.do_train and not resume and os.path.isdir(args.output_dir) and get_last_checkpoint(args.output_dir):
         raise ValueError(
             f"Expected an output_dir without checkpoints, got {args.output_dir!r} with "
@@ -228,7 +236,7 @@ class CommandRun:
 
     def first_image(self) -> PIL.Image.Image:
         """Return the first validation image, in RGB."""
-        return self.splits["validation"][0]["image"].convert("RGB")
+        return to_rgb(self.splits["validation"][0]["image"])
 
     def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
         """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""

@@ -8,6 +8,8 @@ import pyarrow
 import torch
 from torch.utils.data import Dataset
 
+from .rgb import explain_undecodable, to_rgb
+
 
 # Rows are written to disk together up to this size; a batch is read with one copy from each such piece it touches.
 _PIECE_BYTES = 64 * 2**20
@@ -78,7 +80,8 @@ class DecodedImages(Dataset):
                 With a column of images.
             prepare (`Callable`, *optional*):
                 Turns a list of PIL images into a uint8 array `(batch_size, channels, height, width)`. By default they
-                are taken as RGB, and must all be of one size.
+                are taken as RGB (16-bit and float ones scaled, transparent ones on white), and must all be of one
+                size.
             image_column (`str`, *optional*, defaults to `"image"`):
                 The column of images.
             label_column (`str`, *optional*, defaults to `"label"`):
@@ -88,7 +91,7 @@ class DecodedImages(Dataset):
             `DecodedImages`
 
         Raises:
-            `ValueError`: images of different sizes, or no images.
+            `ValueError`: images of different sizes, no images, or one that cannot be decoded.
         """
         if len(dataset) == 0:
             raise ValueError("Expected images to decode, got an empty dataset: check its file or split.")
@@ -98,8 +101,13 @@ class DecodedImages(Dataset):
                 "image_column."
             )
         dataset = dataset.with_format(None)
-        decoder = _Decoder(prepare, image_column, label_column if label_column in dataset.column_names else None)
-        shape = decoder.pixels(dataset[:1][image_column])[0].shape
+        feature = dataset.features[image_column]
+        if isinstance(feature, datasets.Image):  # decoded here, where an image that cannot be is known by its row
+            dataset = dataset.cast_column(image_column, datasets.Image(mode=feature.mode, decode=False))
+        decoder = _Decoder(
+            prepare, image_column, label_column if label_column in dataset.column_names else None, feature
+        )
+        shape = decoder.pixels(dataset[:1][image_column], [0])[0].shape
         features = {"pixels": datasets.Value("binary"), "shape": datasets.List(datasets.Value("int32"))}
         if decoder.label_column:
             check_labels(dataset, label_column)
@@ -165,16 +173,26 @@ def _as_tensor(labels: datasets.Dataset) -> torch.Tensor:
 class _Decoder:
     """A function of `Dataset.map` whose hash, and so the cache's name, depends on what it does."""
 
-    def __init__(self, prepare, image_column: str, label_column: str | None):
+    def __init__(self, prepare, image_column: str, label_column: str | None, feature):
         self.prepare, self.image_column, self.label_column = prepare, image_column, label_column
+        self.feature = feature
 
-    def pixels(self, images: list) -> list[np.ndarray]:
+    def pixels(self, images: list, rows: list[int]) -> list[np.ndarray]:
+        if isinstance(self.feature, datasets.Image):
+            images = [self.decode(image, row) for image, row in zip(images, rows, strict=True)]
         if self.prepare is not None:
             return list(self.prepare(images))
-        return [np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in images]
+        return [np.asarray(to_rgb(image)).transpose(2, 0, 1) for image in images]
+
+    def decode(self, image: dict | None, row: int):
+        try:
+            decoded = self.feature.decode_example(image)
+            return to_rgb(decoded) if self.prepare is None else decoded
+        except Exception as error:  # decoders raise errors of many kinds
+            raise ValueError(explain_undecodable(image, f"row {row}", error)) from error
 
     def __call__(self, rows: dict, indices: list[int], shape: tuple[int, ...]) -> dict:
-        pixels = self.pixels(rows[self.image_column])
+        pixels = self.pixels(rows[self.image_column], indices)
         for index, image in zip(indices, pixels, strict=True):
             if image.shape != tuple(shape) or image.dtype != np.uint8:
                 raise ValueError(

@@ -1,5 +1,7 @@
 """Read feature maps out of any vision model with forward hooks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -16,6 +18,19 @@ _ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry 
 
 class _LastLayerReached(Exception):
     """Ends a forward pass after the last layer that is needed."""
+
+
+class _Hook:
+    """Call a tap; a copy of the model, saved or in memory, is not tapped: its hooks do nothing."""
+
+    def __init__(self, function: Callable | None = None, *first):
+        self.function, self.first = function, first
+
+    def __call__(self, *args):
+        return None if self.function is None else self.function(*self.first, *args)
+
+    def __reduce__(self):
+        return _Hook, ()
 
 
 class FeatureTap:
@@ -48,10 +63,10 @@ class FeatureTap:
             # Before the layers' own hooks, for a layer that is an activation itself.
             for part in {p for module in self.modules for p in module.modules() if self.before_activation}:
                 if isinstance(part, _ACTIVATIONS):
-                    self._handles.append(part.register_forward_pre_hook(self._before_activation))
-                    self._handles.append(part.register_forward_hook(self._after_activation))
+                    self._handles.append(part.register_forward_pre_hook(_Hook(self._before_activation)))
+                    self._handles.append(part.register_forward_hook(_Hook(self._after_activation)))
             for index, module in enumerate(self.modules):
-                self._handles.append(module.register_forward_hook(self._make_hook(index)))
+                self._handles.append(module.register_forward_hook(_Hook(self._keep, index)))
 
     def detach(self) -> None:
         """Remove the hooks and let go of the captured tensors."""
@@ -88,20 +103,15 @@ class FeatureTap:
             if not was_attached:
                 self.detach()
 
-    def _make_hook(self, index: int):
-        which = split_index(self.layers[index])[1]
-
-        def keep(module, args, output):
-            # Gradient checkpointing runs a module once more in the backward pass: that output is not wanted.
-            if self._active:
-                picked = pick_tensor(output, which)
-                if self.before_activation and picked is not None:
-                    picked = self._before.get(picked, picked)
-                self._outputs[index] = picked
-                if self._stop_after_last and len(self._outputs) == len(self.modules):
-                    raise _LastLayerReached
-
-        return keep
+    def _keep(self, index, module, args, output):
+        # Gradient checkpointing runs a module once more in the backward pass: that output is not wanted.
+        if self._active:
+            picked = pick_tensor(output, split_index(self.layers[index])[1])
+            if self.before_activation and picked is not None:
+                picked = self._before.get(picked, picked)
+            self._outputs[index] = picked
+            if self._stop_after_last and len(self._outputs) == len(self.modules):
+                raise _LastLayerReached
 
     def _before_activation(self, module, args):
         if self._active:

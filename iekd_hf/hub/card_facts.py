@@ -1,7 +1,9 @@
 """Facts for the model card: networks and their metrics, the training curve, the recipe."""
 
+import html
 import math
 import os
+import re
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -33,6 +35,13 @@ def hub_id(name: str | None) -> str | None:
 def link(name: str, kind: str = "") -> str:
     """Return a link to a repository on the Hub; `kind` is `datasets/` for a data set."""
     return f"[{name}](https://huggingface.co/{kind}{name})"
+
+
+def plain(text: str) -> str:
+    """Write text that comes from outside on one line, so that Markdown shows it as it is."""
+    text = html.escape(" ".join(str(text).split()), quote=False)
+    # An underscore within a word means nothing.
+    return re.sub(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
 
 
 @dataclass
@@ -140,7 +149,7 @@ def curve(log_history: list[dict]) -> str:
     count = min(len(rows), _MOST_ROWS)
     rows = [rows[round(i * (len(rows) - 1) / max(count - 1, 1))] for i in range(count)]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    return make_markdown_table([{name: row.get(name, "") for name in columns} for row in rows])
+    return make_markdown_table([{plain(name): row.get(name, "") for name in columns} for row in rows])
 
 
 def recipe(args: TrainingArguments) -> list[tuple[str, str, str]]:

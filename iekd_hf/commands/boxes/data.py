@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import datasets
 import PIL.Image
 
+from ...data.rgb import to_rgb
+from ..images.labels import is_missing, name_classes
 from ..images.source import (
     SourceArguments,
     check_filled,
@@ -14,6 +16,7 @@ from ..images.source import (
     find_column,
     limit,
     load_source,
+    original_row,
     rename_columns,
 )
 from .clean import clean
@@ -88,7 +91,7 @@ class Annotated:
         """Yield the index, the image in RGB and the objects of some rows."""
         images = self.images[indices]["image"]
         for index, image, objects in zip(indices, images, self.truth(indices), strict=True):
-            yield index, image.convert("RGB"), objects
+            yield index, to_rgb(image), objects
 
     def truth(self, indices: list[int]) -> list[dict[str, list]]:
         """Return the objects of some rows."""
@@ -107,15 +110,15 @@ def load_annotated(args: DetectionDataArguments, seed: int) -> tuple[dict[str, A
         fields_of(split, name, args.objects_column_name)
         splits[name] = rename_columns(split, {image: "image", args.objects_column_name: "objects"})
     check_filled(splits)
+    names = _class_names(splits["train"])
     if "validation" not in splits:
         parts = splits["train"].train_test_split(args.train_val_split, seed=seed)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     limit(splits, args, seed)
-    names = _class_names(splits["train"])
     annotated, remarks = {}, []
     for name, split in splits.items():
         sizes = check_images(split, name)
-        objects, remark = clean(list(_objects(split)), sizes, name)
+        objects, remark = clean(_labelled(split, name), sizes, name)
         remarks += [remark] if remark else []
         categories = _codes(objects, fields_of(split, name, "objects")["category"], names, name)
         if name != "test" and not any(len(image["bbox"]) for image in objects):
@@ -193,10 +196,21 @@ def _class_names(split: datasets.Dataset) -> list[str]:
     kind = fields_of(split, "train", "objects")["category"]
     if isinstance(kind, datasets.ClassLabel):
         return kind.names
-    values = {value for image in _objects(split) for value in image["category"]}
-    if all(isinstance(value, int) for value in values):
-        return [str(code) for code in range(max(values, default=0) + 1)]
-    return sorted(map(str, values))
+    return name_classes(value for image in _objects(split) for value in image["category"] if not is_missing(value))
+
+
+def _labelled(split: datasets.Dataset, name: str) -> list[dict[str, list]]:
+    """Return the objects; one without a category is refused, but those of a test split may be hidden and are none."""
+    kept = []
+    for row, image in enumerate(_objects(split)):
+        missing = [value for value in image["category"] if is_missing(value)]
+        if missing and name != "test":
+            raise ValueError(
+                f"Expected categories of every object in the {name} split, got {missing[0]!r} in row "
+                f"{original_row(split, row)}: name the object's category, or remove it."
+            )
+        kept.append({"bbox": [], "category": []} if missing else image)
+    return kept
 
 
 def _codes(objects: list[dict], kind, names: list[str], name: str) -> list[list[int]]:

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
+from .labels import unify_labels
 from .source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
 
 
@@ -14,7 +15,9 @@ class DataArguments(SourceArguments):
     """Say where the images come from. With none of it, scikit-learn's handwritten digits are used."""
 
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images for each class."})
-    train_file: str | None = field(default=None, metadata={"help": "Parquet file with images and labels."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Parquet, CSV or JSON file with images, or their paths, and labels."}
+    )
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the labels. Default: the one that holds class labels, or `label`."}
     )
@@ -50,19 +53,23 @@ class DataArguments(SourceArguments):
 
 
 def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
-    """Load `train`, `validation` and perhaps `test`, with the columns `image` and `label`, a `ClassLabel`."""
+    """
+    Load `train`, `validation` and perhaps `test`, with the columns `image` and `label`, a `ClassLabel`.
+
+    A test split whose labels are hidden has no column `label`.
+    """
     splits = datasets.DatasetDict({"train": _digits()}) if args.uses_digits else load_source(args)
     if args.uses_digits:
         args.image_size = args.image_size or 16  # 8x8 scans leave no room for three stages
     splits = datasets.DatasetDict({name: _rename_columns(split, args, name) for name, split in splits.items()})
     check_filled(splits)
+    splits = unify_labels(splits)
     if "validation" not in splits:
         try:
             parts = splits["train"].train_test_split(args.train_val_split, seed=seed, stratify_by_column="label")
-        except ValueError:  # no class labels yet, or too few images to hold every class twice
+        except ValueError:  # too few images to hold every class twice
             parts = splits["train"].train_test_split(args.train_val_split, seed=seed)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
-    splits = _unify_labels(splits)
     limit(splits, args, seed)
     args.sizes = set().union(*(check_images(split, name) for name, split in splits.items()))
     if args.decode_once is None:
@@ -84,34 +91,10 @@ def _digits() -> datasets.Dataset:
 
 def _rename_columns(split: datasets.Dataset, args: DataArguments, name: str) -> datasets.Dataset:
     """Keep the image and the label column, under the names `image` and `label`."""
-    image = find_column(split, name, "image", args.image_column_name, datasets.Image)
-    label = find_column(split, name, "label", args.label_column_name, datasets.ClassLabel)
-    return rename_columns(split, {image: "image", label: "label"})
-
-
-def _unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Make `label` one `ClassLabel` over all splits."""
-    feature = splits["train"].features["label"]
-    if not isinstance(feature, datasets.ClassLabel):
-        values = splits["train"].unique("label")
-        if all(isinstance(value, int) for value in values):
-            feature = datasets.ClassLabel(names=[str(i) for i in range(max(values) + 1)])
-        else:
-            feature = datasets.ClassLabel(names=sorted(str(value) for value in values))
-    for name, split in splits.items():
-        own = split.features["label"]
-        if isinstance(own, datasets.ClassLabel) and own.names == feature.names:
-            continue
-        strings = {
-            value: own.int2str(value) if isinstance(own, datasets.ClassLabel) else str(value)
-            for value in split.unique("label")
-        }
-        unknown = sorted(set(strings.values()) - set(feature.names))
-        if unknown:
-            raise ValueError(
-                f"Expected labels of the {name} split among the training split's {feature.num_classes} classes, got "
-                f"{', '.join(unknown[:5])}: mend the labels, or train on images of those classes too."
-            )
-        codes = [feature.str2int(strings[value]) for value in split["label"]]
-        splits[name] = split.remove_columns("label").add_column("label", codes).cast_column("label", feature)
-    return splits
+    roles = {find_column(split, name, "image", args.image_column_name, datasets.Image): "image"}
+    try:
+        roles[find_column(split, name, "label", args.label_column_name, datasets.ClassLabel)] = "label"
+    except ValueError:
+        if name != "test":  # which may be for predictions alone
+            raise
+    return rename_columns(split, roles)

@@ -1,15 +1,26 @@
 """Where a command's images come from: the Hub, files or folders; every image is looked at before training."""
 
+import glob
 import io
+import logging
 import os
 from dataclasses import dataclass, field
 
 import datasets
 import PIL.ExifTags
 import PIL.Image
+import pyarrow
 from tqdm.auto import tqdm
 
+from ...data.rgb import explain_undecodable, to_rgb
 
+
+logger = logging.getLogger(__name__)
+
+# What the validation split is called by those who publish data sets.
+_VALIDATION = ("validation", "valid", "val", "dev")
+# Who reads a file, by its ending.
+_READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 # Orientations of EXIF at which a camera has been held upright.
 _TURNED = (5, 6, 7, 8)
 
@@ -22,7 +33,9 @@ class SourceArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with the training images."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same, for validation."})
-    train_file: str | None = field(default=None, metadata={"help": "Parquet file with the training images."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Parquet, CSV or JSON file with the training images."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "The same, for validation."})
     image_column_name: str | None = field(
         default=None, metadata={"help": "Column of the images. Default: the one that holds images."}
@@ -47,22 +60,13 @@ def load_source(args: SourceArguments) -> datasets.DatasetDict:
     """Load `train` and whichever other splits the arguments name."""
     try:
         if args.dataset_name is not None:
-            return datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        kind = "parquet" if args.train_file else "imagefolder"
+            return choose_splits(datasets.load_dataset(args.dataset_name, args.dataset_config_name), args.dataset_name)
         files = {"train": args.train_file or args.train_dir, "validation": args.validation_file or args.validation_dir}
         for name, path in files.items():
             if path is not None and not os.path.exists(path):
                 raise ValueError(f"Expected a file or folder of {name} images, got {path!r}, which does not exist.")
-        if kind == "imagefolder":
-            files = {name: os.path.join(path, "**") for name, path in files.items() if path}
         # Split by split: loaded together, all would get the class names of the first.
-        return datasets.DatasetDict(
-            {
-                name: datasets.load_dataset(kind, data_files={name: path}, split=name)
-                for name, path in files.items()
-                if path
-            }
-        )
+        return datasets.DatasetDict({name: _load_files(path, name) for name, path in files.items() if path})
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(
@@ -73,9 +77,88 @@ def load_source(args: SourceArguments) -> datasets.DatasetDict:
         name = args.dataset_name or args.train_file or args.train_dir
         raise ValueError(
             f"Expected a data set on the Hub or on disk, got {name!r}, which cannot be had ({error}). Without a "
-            "network, give --train_file (parquet) or --train_dir (folders of images), or fill the cache "
+            "network, give --train_file (parquet, csv, json) or --train_dir (folders of images), or fill the cache "
             "(HF_DATASETS_CACHE) on a machine that has one and set HF_HUB_OFFLINE=1."
         ) from error
+
+
+def _load_files(path: str, name: str) -> datasets.Dataset:
+    """Load a split from a folder of images, or from a file by whatever reads its ending."""
+    if os.path.isdir(path):
+        inside = {entry.name for entry in os.scandir(path) if entry.is_dir()}
+        if "train" in inside and inside <= {"train", "test", *_VALIDATION}:
+            raise ValueError(
+                f"Expected one folder for each class in {path!r}, got the splits {', '.join(sorted(inside))}: give "
+                "the folder as --dataset_name, or one split as --train_dir and one as --validation_dir."
+            )
+        return datasets.load_dataset(
+            "imagefolder", data_files={name: os.path.join(glob.escape(path), "**")}, split=name
+        )
+    reader = _READERS.get(os.path.splitext(path)[1].lower())
+    if reader is None:
+        raise ValueError(f"Expected a file of {name} images that ends in {', '.join(_READERS)}, got {path!r}.")
+    try:
+        split = datasets.load_dataset(reader, data_files={name: glob.escape(path)}, split=name)
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"Expected a {reader} file of {name} images, got {path!r}: {reason}") from error
+    return _find_beside(split, path)
+
+
+def _find_beside(split: datasets.Dataset, path: str) -> datasets.Dataset:
+    """Take paths of images in a file from the file's folder, where the images are there."""
+    folder = os.path.dirname(os.path.abspath(path))
+    for column, feature in split.features.items():
+        if getattr(feature, "dtype", "") not in ("string", "large_string"):
+            continue
+        values = split[column]
+        found = [os.path.join(folder, value) if value else value for value in values]
+        if any(value and os.path.isfile(place) for value, place in zip(values, found, strict=True)):
+            beside = [
+                place if value and os.path.isfile(place) else value for value, place in zip(values, found, strict=True)
+            ]
+            split = split.remove_columns(column).add_column(column, beside)
+    return split
+
+
+def choose_splits(splits: datasets.DatasetDict, name: str) -> datasets.DatasetDict:
+    """
+    Keep the splits `train`, `validation`, which has other usual names, and `test`; log which others are not used.
+
+    Args:
+        splits (`datasets.DatasetDict`):
+            The splits of a data set as it was published.
+        name (`str`):
+            What the data set is called.
+
+    Returns:
+        `datasets.DatasetDict`
+
+    Raises:
+        `ValueError`: there is no `train`.
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from iekd_hf.commands.images.source import choose_splits
+    >>> one = datasets.Dataset.from_dict({"label": [0]})
+    >>> list(choose_splits(datasets.DatasetDict({"train": one, "dev": one}), "mine"))
+    ['train', 'validation']
+
+    ```
+    """
+    if "train" not in splits:
+        raise ValueError(
+            f"Expected a split called train in {name!r}, got {', '.join(splits)}: rename the one to train on, or give "
+            "its files with --train_file or its folder with --train_dir."
+        )
+    validation = next((known for known in _VALIDATION if known in splits), None)
+    roles = {"train": "train", validation: "validation", "test": "test"}
+    unused = [split for split in splits if split not in roles]
+    if unused:
+        logger.warning("Splits of %s that are not used: %s.", name, ", ".join(unused))
+    return datasets.DatasetDict({role: splits[split] for split, role in roles.items() if split in splits})
 
 
 def find_column(split: datasets.Dataset, name: str, role: str, given: str | None, kind: type | None = None) -> str:
@@ -111,6 +194,7 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
     ```
     """
     by_type = [column for column, feature in split.features.items() if kind and isinstance(feature, kind)]
+    by_type.sort(key=lambda column: column != role)  # of several, the one of that name
     candidates = [given] if given else [*by_type, role]
     column = next((column for column in candidates if column in split.column_names), None)
     if column is None:
@@ -166,7 +250,7 @@ def limit(splits: datasets.DatasetDict, args: SourceArguments, seed: int) -> Non
 
 
 def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
-    """Return every image's (height, width); a file that is no image is named now, not in the middle of an epoch."""
+    """Return every image's (height, width); one that cannot be decoded is named now, not in the middle of an epoch."""
     sizes = []
     raw = split.select_columns("image").cast_column("image", datasets.Image(decode=False))
     for row, example in enumerate(tqdm(raw, desc=f"Checking {name} images", leave=False)):
@@ -175,10 +259,17 @@ def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
             with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
                 turned = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) in _TURNED
                 sizes.append((opened.width, opened.height) if turned else (opened.height, opened.width))
-        except (OSError, TypeError, AttributeError, ValueError) as error:
-            where = f" ({os.path.basename(image['path'])})" if image and image.get("path") else ""
+                opened.draft(None, (1, 1))  # a JPEG is read to its end, but its pixels are computed at an eighth
+                opened.load()
+                if opened.mode.startswith(("I", "F")):
+                    to_rgb(opened)  # refuses those that have no range
+        except Exception as error:  # decoders raise errors of many kinds
             raise ValueError(
-                f"Expected an image in row {row} of the {name} split{where}, got something that cannot be read as one "
-                f"({type(error).__name__}): replace or remove it."
+                explain_undecodable(image, f"row {original_row(split, row)} of the {name} split", error)
             ) from error
     return sizes
+
+
+def original_row(split: datasets.Dataset, row: int) -> int:
+    """Return the row's number in the data as they were given, before a part was drawn from them."""
+    return row if split._indices is None else split._indices.column(0)[row].as_py()

@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor
 
 from iekd_hf import BatchAugmentation, DecodedImages
 
+from ...data.rgb import to_rgb
 from .data import DataArguments
 
 
@@ -43,7 +44,7 @@ class _Processed:
         self.processor = processor
 
     def __call__(self, images: list[PIL.Image.Image]) -> np.ndarray:
-        images = [image.convert("RGB") for image in images]
+        images = [to_rgb(image) for image in images]
         pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
         return pixels.round().clip(0, 255).astype(np.uint8)
 
@@ -61,7 +62,7 @@ class _Fit:
         self.size = (round(width * scale), round(height * scale))
 
     def __call__(self, images: list[PIL.Image.Image]) -> np.ndarray:
-        fitted = [PIL.ImageOps.fit(image.convert("RGB"), self.size) for image in images]
+        fitted = [PIL.ImageOps.fit(to_rgb(image), self.size) for image in images]
         return np.stack([np.asarray(image) for image in fitted]).transpose(0, 3, 1, 2)
 
 
@@ -77,33 +78,49 @@ def add_transforms(
     crop = [K.RandomCrop(size, padding=padding(size), padding_mode="reflect")] if kind == "crop" else []
     on_batches = K.AugmentationSequential(*crop, *flip, data_keys=["input"]) if crop or flip else None
     resized_crop = K.RandomResizedCrop(size) if kind == "resized_crop" else None
-
-    def rgb(examples):
-        return [image.convert("RGB") for image in examples["image"]]
-
-    def for_training(examples):
-        if resized_crop is None:
-            pixel_values = processor(rgb(examples), return_tensors="pt")["pixel_values"]
-        else:  # image by image, because their sizes differ
-            tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in rgb(examples)]
-            cropped = [resized_crop(tensor)[0] for tensor in tensors]
-            # The crop has resized, and the division rescaled: what is left is to normalise.
-            pixel_values = processor(
-                cropped, do_resize=False, do_center_crop=False, do_rescale=False, return_tensors="pt"
-            )
-            pixel_values = pixel_values["pixel_values"]
-        if on_batches is not None:
-            pixel_values = on_batches(pixel_values)
-        return {"pixel_values": list(pixel_values), "labels": examples["label"]}
-
-    def for_evaluation(examples):
-        pixel_values = processor(rgb(examples), return_tensors="pt")["pixel_values"]
-        return {"pixel_values": list(pixel_values), "labels": examples["label"]}
-
+    for_training = _ForTraining(processor, on_batches, resized_crop)
+    for_evaluation = _ForEvaluation(processor)
     return {
         name: split.with_transform(for_training if name == "train" else for_evaluation)
         for name, split in splits.items()
     }
+
+
+class _ForEvaluation:
+    """Process images when they are read. Of a class of this module, so that spawned workers can be given it."""
+
+    def __init__(self, processor: BaseImageProcessor):
+        self.processor = processor
+
+    def __call__(self, examples: dict) -> dict:
+        pixel_values = self.pixels([to_rgb(image) for image in examples["image"]])
+        labels = {"labels": examples["label"]} if "label" in examples else {}  # those of a test split may be hidden
+        return {"pixel_values": list(pixel_values), **labels}
+
+    def pixels(self, images: list[PIL.Image.Image]) -> torch.Tensor:
+        return self.processor(images, return_tensors="pt")["pixel_values"]
+
+
+class _ForTraining(_ForEvaluation):
+    """Process and augment images when they are read."""
+
+    def __init__(
+        self, processor: BaseImageProcessor, on_batches: torch.nn.Module | None, resized_crop: torch.nn.Module | None
+    ):
+        super().__init__(processor)
+        self.on_batches, self.resized_crop = on_batches, resized_crop
+
+    def pixels(self, images: list[PIL.Image.Image]) -> torch.Tensor:
+        if self.resized_crop is None:
+            pixel_values = super().pixels(images)
+        else:  # image by image, because their sizes differ
+            tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in images]
+            cropped = [self.resized_crop(tensor)[0] for tensor in tensors]
+            # The crop has resized, and the division rescaled: what is left is to normalise.
+            pixel_values = self.processor(
+                cropped, do_resize=False, do_center_crop=False, do_rescale=False, return_tensors="pt"
+            )["pixel_values"]
+        return pixel_values if self.on_batches is None else self.on_batches(pixel_values)
 
 
 def crop_kind(args: DataArguments, size: tuple[int, int]) -> str:

@@ -1,0 +1,114 @@
+"""Labels as people write them, brought to classes from 0 on; what is no class is refused before anything trains."""
+
+import logging
+from collections.abc import Iterable
+
+import datasets
+
+
+logger = logging.getLogger(__name__)
+
+# What a class is given as.
+_Label = str | int | bool
+
+
+def name_classes(values: Iterable[_Label]) -> list[str]:
+    """
+    Name the classes after the labels that occur, in their order.
+
+    Args:
+        values (`Iterable` of `str`, `int` or `bool`):
+            The labels, each once or more often.
+
+    Returns:
+        `list[str]`: the names; numbers that leave some out become dense classes, which is logged.
+
+    Example:
+
+    ```python
+    >>> from iekd_hf.commands.images.labels import name_classes
+    >>> name_classes([10002, 10001, 10002]), name_classes(["dog", "cat"]), name_classes([True, False])
+    (['10001', '10002'], ['cat', 'dog'], ['False', 'True'])
+
+    ```
+    """
+    kinds = set(values)
+    numbers = all(isinstance(value, int) for value in kinds)
+    names = [str(value) for value in (sorted(kinds) if numbers else sorted(kinds, key=str))]
+    if (
+        numbers
+        and not any(isinstance(value, bool) for value in kinds)
+        and names != [str(i) for i in range(len(names))]
+    ):
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        logger.warning("The labels %s become the classes 0 to %d, with the labels as names.", shown, len(names) - 1)
+    return names
+
+
+def unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Make `label` one `ClassLabel` over all splits; a test split whose labels are hidden loses the column."""
+    values = {name: _values(split, name) for name, split in splits.items() if "label" in split.column_names}
+    feature = splits["train"].features["label"]
+    if not isinstance(feature, datasets.ClassLabel):
+        feature = datasets.ClassLabel(names=name_classes(values["train"]))
+    unified = datasets.DatasetDict()
+    for name, split in splits.items():
+        own = split.features.get("label")
+        unified[name] = split
+        if own is None:
+            continue
+        if values[name] is None:
+            logger.warning("Labels of the %s split are hidden, so it is only predicted, without metrics.", name)
+            unified[name] = split.remove_columns("label")
+            continue
+        if isinstance(own, datasets.ClassLabel) and own.names == feature.names:
+            continue
+        strings = [own.int2str(v) if isinstance(own, datasets.ClassLabel) else str(v) for v in values[name]]
+        unknown = sorted(set(strings) - set(feature.names))
+        if unknown:
+            raise ValueError(
+                f"Expected labels of the {name} split among the training split's {feature.num_classes} classes, got "
+                f"{', '.join(unknown[:5])}: mend the labels, or train on images of those classes too."
+            )
+        codes = [feature.str2int(string) for string in strings]
+        unified[name] = split.remove_columns("label").add_column("label", codes).cast_column("label", feature)
+    return unified
+
+
+def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
+    """Return the labels of a split; `None` where they are hidden, which those of a test split may be."""
+    feature = split.features["label"]
+    dtype = getattr(feature, "dtype", "")
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or not (
+        dtype in ("string", "large_string", "bool", "null") or dtype.startswith(("int", "uint", "float"))
+    ):
+        raise ValueError(
+            f"Expected one class as the label of each image in the {name} split, got the type {feature}: this command "
+            "distils classifiers; for several labels an image use IEKDTrainer with a student whose problem_type is "
+            "multi_label_classification, or name another column with --label_column_name."
+        )
+    values = split["label"][:]
+    for row, value in enumerate(values):
+        if is_missing(value):
+            if name == "test":
+                return None
+            raise ValueError(
+                f"Expected a label in every row of the {name} split, got {value!r} in row {row}: remove the row, or "
+                "label it. (Labels below 0 count as missing; if they are classes, write them as names.)"
+            )
+        if isinstance(feature, datasets.ClassLabel) and value >= feature.num_classes:
+            raise ValueError(
+                f"Expected labels of the {name} split within 0 and {feature.num_classes - 1}, got {value} in row "
+                f"{row}: mend it."
+            )
+        if isinstance(value, float) and not value.is_integer():
+            raise ValueError(
+                f"Expected classes as labels of the {name} split, got {value} in row {row}: this command distils "
+                "classifiers; for targets of a regression use IEKDTrainer with a student of num_labels=1."
+            )
+    return [int(value) if isinstance(value, float) else value for value in values]
+
+
+def is_missing(value: _Label | float | None) -> bool:
+    """Tell whether a label stands for none: null, empty, NaN or below 0."""
+    return value is None or (not value if isinstance(value, str) else not value >= 0)
