@@ -169,7 +169,7 @@ class Comparison:
         """
         Train a teacher on the whole training part, or load the one that was trained before.
 
-        One that somebody else has saved is used as it is, with its own image processor.
+        A saved one (Hub id or folder) is used as it is, with its own image processor.
         """
         if not is_shorthand(name):
             return load_model(name, "teacher"), find_processor(name)
