@@ -192,7 +192,7 @@ class IETrainingArguments(TrainingArguments):
         """Refuse values that are not above 0."""
         for name in names:
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"Expected {name} above 0 and finite, got {getattr(self, name)}.")
+                raise ValueError(f"Expected {name} above 0, got {getattr(self, name)}.")
 
     def __getstate__(self) -> dict:
         # Trainer pickles its arguments into training_args.bin and pushes that: no token and no path of this machine

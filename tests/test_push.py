@@ -111,7 +111,8 @@ def test_strategies_revisions_and_private_repositories(hub: HubServer, client: C
         "rng_state.pth",
         "scheduler.pt",
         "trainer_state.json",
-        *(f"_paraphraser/{name}" for name in ("README.md", "config.json", "model.safetensors")),
+        "manifest.json",
+        *(f"_paraphraser/{name}" for name in ("README.md", "config.json", "manifest.json", "model.safetensors")),
     }
     for strategy, folders in (
         ("checkpoint", ["last-checkpoint"]),

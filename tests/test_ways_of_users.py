@@ -269,7 +269,7 @@ def test_a_label_outside_the_classes_is_refused_in_a_list_too(make_trainer, make
         (IEKDTrainingArguments, {"split_seed": 0.5}, "split_seed of type int"),
         (IEKDTrainingArguments, {"method": ["ft"]}, "method of type str"),
         (IEKDTrainingArguments, {"teacher_layers": "layer4"}, "teacher_layers of type list or None"),
-        (IEKDTrainingArguments, {"paraphraser_epochs": float("inf")}, "paraphraser_epochs above 0 and finite"),
+        (IEKDTrainingArguments, {"paraphraser_epochs": float("inf")}, "paraphraser_epochs above 0, got inf"),
         (IEKDTrainingArguments, {"paraphraser_max_steps": 0}, "paraphraser_max_steps above 0"),
         (MutualTrainingArguments, {"lambda_kl": "1"}, "lambda_kl of type float"),
         (MutualTrainingArguments, {"temperature": True}, "temperature of type float"),

@@ -14,7 +14,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     scaled: 0 to 65535 of 16-bit images (`I;16`, and `I`, in which some of them are opened), 0 to 1 of float images
     (`F`). The range is the mode's, not the image's, so that images stay comparable. Transparent pixels are
     composited on white, as most viewers show them; dropping the alpha channel would turn transparent icons black.
-    Pipelines of Transformers clip and drop: give them images that were brought to RGB here.
+    Transformers' pipelines clip and drop: give them images that were brought to RGB here.
 
     Args:
         image (`PIL.Image.Image`):

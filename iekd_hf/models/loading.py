@@ -82,7 +82,7 @@ def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
     try:
         return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust, **where)
     except (OSError, ValueError) as error:
-        raise ValueError(explain_unreachable(name_or_path, "the image processor of", error)) from error
+        raise ValueError(explain_unreachable(name_or_path, "the teacher's image processor", error)) from error
 
 
 def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
