@@ -1,5 +1,6 @@
 """The documents: generated tables, links, anchors, and a README that stays short."""
 
+import configparser
 import importlib.util
 import re
 import shutil
@@ -42,7 +43,7 @@ def test_links_and_anchors_resolve(path):
 
 
 def test_every_page_is_linked_from_the_readme_or_a_page():
-    linked = {ROOT / "docs" / "index.md"}  # the site's front page
+    linked = {ROOT / "docs" / "index.md", ROOT / "docs" / "package.md"}  # the fronts of the site and of the package
     for path in DOCUMENTS:
         links = [link.partition("#")[0] for link in LINK.findall(without_code(path.read_text()))]
         linked |= {(path.parent / link).resolve() for link in links if link and not link.startswith("https://")}
@@ -98,3 +99,11 @@ def test_files_that_are_named_exist(path):
     """Links would leave the site, so files of the code are named as code."""
     named = re.findall(r"`((?:iekd_hf|examples|tests|docs)/[\w/.-]+)`", path.read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_links_of_the_package_index_work_there():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    text = (ROOT / config["metadata"]["long_description"].removeprefix("file: ")).read_text()
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets and all(target.startswith("https://") for target in targets)
