@@ -209,7 +209,7 @@ class Comparison:
 
     def run(self, networks: str, method: str, seed: int, parts: list[str]) -> bool:
         """
-        Run one cell, if nobody has or does.
+        Run one cell, unless it has been run or is running.
 
         Args:
             networks (`str`):

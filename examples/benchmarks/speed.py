@@ -43,7 +43,7 @@ import matplotlib.pyplot as plt
 
 
 # glibc gives freed activations back to the kernel and faults them in again, which moves times by 3 to 25 %, and has
-# another pool of memory for each thread, of which the trainers have one each.
+# another pool of memory for each thread, and the trainers have one each.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_ARENA_MAX": "1"}
 
 

@@ -155,7 +155,7 @@ def varying_share(factors: torch.Tensor) -> float:
 
     Args:
         factors (`torch.Tensor` of shape `(num_images, factor_channels, height, width)`):
-            Factors, of which the losses see but the direction \(\hat F\).
+            Factors; the losses see only their direction \(\hat F\).
 
     Returns:
         `float`: 0 where all images have the same direction, at most 1.

@@ -66,7 +66,7 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
 
 
 def has_classes(name: str, names: list[str], **hub) -> bool:
-    """Tell whether a saved model, the one of `--teacher`, has just these classes."""
+    """Return whether a saved model, the one of `--teacher`, has just these classes."""
     try:
         config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:

@@ -113,7 +113,7 @@ class DistillationTrainer(HubTrainer):
         return self._prepare_inputs(batch)
 
     def batch_columns(self) -> list[str]:
-        """Return the columns of which a batch is made: those that the model takes, and its labels."""
+        """Return the columns that make a batch: those that the model takes, and its labels."""
         self._set_signature_columns_if_needed()
         return [*self._signature_columns, *self.label_names]
 

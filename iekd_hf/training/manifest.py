@@ -68,7 +68,7 @@ def find_checkpoint_damage(folder: str | Path) -> str | None:
 
 
 def check_undamaged(folder: Path) -> None:
-    """Refuse a folder of which a file is missing, cut or changed."""
+    """Refuse a folder with a file that is missing, cut or changed."""
     if damage := find_damage(folder):
         raise ValueError(
             f"Expected {folder} as it was written, got another: {damage}. Copy it again from where it came, or go on "

@@ -28,7 +28,7 @@ class CocoDetection(evaluate.Metric):
     Compute mean average precision and recall over classes and over intersections from 0.5 to 0.95.
 
     `compute(predictions=..., references=...)` takes a dictionary for each image, with boxes [x, y, width, height] in
-    pixels of the original image, of which small ones have up to 32x32 and large ones over 96x96. It returns `map`,
+    pixels of the original image; small ones have up to 32x32 and large ones over 96x96. It returns `map`,
     `map_50`, `map_75`, `map_small` and so on, and with `class_names=[...]` also `map_<name>`. What there are no
     objects for (small ones, a class) is left out; COCO's tools have -1 there.
 

@@ -18,7 +18,7 @@ _NAME = re.compile(r"tiny-rt-detr-(\d+)")
 
 def is_tiny(name: str | None) -> bool:
     """
-    Tell whether a name is one of these.
+    Return whether a name is one of these.
 
     Args:
         name (`str`, *optional*):
@@ -133,7 +133,7 @@ def open_norms(model: nn.Module) -> None:
     """
     Start the norms of a model without trained weights at 1, as everywhere else.
 
-    Transformers draws those of RT-DETR and its kin with a deviation of 0.01 around 0
+    Transformers draws those of RT-DETR-like detectors with a deviation of 0.01 around 0
     (`RTDetrPreTrainedModel._init_weights`), where hardly anything gets through.
 
     Args:

@@ -110,5 +110,5 @@ def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
 
 
 def is_missing(value: _Label | float | None) -> bool:
-    """Tell whether a label stands for none: null, empty, NaN or below 0."""
+    """Return whether a label stands for none: null, empty, NaN or below 0."""
     return value is None or (not value if isinstance(value, str) else not value >= 0)

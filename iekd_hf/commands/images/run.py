@@ -42,7 +42,7 @@ def build_model(
 
 
 def is_shorthand(name: str | None) -> bool:
-    """Tell whether a name stands for a network without weights."""
+    """Return whether a name stands for a network without weights."""
     return name is None or name.startswith("cifar-resnet-")
 
 
