@@ -303,7 +303,7 @@ def test_a_saved_teacher_is_loaded_whole_or_refused(run_example, tmp_path):
     processor = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}
     (tmp_path / "code" / "preprocessor_config.json").write_text(json.dumps(processor))
     (tmp_path / "code" / "own.py").write_text("class Own: pass")
-    with pytest.raises(ValueError, match=r"Expected the image processor .*without code of its own"):
+    with pytest.raises(ValueError, match=r"Expected the teacher's image processor without code of its own"):
         run_example(run_iekd, "--output_dir", tmp_path / "o", *QUICK, "--teacher", tmp_path / "code")
 
 

@@ -344,7 +344,7 @@ class DistillationTrainer(HubTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        if self._saving_folder is not None:
+        if self._saving_folder is not None or not self.args.should_save:  # every rank comes here, one writes
             super()._save(str(folder), state_dict)
             return
         part = folder / SAVING_FOLDER

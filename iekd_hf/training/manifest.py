@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +79,7 @@ def check_undamaged(folder: Path) -> None:
 
 def write_whole(file: Path, text: str) -> None:
     """Write a file under another name and move it to its own."""
-    part = file.with_name(f"{file.name}.part")
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # two runs in one folder do not meet here
     part.write_text(text)
     os.replace(part, file)
 
