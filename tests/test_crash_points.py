@@ -108,7 +108,6 @@ def test_a_run_goes_on_from_before_each_of_its_file_operations(make, tmp_path):
     snapshots.active = False
     expected = weights(trainer)
     assert len(snapshots.seen) > 12
-    print("STATES", make.__name__ if "make" in locals() else "script", len(snapshots.seen))
     for folder in snapshots.seen.values():
         again = make(folder)
         again.train(resume_from_checkpoint=(folder / "out" / RUN_FILE).is_file())
@@ -132,7 +131,6 @@ def test_a_script_goes_on_from_before_each_of_its_file_operations(run_example, t
     snapshots.active = False
     expected = load_file(tmp_path / "out" / "model.safetensors")
     assert len(snapshots.seen) > 12
-    print("STATES", make.__name__ if "make" in locals() else "script", len(snapshots.seen))
     for folder in snapshots.seen.values():
         has_begun = any((folder / "out").glob("**/_run.json"))
         resume = ("--resume_from_checkpoint", "true") if has_begun else ()
