@@ -36,9 +36,17 @@ STUDENTS = {
     "ConvNeXt": convnext,
 }
 
+# setup.cfg states the same bound for the extra "onnx".
+needs_newer_torch = pytest.mark.skipif(
+    torch.__version__ < "2.13",
+    reason="torch 2.7 exports a ViT with a fixed batch size only; exports are tested with torch 2.13 and later",
+)
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_newer_torch) if name == "ViT" else name for name in STUDENTS]
+)
 def test_onnxruntime_gives_the_distilled_students_logits(make_trainer, run_example, tmp_path, name):
     size = {"height": 48, "width": 32} if name != "ViT" else {"height": 32, "width": 32}
     trainer = make_trainer(STUDENTS[name](), max_steps=4, processing_class=ViTImageProcessorPil(size=size))
