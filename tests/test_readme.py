@@ -227,7 +227,7 @@ def test_the_console_command(stand_ins):
     targets = dict(re.findall(r"^\s*([\w-]+)\s*=\s*(\S+)", scripts, flags=re.MULTILINE))
     if "iekd-hf" not in targets:
         pytest.skip("setup.cfg names no console command iekd-hf")
-    (command,) = [c for c in COMMANDS if c.startswith("iekd-hf ")]
+    (command,) = {c for c in COMMANDS if c.startswith("iekd-hf ")}
     module, function = targets["iekd-hf"].split(":")
     # As the installed command does, but from this tree.
     program = f"import sys; sys.argv[0] = 'iekd-hf'; from {module} import {function}; sys.exit({function}())"
