@@ -24,6 +24,11 @@ COMMANDS = {
         "distil an object detector from a teacher",
         "--teacher PekingU/rtdetr_r50vd --student PekingU/rtdetr_r18vd --dataset_name rishitdagli/cppe-5",
     ),
+    "segment": (
+        "distil a semantic segmenter from a teacher",
+        "--teacher nvidia/segformer-b2-finetuned-ade-512-512 --student nvidia/mit-b0 "
+        "--dataset_name segments/sidewalk-semantic",
+    ),
     "export": ("write a saved classifier as ONNX and compare both", "--model out --output student.onnx"),
     "analyze": ("draw what the halves of a distilled student have learnt", "--run out --output_dir analysis"),
 }

@@ -78,9 +78,41 @@ def detection_table(results: list[Result]) -> str:
 
     ```
     """
-    rows = [["model", "parameters", "mAP", "mAP50", "images/s", "seconds"]]
+    return _table(results, {"mAP": "map", "mAP50": "map_50"})
+
+
+def segmentation_table(results: list[Result]) -> str:
+    """
+    Lay the results of segmenters out as a text table.
+
+    Args:
+        results (`list[Result]`):
+            A row each.
+
+    Returns:
+        `str`: aligned columns: model, parameters, mean IoU and accuracy of pixels in percent, images a second, seconds
+        of each stage.
+
+    Example:
+
+    ```python
+    >>> from iekd_hf.commands.report.table import Result, segmentation_table
+    >>> metrics = {"mean_iou": 0.5, "overall_accuracy": 0.75}
+    >>> print(segmentation_table([Result("teacher", 1000, metrics, {"training": 3.21}, latency=4.0)]))
+    model    parameters  mIoU  pixels  images/s  seconds
+    -------  ----------  ----  ------  --------  ------------
+    teacher       1,000  50.0    75.0       250  training 3.2
+
+    ```
+    """
+    return _table(results, {"mIoU": "mean_iou", "pixels": "overall_accuracy"})
+
+
+def _table(results: list[Result], columns: dict[str, str]) -> str:
+    """Lay results out with metrics in percent, by their titles, and images a second."""
+    rows = [["model", "parameters", *columns, "images/s", "seconds"]]
     for result in results:
-        measured = [result.metrics.get(name) for name in ("map", "map_50")]
+        measured = [result.metrics.get(name) for name in columns.values()]
         rows.append(
             [
                 result.name,
