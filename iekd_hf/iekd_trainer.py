@@ -24,6 +24,7 @@ from .teacher.pixels import TeacherPixels
 from .training.base_trainer import DistillationTrainer
 from .training.checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_encoders, save_paraphrasers
 from .training.checks import check_batches_of_one, check_logits, check_precision, check_student, check_trainable
+from .training.dense import check_comparable, probe_with_labels
 from .training.gradient_shares import measure_gradient_shares
 from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
 from .training.stage_1 import (
@@ -139,6 +140,7 @@ class IEKDTrainer(DistillationTrainer):
         self._fingerprint: str | None = None  # of the paraphrasers, once stage 1 is over
         self._metrics_before: dict[str, float] = {}  # of stage 1, and the gradient shares
         self._trained_with: tuple | None = None  # the settings of a stage 1 that has run here
+        self._teacher_logits: torch.Tensor | None = None  # of the sample
         if self.train_dataset is not None:
             if args.cache_teacher:
                 check_cacheable(self.train_dataset, self.augmentation)
@@ -147,6 +149,7 @@ class IEKDTrainer(DistillationTrainer):
             self.teacher_channels = [shape[0] for shape in shapes]
             if args.lambda_kd > 0:
                 check_logits(self.model, teacher_model, logits)
+                self._teacher_logits = logits
             if args.fast_teacher:
                 dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
                 self.teacher.use_fast_copy(self._sample, dtype, args.compile_teacher, with_logits=args.lambda_kd > 0)
@@ -337,7 +340,9 @@ class IEKDTrainer(DistillationTrainer):
         tap = FeatureTap(self.model, self.student_layers, self.knowledge.before_activation)
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
         check_precision(self.model, sample)
-        outputs, shapes = tap.probe(sample if self.has_custom_loss else self._sample, stop_after_last=False)
+        outputs, shapes = probe_with_labels(tap, sample if self.has_custom_loss else self._sample)
+        if self._teacher_logits is not None:
+            check_comparable(outputs, self._teacher_logits, "student and teacher", "lambda_kd=0")
         self.student_shapes = shapes
         if not self.has_custom_loss:
             self.task_loss(self.model, outputs, labels=None)

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..hub.push import HubTrainer
 from ..method.objective import Objective, logit_loss
 from ..models.adapters import is_adapted, without_adapters
+from ..models.kinds import ignore_index_of
 from .checkpoints import check_optimizer_state, load_weights
 from .checks import is_stream
 from .component_log import ComponentLog
@@ -215,9 +216,8 @@ class DistillationTrainer(HubTrainer):
     def logit_loss(self, model: nn.Module, logits, teacher_logits, labels: torch.Tensor | None) -> torch.Tensor:
         """Return the logit term between two models that do the task of `model`."""
         config = getattr(without_adapters(model), "config", None)
-        ignore_index = getattr(config, "semantic_loss_ignore_index", -100)
         multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
-        return logit_loss(logits, teacher_logits, self.args.temperature, labels, ignore_index, multi_label)
+        return logit_loss(logits, teacher_logits, self.args.temperature, labels, ignore_index_of(model), multi_label)
 
     @property
     def progress(self) -> float:

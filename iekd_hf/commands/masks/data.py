@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Images of shapes, where no others are given: for training, and for validation.
 _SHAPES = {"train": 600, "validation": 200}
+# Of how many of them the students see the masks.
+_SHAPES_STUDENT_SAMPLES = 40
 # What a data set's file of class names is called.
 _NAMES_FILE = "id2label.json"
 
@@ -61,8 +63,8 @@ class SegmentationDataArguments(JitteredArguments):
     student_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Give the students the masks of this many training images only; the teacher has them all. "
-            "Default: 40 for the shapes, otherwise all."
+            "help": "Give the students the masks of this many training images only; from the others the distilled "
+            "one learns what its teacher makes of them. Default: 40 for the shapes, otherwise all."
         },
     )
 
@@ -70,6 +72,10 @@ class SegmentationDataArguments(JitteredArguments):
         super().__post_init__()
         if self.ignore_index < 0:
             raise ValueError(f"Expected ignore_index of at least 0, as pixels of masks are, got {self.ignore_index}.")
+        if self.student_samples is None and not self.is_given:
+            self.student_samples = _SHAPES_STUDENT_SAMPLES
+        if self.student_samples is not None and self.student_samples < 1:
+            raise ValueError(f"Expected student_samples of at least 1, got {self.student_samples}.")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What `segment` is made of: its arguments, segmenters by name, and what is measured."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 PICTURE = "segmentations.png"
 # The shapes are learnt in a minute.
 SHAPES_EPOCHS = {"num_train_epochs": 20.0, "paraphraser_epochs": 5.0}
-# Of the shapes, whose masks the students see; those of the other images only the teacher sees.
-_SHAPES_STUDENT_SAMPLES = 40
 
 
 @dataclass
@@ -172,6 +171,11 @@ class SegmentationRun(CommandRun):
             self.splits, self.names = load_masked(data_args, args.seed)
         if not data_args.is_given:
             args.use_own_epochs()
+        train = self.splits["train"]
+        drawn = np.random.default_rng(args.seed).permutation(len(train))[: data_args.student_samples].tolist()
+        # What the students may see: some masks, the plain one with their images, the distilled one with all images.
+        self.labelled = train.select(sorted(drawn))
+        self.partly_labelled = Masked(train.images, train.masks, data_args, frozenset(drawn))
 
     def prepare_images(self, network: str, **hub) -> None:
         """Let the images come as a network takes them, and choose the learning rate that goes with it."""
@@ -199,10 +203,23 @@ class SegmentationRun(CommandRun):
     def common(self) -> dict:
         """Return the arguments that every trainer of this command takes."""
         return {
-            "train_dataset": self.train_images(self.splits["train"]),
+            "train_dataset": self.train_images(self.partly_labelled),
             "data_collator": collate,
             **self.of_evaluation(self.processor),
         }
+
+    def train_alone(self, model: PreTrainedModel, name: str, epochs: float) -> tuple[float, list[dict]]:
+        """Train the teacher on all masks, or a student on those that it may see, in as many steps."""
+        split = self.splits["train"] if name == "teacher" else self.labelled
+        batch_size = self.args.train_batch_size * self.args.world_size
+        all_steps, steps = (math.ceil(len(images) / batch_size) for images in (self.partly_labelled, split))
+        common = {**self.common(), "train_dataset": self.train_images(split)}
+        return self.train_beside(
+            name,
+            epochs * all_steps / steps,
+            {"": model},
+            lambda args: self.trainer_class(model=model, args=args, **common),
+        )
 
     def of_evaluation(self, processor: BaseImageProcessor) -> dict:
         """Return those that say what is evaluated, and how."""
