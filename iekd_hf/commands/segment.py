@@ -109,7 +109,7 @@ class SegmentRun(SegmentationRun):
             processor = processor and fit_whole(processor)
         own_classes = is_semantic_segmenter(teacher) and teacher.config.id2label == dict(enumerate(self.names))
         self.args.choose_method(own_classes)
-        result = self.train_teacher(teacher, epochs)
+        result = self.train_teacher(teacher, epochs, processor)
         if self.args.do_eval and own_classes:
             set_ignore_index(teacher, self.data_args.ignore_index)
             result.metrics = self.evaluate(teacher, processor)
@@ -173,7 +173,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     run.prepare_images(model_args.student, **hub)
     run.check_size(student)
-    run.ask_the_hub(student)
     run.distil(student, model_args)
 
 

@@ -20,7 +20,7 @@ from ..images.source import (
     find_column,
     limit,
     load_source,
-    original_row,
+    original_rows,
     rename_columns,
 )
 from .shapes import CLASSES, make_masked_shapes
@@ -217,8 +217,8 @@ def _check_masks(
 ) -> set[int]:
     """Return the classes that occur; refuse masks of another size than their image, and labels that are no class."""
     used: set[int] = set()
-    for row, (example, size) in enumerate(zip(masks, sizes, strict=True)):
-        where = f"in row {original_row(masks, row)} of the {name} split"
+    for row, example, size in zip(original_rows(masks), masks, sizes, strict=True):
+        where = f"in row {row} of the {name} split"
         if example["label"] is None:
             raise ValueError(f"Expected a mask {where}, got none: remove the row, or give it a mask.")
         try:

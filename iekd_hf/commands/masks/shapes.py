@@ -1,7 +1,6 @@
 """Draw images of simple shapes with exact masks: something to segment where there is no network."""
 
 import colorsys
-import os
 
 import datasets
 import numpy as np
@@ -15,12 +14,12 @@ CLASSES = ("background", *NAMES)
 
 
 # How far the hues of a category reach, in distances between categories: above 0.5 those of neighbours overlap.
-_SPREAD = float(os.environ.get("SPREAD", 0.75))
+_SPREAD = 0.5
 
 
 def _colour_of(generator: np.random.Generator, category: int) -> np.ndarray:
     hue = (category + generator.uniform(-_SPREAD, _SPREAD)) / len(NAMES)
-    saturation, value = generator.uniform(0.4, 1, 2)
+    saturation, value = generator.uniform(0.6, 1, 2)
     return np.round(255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value)))
 
 
