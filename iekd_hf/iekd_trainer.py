@@ -21,10 +21,17 @@ from .models.loading import find_processor, load_if_named
 from .teacher.cache import TeacherCache, check_cache_folder, check_cacheable
 from .teacher.frozen import FrozenTeacher, TeacherTargets, fingerprint
 from .teacher.pixels import TeacherPixels
-from .training.base_trainer import DistillationTrainer
 from .training.checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_encoders, save_paraphrasers
-from .training.checks import check_batches_of_one, check_logits, check_precision, check_student, check_trainable
+from .training.checks import (
+    check_batches_of_one,
+    check_logits,
+    check_precision,
+    check_student,
+    check_trainable,
+    tell_of_no_labels,
+)
 from .training.gradient_shares import measure_gradient_shares
+from .training.held_out import HeldOutTrainer
 from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
 from .training.stage_1 import (
     MARGIN_BATCHES,
@@ -35,9 +42,10 @@ from .training.stage_1 import (
     stage_1_settings,
     train_paraphrasers,
 )
+from .training.task_loss import TaskLabels
 
 
-class IEKDTrainer(DistillationTrainer):
+class IEKDTrainer(HeldOutTrainer):
     r"""
     Distil a vision model by inheritance and exploration (Huang et al., CVPR 2021, arXiv 2107.00181).
 
@@ -193,7 +201,7 @@ class IEKDTrainer(DistillationTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
-        labels = self.pop_custom_labels(inputs)
+        labels = self.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
         losses = self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
@@ -201,11 +209,12 @@ class IEKDTrainer(DistillationTrainer):
         loss = self.distillation_objective(losses, self.progress)
         return (loss, outputs) if return_outputs else loss
 
-    def _losses(self, outputs, F_inh, F_exp, labels, targets: TeacherTargets, inputs) -> dict[str, torch.Tensor]:
+    def _losses(
+        self, outputs, F_inh, F_exp, labels: TaskLabels, targets: TeacherTargets, inputs
+    ) -> dict[str, torch.Tensor]:
         losses, mask = {"task_loss": self.task_loss(self.model, outputs, labels)}, inputs.get("pixel_mask")
         losses |= factor_losses(F_inh, F_exp, targets.factors, self.args, self.knowledge.normalize, mask)
         if self.args.lambda_kd > 0:
-            labels = inputs.get("labels") if labels is None else labels
             losses["kd_loss"] = self.logit_loss(self.model, outputs["logits"], targets.logits, labels)
         return losses
 
@@ -339,8 +348,15 @@ class IEKDTrainer(DistillationTrainer):
         check_precision(self.model, sample)
         outputs, shapes = tap.probe(sample if self.has_custom_loss else self._sample, stop_after_last=False)
         self.student_shapes = shapes
-        if not self.has_custom_loss:
-            self.task_loss(self.model, outputs, labels=None)
+        if not self.has_goal(self.model, outputs, self._sample):
+            if not self.distillation_objective.weights():
+                self.refuse_no_goal(self.model, outputs)
+            tell_of_no_labels(self.model, self.args)
+        if self.args.lambda_kd > 0 and "logits" not in outputs:
+            raise ValueError(
+                f"Expected logits of the student for lambda_kd > 0, got {', '.join(outputs)} of "
+                f"{type(self.model).__name__}: set lambda_kd=0; the feature losses do not need them."
+            )
         if self.args.lambda_inh > 0 or self.args.lambda_exp > 0:
             check_trainable(tap, sample)
         with drawn_from(self.args.seed):
@@ -379,7 +395,7 @@ class IEKDTrainer(DistillationTrainer):
     def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Return the student's maps of a batch and the losses on them, by one pass of the bare student's side."""
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
-        labels = self.pop_custom_labels(inputs)
+        labels = self.take_labels(inputs)
         with self.accelerator.autocast():
             outputs, feature_maps = self.student_side.tap.run(inputs)
             F_inh, F_exp = self.student_side.factors(feature_maps)
@@ -405,7 +421,8 @@ class IEKDTrainer(DistillationTrainer):
         """Return the rows of teacher and student, and how the student was taught."""
         self.teacher_summary.metrics = numbers(teacher_metrics or {})
         student = Network.of("student", self.model, metrics)
-        return CardFacts([self.teacher_summary, student], distilled(self.args, self.teacher_summary), ("ie",))
+        how_trained = distilled(self.args, self.teacher_summary, self.labels_in_words())
+        return CardFacts([self.teacher_summary, student], how_trained, ("ie",))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain student; checkpoints and `output_dir` also get encoders and splits."""

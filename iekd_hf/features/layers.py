@@ -2,12 +2,14 @@
 
 import contextlib
 import difflib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
+from transformers.utils import find_labels
 
 from ..models.adapters import without_adapters
 from .maps import count_extra_tokens, first_tensor, several_maps, split_index, suggest_layers, to_map
@@ -33,6 +35,8 @@ def default_layers(model: nn.Module) -> list[str]:
     base_model = getattr(model, "base_model", model)
     if base_model is not model:
         return [next(name for name, module in model.named_modules() if module is base_model)]
+    if has_no_head(model) and (layer := last_hidden_layer(model)):
+        return [layer]
     # Some heads hold the parts of their body themselves: SigLIP and CLIP `vision_model`, HGNet-V2 `encoder`.
     for name in ("vision_model", "encoder"):
         if isinstance(model, PreTrainedModel) and isinstance(getattr(model, name, None), nn.Module):
@@ -100,23 +104,55 @@ def last_features_layer(model: nn.Module) -> str:
     weight = next(parameter for parameter in model.parameters() if parameter.ndim == 4)  # of the first convolution
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
     pixels = torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device)
-    outputs: dict[str, object] = {}
-
-    def keep(name):
-        return lambda module, args, output: outputs.__setitem__(name, output)
-
-    modules = {name: module for name, module in model.named_modules() if name}
-    with watching(model, modules, keep), torch.no_grad():
-        features = model.forward_features(pixels)
-    same = [name for name, output in outputs.items() if output is features]
-    if not same:
+    layer = _layer_that_gives(model, lambda: model.forward_features(pixels))
+    if layer is None:
         raise ValueError(
             f"Expected a layer of {type(model).__name__} whose output forward_features returns, found none: name one "
             "in teacher_layers or student_layers. iekd_hf.list_layers(model, image_size) prints the layers that can "
             "be named."
         )
+    return layer
+
+
+def has_no_head(model: nn.Module) -> bool:
+    """Return whether a model of Transformers gives features alone."""
+    return isinstance(model, PreTrainedModel) and not _labels_of(type(model))
+
+
+_labels_of = functools.cache(find_labels)  # it is asked for each batch
+
+
+def last_hidden_layer(model: nn.Module) -> str | None:
+    """Find the layer of a model without a head that makes its `last_hidden_state`, or the last of its maps."""
+    size = getattr(model.config, "image_size", None)
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size or 224,) * 2
+    parameter = next(model.parameters())
+    num_channels = getattr(model.config, "num_channels", 3)
+    pixels = torch.zeros(1, num_channels, *size, dtype=parameter.dtype, device=parameter.device)
+
+    def run():
+        output = model(pixels)
+        return output.feature_maps[-1] if isinstance(model, BackboneMixin) else output["last_hidden_state"]
+
+    try:
+        return _layer_that_gives(model, run)
+    except Exception:  # one that takes something else than pixels
+        return None
+
+
+def _layer_that_gives(model: nn.Module, run: Callable[[], torch.Tensor]) -> str | None:
+    """Return the layer whose output is what a function that runs the model returns."""
+    outputs: dict[str, torch.Tensor | None] = {}
+
+    def keep(name):
+        return lambda module, args, output: outputs.__setitem__(name, first_tensor(output))
+
+    modules = {name: module for name, module in model.named_modules() if name}
+    with watching(model, modules, keep), torch.no_grad():
+        wanted = run()
+    same = [name for name, output in outputs.items() if output is wanted]
     # A block and its last layer give the same tensor: the block; so do a block and an idle norm behind it.
-    return min(reversed(same), key=lambda name: name.count("."))
+    return min(reversed(same), key=lambda name: name.count(".")) if same else None
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.modelcard import make_markdown_table
 
+from ..features.layers import has_no_head
 from ..models.adapters import without_adapters
 
 
@@ -69,7 +70,7 @@ class Network:
             sum(parameter.numel() for parameter in model.parameters()),
             sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20,
             numbers(metrics or {}),
-            list((getattr(config, "id2label", None) or {}).values()),
+            [] if has_no_head(bare) else list((getattr(config, "id2label", None) or {}).values()),
         )
 
     @property

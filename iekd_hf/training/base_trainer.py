@@ -15,14 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from ..hub.push import HubTrainer
-from ..method.objective import Objective, logit_loss
-from ..models.adapters import is_adapted, without_adapters
+from ..models.adapters import is_adapted
 from .checkpoints import check_optimizer_state, load_weights
 from .checks import is_stream
 from .component_log import ComponentLog
 from .manifest import is_disk_error, move_files, write_manifest
 from .resume import ResumePoint, begin_run, find_last_checkpoint, find_resume_point
+from .task_loss import TaskLossTrainer, nothing_of
 
 
 logger = logging.get_logger(__name__)
@@ -42,7 +41,7 @@ _NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states"
 SAVING_FOLDER = "_saving"
 
 
-class DistillationTrainer(HubTrainer):
+class DistillationTrainer(TaskLossTrainer):
     """
     Extend [`~transformers.Trainer`] with what distillation trainers share.
 
@@ -50,7 +49,8 @@ class DistillationTrainer(HubTrainer):
     - a component that is NaN or infinite stops training at the next log or save, before anything is overwritten;
     - a student is reloaded by `from_pretrained`, which must find every weight;
     - engines that would wrap or shard the student alone are refused;
-    - batches of [`DecodedImages`] are augmented on the device.
+    - batches of [`DecodedImages`] are augmented on the device;
+    - images without a label (-100, or none) take no part in the task's loss.
 
     Args:
         augmentation (`BatchAugmentation` or another `nn.Module`, *optional*):
@@ -62,10 +62,6 @@ class DistillationTrainer(HubTrainer):
 
     # Put before each name in the logs, by a trainer whose logs trackers may put into one run with another's.
     log_prefix = ""
-    # Set by trainers that weigh several losses.
-    # Not `objective`, which is what a hyperparameter search of Trainer maximises.
-    distillation_objective: Objective | None = None
-
     # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
     loss_is_scaled_for_ga = False
@@ -165,7 +161,8 @@ class DistillationTrainer(HubTrainer):
             was_training = module.training
             module.eval()
             outputs, F_inh, F_exp, *_ = module(**example)
-            objective = outputs["loss"] + sum(factor.sum() for factor in (*F_inh, *F_exp))
+            goal = nothing_of(outputs) if outputs.get("loss") is None else outputs["loss"]
+            objective = goal + sum(factor.sum() for factor in (*F_inh, *F_exp))
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             gradients = torch.autograd.grad(objective, trained, allow_unused=True)
             module.train(was_training)
@@ -189,35 +186,6 @@ class DistillationTrainer(HubTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # Trainer computes the norm for the logs at every step, even without clipping.
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
-
-    @property
-    def has_custom_loss(self) -> bool:
-        """Whether a custom loss or label smoothing replaces the model's loss."""
-        return self.compute_loss_func is not None or self.label_smoother is not None
-
-    def pop_custom_labels(self, inputs: dict) -> torch.Tensor | None:
-        """Take the labels out of a batch where a custom loss needs them."""
-        return inputs.pop("labels") if self.has_custom_loss and "labels" in inputs else None
-
-    def task_loss(self, model: nn.Module, outputs: dict, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-        if labels is not None:
-            return self.label_smoother(outputs, labels)
-        if outputs.get("loss") is None:
-            raise ValueError(
-                f"Expected {type(model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
-                f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
-            )
-        return outputs["loss"]
-
-    def logit_loss(self, model: nn.Module, logits, teacher_logits, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return the logit term between two models that do the task of `model`."""
-        config = getattr(without_adapters(model), "config", None)
-        ignore_index = getattr(config, "semantic_loss_ignore_index", -100)
-        multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
-        return logit_loss(logits, teacher_logits, self.args.temperature, labels, ignore_index, multi_label)
 
     @property
     def progress(self) -> float:
