@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..features.layers import has_no_head
 from ..hub.push import HubTrainer
 from ..method.objective import Objective, logit_loss
 from ..models.adapters import without_adapters
+from ..models.signature import takes_labels
 from .labels import NO_LABEL, FillLabels, count_labelled, measure_labelled
 
 
@@ -45,7 +45,7 @@ class TaskLossTrainer(HubTrainer):
     @property
     def takes_labels(self) -> bool:
         """Whether the model has a head that takes labels, or a custom loss does."""
-        return self.compute_loss_func is not None or not has_no_head(without_adapters(self.model))
+        return self.compute_loss_func is not None or takes_labels(without_adapters(self.model))
 
     @property
     def are_all_labelled(self) -> bool:
