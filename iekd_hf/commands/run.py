@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import os
 import re
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import datasets
 import PIL.Image
 import torch
-import transformers
+import transformers.trainer
 from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -24,11 +23,11 @@ from ..training.checkpoints import load_weights
 from ..training.manifest import find_checkpoint_damage, write_whole
 from ..training.resume import RUN_FILE, find_last_checkpoint, find_resume_point
 from .arguments import ModelArguments
+from .progress import Progress
 from .report.latency import median_milliseconds
 from .report.table import Result, latencies
+from .terminal import say
 
-
-logger = logging.getLogger(__name__)
 
 # What a network that was trained to compare with leaves in its folder at its end.
 _DONE = "done.json"
@@ -77,22 +76,29 @@ class CommandRun:
     # Trains what the result is compared with, and what distils.
     trainer_class: type[DistillationTrainer] = DistillationTrainer
     distiller_class: type[IEKDTrainer] = IEKDTrainer
+    # The metric that is shown while a network trains.
+    shown_metric = "accuracy"
     # The images, and the student's image processor, once they are known.
     splits: datasets.DatasetDict
     processor: BaseImageProcessor
 
     def __init__(self, args: TrainingArguments):
-        logging.basicConfig(
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            level=logging.WARNING if args.should_log else logging.ERROR,
-        )
-        transformers.utils.logging.disable_progress_bar()  # those of loading and saving; training keeps its own
         self.args = args
+        self.progress = Progress(self.shown_metric, lines=args.disable_tqdm or None)
+        # All trainers take it, that of stage 1 too, as they take Transformers' own bars in a notebook.
+        args.disable_tqdm, transformers.trainer.DEFAULT_PROGRESS_CALLBACK = False, self.progress
+        self.stages, self.stage = 0, 0
         resume = check_output_dir(args)
         # What was finished beside the run is taken up even where the run itself has not begun.
         self.reuses = bool(resume)
         self.resume = None if resume is True and find_resume_point(args.output_dir, True) is None else resume
         set_seed(args.seed)
+
+    def announce(self, what: str, epochs: float = 0) -> None:
+        """Write the heading of a stage."""
+        self.stage += 1
+        images = f", {epochs:g} epochs on {len(self.common()['train_dataset']):,} images" if epochs else ""
+        say(f"[{self.stage}/{self.stages}] {what}{images}")
 
     def common(self) -> dict:
         """Return the arguments that every trainer of this command takes."""
@@ -125,6 +131,7 @@ class CommandRun:
     def distil(self, student: PreTrainedModel, model_args: ModelArguments) -> None:
         """Train, measure and report a teacher, the student without it and the student with it; push the last."""
         args, compared, teacher_metrics, metrics = self.args, [], None, None
+        self.stages, self.student_name = 2 + model_args.plain_student, model_args.student
         if args.do_train:
             plain = copy.deepcopy(student)  # the same start as the distilled student's
             teacher = self.get_teacher(model_args)
@@ -172,13 +179,14 @@ class CommandRun:
             for subfolder, model in models.items():
                 load_weights(model, str(folder / subfolder))
             content = json.loads(done.read_text())
+            say("  finished earlier")
             return content["seconds"], content["log_history"]
         args = copy.copy(self.args)
         args.output_dir, args.num_train_epochs, args.push_to_hub = str(folder), epochs, False
         args.report_to = []  # trackers would mix it with the run that it is compared with
         args.load_best_model_at_end, args.metric_for_best_model = False, None
         trainer = make_trainer(args)
-        logger.warning("Training the %s for %g epochs.", name, epochs)
+        self.progress.name = name
         output = trainer.train(find_last_checkpoint(folder) if self.reuses else None)
         seconds = output.metrics["train_runtime"]
         trainer.save_model()
@@ -210,20 +218,21 @@ class CommandRun:
 
     def train_plain(self, student: PreTrainedModel) -> Result:
         """Train the student without a teacher, on the same schedule, and measure it."""
+        self.announce(f"Plain student: {self.student_name}", self.args.num_train_epochs)
         seconds, history = self.train_alone(student, "plain student", self.args.num_train_epochs)
         measured = self.evaluate(student) if self.args.do_eval else {}
         return Result("plain student", student.num_parameters(), measured, {"training": seconds}, history)
 
     def train_distilled(self, trainer: IEKDTrainer) -> Result:
         """Train both stages, and save the student with what is known of the training."""
-        logger.warning("Distilling the student: stage 1 (paraphraser), then stage 2.")
+        self.announce(f"Distilled student: {self.student_name}", self.args.num_train_epochs)
+        self.progress.name = "stage 2"
         metrics = trainer.train(resume_from_checkpoint=self.resume).metrics
         seconds = {"stage 2": metrics["train_runtime"]}
         if "paraphraser_train_runtime" in metrics:
             seconds = {"stage 1": metrics["paraphraser_train_runtime"], **seconds}
         trainer.save_model()
         trainer.save_state()
-        trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         return Result("distilled student", trainer.student.num_parameters(), {}, seconds, trainer.state.log_history)
 
