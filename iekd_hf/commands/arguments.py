@@ -39,9 +39,8 @@ class ScriptArguments:
         default=torch.cuda.is_available(), metadata={"help": "Pin the batches' memory. Default: where there is a GPU."}
     )
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..., or none."})
-    disable_tqdm: bool | None = field(
-        default=None,
-        metadata={"help": "Write lines in place of a progress bar. Default: where the output is no terminal."},
+    disable_tqdm: bool = field(
+        default=False, metadata={"help": "Write lines in place of a bar, as where the output is no terminal."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: transforms need the images."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
