@@ -1,5 +1,5 @@
 """
-Write what is taken from elsewhere: result tables of the documents from JSON files, their arguments from the help of the
+Write what is taken from elsewhere: the documents' result tables from JSON files, their arguments from the help of the
 fields, and the texts that `iekd-hf COMMAND --help` shows.
 
     python docs/generate.py          # after new results, or new arguments

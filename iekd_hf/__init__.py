@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .arguments import METHODS, IEKDTrainingArguments, MutualTrainingArguments
     from .data.augmentation import BatchAugmentation
     from .data.decoded_images import DecodedImages
-    from .features.layers import list_layers
+    from .features.listing import list_layers
     from .iekd_trainer import IEKDTrainer
     from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
     from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss
@@ -46,7 +46,7 @@ _FILES = {
     "arguments": ("METHODS", "IEKDTrainingArguments", "MutualTrainingArguments"),
     "data.augmentation": ("BatchAugmentation",),
     "data.decoded_images": ("DecodedImages",),
-    "features.layers": ("list_layers",),
+    "features.listing": ("list_layers",),
     "iekd_trainer": ("IEKDTrainer",),
     "method.factors": ("ChannelSplit", "FactorEncoder", "Paraphraser"),
     "method.losses": ("exploration_loss", "inheritance_loss", "reconstruction_loss"),

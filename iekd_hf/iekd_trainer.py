@@ -1,6 +1,5 @@
 """IE-KD: a student that inherits from a frozen teacher with one half and explores with the other (CVPR 2021)."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -22,9 +21,17 @@ from .teacher.cache import TeacherCache, check_cache_folder, check_cacheable
 from .teacher.frozen import FrozenTeacher, TeacherTargets, fingerprint
 from .teacher.pixels import TeacherPixels
 from .training.base_trainer import DistillationTrainer
-from .training.checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_encoders, save_paraphrasers
+from .training.checkpoints import (
+    ENCODERS_FOLDER,
+    check_made_by,
+    load_encoders,
+    read_encoders,
+    save_encoders,
+    save_paraphrasers,
+)
 from .training.checks import check_batches_of_one, check_logits, check_precision, check_student, check_trainable
 from .training.gradient_shares import measure_gradient_shares
+from .training.manifest import written_whole
 from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
 from .training.stage_1 import (
     MARGIN_BATCHES,
@@ -252,8 +259,6 @@ class IEKDTrainer(DistillationTrainer):
         """Run stage 1 where it is not over, fill the teacher's cache, and measure what the weights amount to."""
         self._hp_search_setup(trial)  # a search's values must be in the arguments before stage 1 reads them
         checkpoint = point.checkpoint if point else None
-        if checkpoint:
-            check_made_by(checkpoint, type(self).__name__)
         self.teacher.tap.attach()
         metrics = {f"paraphraser_{name}": value for name, value in self.run_stage_1(point).items()}
         # Once: they are frozen from here on.
@@ -410,17 +415,26 @@ class IEKDTrainer(DistillationTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain student; checkpoints and `output_dir` also get encoders and splits."""
         super().save_model(output_dir, _internal_call)
-        folder = output_dir if _internal_call else None  # a checkpoint's; a push has none
-        if not _internal_call and self._fingerprint and output_dir in (None, self.args.output_dir):
-            folder = os.path.join(self.args.output_dir, ENCODERS_FOLDER)
-        if folder is not None and self.args.should_save:
-            save_encoders(self.student_side, folder, type(self).__name__, **self._encoders_made_for())
+        if not self.args.should_save:
+            return
+        made_for = {"trainer": type(self).__name__, **self._encoders_made_for()}
+        if _internal_call and output_dir is not None:  # a checkpoint's; a push has none
+            save_encoders(self.student_side, output_dir, **made_for)
+        elif not _internal_call and self._fingerprint and output_dir in (None, self.args.output_dir):
+            with written_whole(Path(self.args.output_dir) / ENCODERS_FOLDER) as folder:
+                save_encoders(self.student_side, folder, **made_for)
 
     def complete_checkpoint(self, folder: str) -> None:
         """Add the paraphrasers, which are kept in `output_dir`, to a checkpoint that is pushed."""
         if self.knowledge.is_kept and self.teacher.paraphrasers:
             save_paraphrasers(self.teacher.paraphrasers, Path(folder) / PARAPHRASER_FOLDER)
         super().complete_checkpoint(folder)
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a checkpoint of another trainer or student."""
+        check_made_by(folder, type(self).__name__)
+        super().check_checkpoint(folder)
+        read_encoders(self.student_side, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

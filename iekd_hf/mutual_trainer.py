@@ -16,7 +16,7 @@ from .method.padding import mask_at
 from .method.trainable import PeerGroup, drawn_from, frozen_statistics
 from .models.loading import load_if_named
 from .teacher.frozen import TeacherTargets
-from .training.checkpoints import check_made_by, load_encoders, save_encoders
+from .training.checkpoints import check_made_by, load_encoders, read_encoders, save_encoders
 from .training.checks import check_models, check_trainable
 from .training.partwise_optimizer import PartwiseOptimizer
 from .training.peers_trainer import PeersTrainer
@@ -291,9 +291,14 @@ class MutualTrainer(PeersTrainer):
         if _internal_call and output_dir is not None and self.args.should_save:
             save_encoders(self.group, output_dir, type(self).__name__, **self._encoders_made_for())
 
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a checkpoint of another trainer or of other peers."""
+        check_made_by(folder, type(self).__name__, **self._encoders_made_for())
+        super().check_checkpoint(folder)
+        read_encoders(self.group, folder)
+
     def load_peers(self, folder: str) -> None:
         """Restore the peers, encoders, splits and paraphrasers."""
-        check_made_by(folder, type(self).__name__, **self._encoders_made_for())  # before a weight is changed
         super().load_peers(folder)
         load_encoders(self.group, folder)
 

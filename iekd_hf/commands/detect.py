@@ -115,7 +115,7 @@ class DetectRun(DetectionRun):
             teacher = load_model(name, "--teacher", dtype=dtype, **hub)
             processor = find_processor(name, **hub)
         self.announce(f"Teacher: {name}{'' if epochs else ', as it is'}", epochs)
-        result = self.train_teacher(teacher, epochs)
+        result = self.train_teacher(teacher, epochs, processor)
         if self.args.do_eval and is_detector(teacher) and teacher.config.id2label == dict(enumerate(self.names)):
             result.metrics = self.evaluate(teacher, processor)
         return Compared(result, teacher, processor)
@@ -179,7 +179,6 @@ def main(given: list[str]) -> None:
     )
     run.prepare_images(model_args.student, **hub)
     run.check_size(student)
-    run.ask_the_hub(student)
     run.distil(student, model_args)
 
 

@@ -96,7 +96,7 @@ class DistillRun(ImageRun):
             processor = find_processor(name, **hub)
         self.args.choose_method(own_classes)
         self.announce(f"Teacher: {name}{'' if epochs else ', as it is'}", epochs)
-        result = self.train_teacher(teacher, epochs)
+        result = self.train_teacher(teacher, epochs, processor)
         if own_classes and self.args.do_eval:
             result.metrics = self.evaluate(teacher, processor)
         return Compared(result, teacher, processor)
@@ -155,7 +155,6 @@ def main(given: list[str]) -> None:
     hub = model_args.hub("student")
     student = build_model(model_args.student, "--student", run.names, from_scratch, dtype=model_args.dtype, **hub)
     run.prepare_images(model_args.student, from_scratch, **hub)
-    run.ask_the_hub(student)
     run.distil(student, model_args)
 
 

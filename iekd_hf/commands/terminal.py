@@ -32,7 +32,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[[Sequence[str] | None
 
 def is_main_process() -> bool:
     """Return whether this process is the one that speaks, by what launchers tell their processes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:

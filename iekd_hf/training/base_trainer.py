@@ -1,7 +1,6 @@
 """What all trainers share, without any algorithm: component logs, the finite-loss guard, strict loading."""
 
 import itertools
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,11 +17,12 @@ from transformers.utils import logging
 from ..hub.push import HubTrainer
 from ..method.objective import Objective, logit_loss
 from ..models.adapters import is_adapted, without_adapters
-from .checkpoints import check_optimizer_state, load_weights
+from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import is_stream
 from .component_log import ComponentLog
-from .manifest import is_disk_error, move_files, write_manifest
-from .resume import ResumePoint, begin_run, find_last_checkpoint, find_resume_point
+from .manifest import write_manifest
+from .resume import ResumePoint, begin_run, find_resume_point
+from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
 
 
 logger = logging.get_logger(__name__)
@@ -37,9 +37,6 @@ _NOT_PREDICTED_BY_DETECTORS = (
 )
 # Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
 _NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
-
-# Where a checkpoint is while it is being written; Trainer never uploads such names.
-SAVING_FOLDER = "_saving"
 
 
 class DistillationTrainer(HubTrainer):
@@ -262,7 +259,7 @@ class DistillationTrainer(HubTrainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | bool | ResumePoint | None = None,
         trial=None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
@@ -272,6 +269,7 @@ class DistillationTrainer(HubTrainer):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 `True` takes the newest whole checkpoint of the last run in `output_dir`; or a checkpoint's folder.
+                What [`find_resume_point`] has found is taken as it is.
             trial, ignore_keys_for_eval (*optional*):
                 As in Trainer.
 
@@ -287,10 +285,22 @@ class DistillationTrainer(HubTrainer):
                 f"Expected a checkpoint to resume from in output_dir={str(Path(self.args.output_dir))!r}, got none: "
                 "train without resume_from_checkpoint, or name the run's output_dir."
             )
+        if point and point.checkpoint:
+            self.check_checkpoint(point.checkpoint)
         if self.args.should_save:
             self.run = begin_run(self.args.output_dir, point)
         self.before_training(point, trial)
         return super().train(point.checkpoint if point else None, trial, ignore_keys_for_eval)
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a checkpoint of another trainer or model, before anything is loaded or trained."""
+        check_training_state(folder, self.args)
+        self.check_weights(folder)
+
+    def check_weights(self, folder: str) -> None:
+        """Refuse weights of another model."""
+        if isinstance(self.model, PreTrainedModel) and not is_adapted(self.model):
+            read_weights(self.model, folder)
 
     def before_training(self, point: ResumePoint | None, trial) -> None:
         """Prepare what a training needs, where the run begins or goes on."""
@@ -309,33 +319,19 @@ class DistillationTrainer(HubTrainer):
         # Trainer writes checkpoints file by file in their place; here they are written beside it and moved.
         self.check_finite()
         run_dir = Path(self._get_output_dir(trial))
-        self._saving_folder, name = run_dir / SAVING_FOLDER, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        part, checkpoint = self._saving_folder / name, run_dir / name
-        if self.is_local_process_zero():
-            shutil.rmtree(self._saving_folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                if self.state.best_model_checkpoint == str(part):
+            with checkpoint_written_whole(checkpoint, self.args, self.accelerator, run=self.run) as folder:
+                self._saving_folder = folder
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save and self.state.best_model_checkpoint == str(folder / checkpoint.name):
                     self.state.best_model_checkpoint = str(checkpoint)
-                    self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-                self.accelerator.wait_for_everyone()
-                write_manifest(part, run=self.run)
-                shutil.rmtree(checkpoint, ignore_errors=True)
-                part.rename(checkpoint)
-            else:
-                self.accelerator.wait_for_everyone()
+                    self.state.save_to_json(str(folder / checkpoint.name / TRAINER_STATE_NAME))
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not is_disk_error(error):
-                raise
-            self._tell_failed_save(checkpoint, error)
+            tell_failed_save(checkpoint, error, self.args.world_size)
             return
         finally:
             self._saving_folder = None
-            if self.is_local_process_zero():
-                shutil.rmtree(run_dir / SAVING_FOLDER, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
         if self.args.should_save:
@@ -347,22 +343,8 @@ class DistillationTrainer(HubTrainer):
         if self._saving_folder is not None or not self.args.should_save:  # every rank comes here, one writes
             super()._save(str(folder), state_dict)
             return
-        part = folder / SAVING_FOLDER
-        shutil.rmtree(part, ignore_errors=True)
-        super()._save(str(part), state_dict)
-        move_files(part, folder)
-
-    def _tell_failed_save(self, checkpoint: Path, error: Exception) -> None:
-        """Log that a checkpoint could not be written; in distributed training, where other ranks wait, raise it."""
-        last = find_last_checkpoint(checkpoint.parent)
-        message = (
-            f"Expected to write {checkpoint}, got {type(error).__name__}: {error}. "
-            + (f"{Path(last).name} is the last whole checkpoint. " if last else "There is no other checkpoint. ")
-            + "Make room on that disk, or lower save_total_limit."
-        )
-        if self.args.world_size > 1:
-            raise OSError(message) from error
-        logger.error(f"{message} Training goes on.")
+        with files_written_whole(folder) as part:
+            super()._save(str(part), state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self._saving_folder is None:  # what is pushed is a checkpoint in its place
@@ -371,11 +353,6 @@ class DistillationTrainer(HubTrainer):
     def complete_checkpoint(self, folder: str) -> None:
         """List what has been added to the copy of a checkpoint that is pushed."""
         write_manifest(folder, run=self.run)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is not None:
-            check_optimizer_state(checkpoint, self.args.save_only_model)
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def sync_buffers(self, module: nn.Module) -> None:
         """Give every rank the buffers of rank 0."""
