@@ -140,7 +140,10 @@ IMAGES = [PIL.Image.new("RGB", (4, 4))] * 4
     "masks, said",
     [
         (grey(0, 1, 1) + grey(0, size=3), r"size of its image in row \d .* got 3x3 for an image of 4x4 pixels"),
-        (grey(0, 1, 1, 1)[:3] + [PIL.Image.new("RGB", (4, 4))], r"got an image of mode RGB in row \d .*--label_column"),
+        (
+            grey(0, 1, 1, 1)[:3] + [PIL.Image.new("RGB", (4, 4))],
+            r"got an image of mode RGB in row \d .*--label_column",
+        ),
         (grey(255, 255, 255, 255), r"labelled pixels in the \w+ split, got none in \d masks: .*--do_reduce_labels"),
         (grey(0, 1, 1) + [None], r"Expected a mask in row \d of the \w+ split, got none"),
     ],

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from comparison_report import interval, paired
 
-from iekd_hf.commands.arguments import parse_arguments
 from iekd_hf.commands.boxes.metrics import SUMMARY
+from iekd_hf.commands.parser import parse_arguments
 from iekd_hf.commands.report.results import RESULTS
 
 
