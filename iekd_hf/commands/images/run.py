@@ -19,6 +19,7 @@ from ...models.loading import find_processor
 from ..networks import label_maps, load_for_classes
 from ..run import CommandRun
 from .data import DataArguments, load_images
+from .few_labels import draw_labelled, split_by_labels
 from .metrics import MacroF1, TopKAccuracy
 from .transforms import prepare
 
@@ -78,15 +79,26 @@ class ImageRun(CommandRun):
         self.processor = build_processor(network, self.data_args.image_size, first, **hub)
         with self.args.main_process_first(desc="decoding images"):
             self.images, self.augmentation = prepare(self.splits, self.processor, self.data_args, self.args.seed)
+            self.hide_labels()
+
+    def hide_labels(self) -> None:
+        """Leave the students the labels of some training images; a teacher has all."""
+        self.for_students = self.for_distilled = self.images["train"]
+        count = self.data_args.labelled_samples
+        if count is not None and self.args.do_train:
+            labels = self.splits["train"].with_format("numpy")["label"][:]
+            every, few = split_by_labels(self.images["train"], draw_labelled(labels, count, self.args.seed))
+            self.for_students, self.for_distilled = few, every if self.data_args.unlabelled else few
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return top-1 and top-5 accuracy, and the mean F1 score of the classes."""
         return self.metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
-    def common(self) -> dict:
-        """Return the arguments that every trainer of this command takes."""
+    def common(self, learner: str = "teacher") -> dict:
+        """Return the arguments that every trainer of this command takes, with the images that one learns from."""
+        images = {"teacher": self.images["train"], "distilled student": self.for_distilled}
         return {
-            "train_dataset": self.images["train"],
+            "train_dataset": images.get(learner, self.for_students),
             "eval_dataset": self.images["validation"],
             "augmentation": self.augmentation,
             "processing_class": self.processor,
@@ -101,6 +113,16 @@ class ImageRun(CommandRun):
             images, common["augmentation"] = prepare(splits, processor, self.data_args, self.args.seed)
             common["eval_dataset"] = images["validation"]
         return self.measure(model, **common)
+
+    def trained_on(self, learner: str) -> str:
+        """Return what a network learns from, for the table."""
+        labelled = len(self.common("teacher" if learner == "teacher" else "")["train_dataset"])
+        if learner != "distilled student":
+            return f"{labelled:,} labelled images"
+        unlabelled = len(self.for_distilled) - labelled
+        if not unlabelled:
+            return f"the same {labelled:,}, and the teacher"
+        return f"the same {labelled:,}, {unlabelled:,} unlabelled, and the teacher"
 
     def for_the_card(self) -> dict:
         """Return what the model card says of the data and the run."""
