@@ -9,7 +9,7 @@ from torch import nn
 from ..hub.push import HubTrainer
 from ..method.objective import Objective, logit_loss
 from ..models.adapters import without_adapters
-from ..models.signature import takes_labels
+from ..models.signature import is_backbone
 from .labels import NO_LABEL, FillLabels, count_labelled, measure_labelled
 
 
@@ -36,16 +36,12 @@ class TaskLossTrainer(HubTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.data_collator = FillLabels(self.data_collator)
+        self.takes_labels = self.compute_loss_func is not None or not is_backbone(without_adapters(self.model))
         # None: not known, as it cannot be read cheaply.
         self.num_labelled = 0
         if self.takes_labels:
             self.num_labelled = count_labelled(self.train_dataset) if "labels" in self.label_names else None
         self._labelled_share: torch.Tensor | None = None  # of a step, where it has several micro-batches or ranks
-
-    @property
-    def takes_labels(self) -> bool:
-        """Whether the model has a head that takes labels, or a custom loss does."""
-        return self.compute_loss_func is not None or takes_labels(without_adapters(self.model))
 
     @property
     def are_all_labelled(self) -> bool:

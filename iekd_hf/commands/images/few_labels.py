@@ -41,8 +41,8 @@ def draw_labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     classes = np.unique(labels)
     if not len(classes) <= count <= len(labels):
         raise ValueError(
-            f"Expected labelled_samples from {len(classes)}, one of each class, to {len(labels)}, all training images, "
-            f"got {count}."
+            f"Expected labelled_samples from {len(classes)}, one of each class, to {len(labels)}, all images, got "
+            f"{count}."
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     # The first of each class, then the second of each, and so on.
