@@ -27,7 +27,7 @@ from ..arguments import METHODS
 from ..models.loading import explain_unreachable, find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
 from .arguments import DIGITS_TEACHER_EPOCHS, ModelArguments, ScriptArguments
-from .images.data import DataArguments
+from .images.few_labels import StudentDataArguments
 from .images.run import PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
 from .parser import parse_arguments
@@ -38,7 +38,7 @@ from .terminal import command
 
 
 @dataclass
-class ImageArguments(DataArguments):
+class ImageArguments(StudentDataArguments):
     """Add what the distilled student sees of the images whose labels it does not know."""
 
     unlabelled: bool = field(

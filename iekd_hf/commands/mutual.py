@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from iekd_hf import MutualTrainer, MutualTrainingArguments
 
 from .arguments import ScriptArguments
-from .images.data import DataArguments
+from .images.few_labels import StudentDataArguments
 from .images.run import PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
 from .parser import parse_arguments
@@ -64,8 +64,16 @@ class PeerArguments:
 
 
 @dataclass
-class ImageArguments(DataArguments):
+class ImageArguments(StudentDataArguments):
     """Choose how many of the digits the peers know."""
+
+    labelled_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on this many images, of each class alike, drawn by seed. Default: 100 of the digits, "
+            "otherwise all."
+        },
+    )
 
     digits_labelled = 100
 

@@ -25,13 +25,6 @@ class DataArguments(SourceArguments):
             "of the digits, otherwise 0.15."
         },
     )
-    labelled_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Let the students know the labels of this many training images, of each class alike, drawn by "
-            "seed; a teacher that is trained here knows all. Default: 50 for the digits, otherwise all."
-        },
-    )
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the labels. Default: the one that holds class labels, or `label`."}
     )
@@ -58,20 +51,12 @@ class DataArguments(SourceArguments):
         },
     )
 
-    # How many of the digits the students know, and whether they see the others.
-    digits_labelled = 50
-    unlabelled = False
-
     def __post_init__(self):
         is_given = any(source is not None for source in (self.dataset_name, self.train_dir, self.train_file))
         if self.train_val_split is None:
             self.train_val_split = 0.15 if is_given else 1 / 3
         super().__post_init__()
         self.uses_digits = not self.is_given
-        if self.uses_digits and self.labelled_samples is None:
-            self.labelled_samples = self.digits_labelled
-        if self.labelled_samples is not None and self.labelled_samples < 1:
-            raise ValueError(f"Expected labelled_samples of at least 1, or None, got {self.labelled_samples}.")
         self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
         if self.horizontal_flip is None:
             self.horizontal_flip = not self.uses_digits

@@ -1,5 +1,7 @@
 """What a low-label study hides from the students: the labels of all but some training images."""
 
+from dataclasses import dataclass, field
+
 import datasets
 import numpy as np
 from torch.utils.data import Dataset
@@ -7,6 +9,29 @@ from torch.utils.data import Dataset
 from iekd_hf import DecodedImages
 
 from ...training.labels import NO_LABEL
+from .data import DataArguments
+
+
+@dataclass
+class StudentDataArguments(DataArguments):
+    """Say how much of the training images the students know."""
+
+    labelled_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Let the students know the labels of this many training images, of each class alike, drawn by "
+            "seed; a teacher that is trained here knows all. Default: 50 of the digits, otherwise all."
+        },
+    )
+
+    # Of the digits, where nothing is said; and whether a student sees the other images without their labels.
+    digits_labelled = 50
+    unlabelled = False
+
+    def decide(self, num_images: int) -> None:
+        """Choose how many of the digits the students know, where nothing is said."""
+        if self.labelled_samples is None and self.uses_digits:
+            self.labelled_samples = min(self.digits_labelled, num_images)
 
 
 def draw_labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from iekd_hf import CifarResNetConfig
 from ...models.loading import find_processor
 from ..networks import label_maps, load_for_classes
 from ..run import CommandRun
-from .data import DataArguments, load_images
-from .few_labels import draw_labelled, split_by_labels
+from .data import load_images
+from .few_labels import StudentDataArguments, draw_labelled, split_by_labels
 from .metrics import MacroF1, TopKAccuracy
 from .transforms import prepare
 
@@ -61,12 +61,13 @@ def build_processor(student: str, image_size: int | None, first_image, **hub) ->
 class ImageRun(CommandRun):
     """Hold the images, and what the trainers of `distill` and `mutual` share."""
 
-    def __init__(self, data_args: DataArguments, args: TrainingArguments):
+    def __init__(self, data_args: StudentDataArguments, args: TrainingArguments):
         super().__init__(args)
         self.data_args = data_args
         with args.main_process_first(desc="loading images"):  # the others find them in the cache
             self.splits = load_images(data_args, args.seed)
         self.names = self.splits["train"].features["label"].names
+        data_args.decide(len(self.splits["train"]))
         if data_args.uses_digits:
             args.use_own_epochs()
         self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
