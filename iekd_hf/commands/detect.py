@@ -124,7 +124,8 @@ class DetectRun(DetectionRun):
     def report(self, compared: list[Compared]) -> None:
         """Write results.json, print the table, and draw what the students find."""
         results = [row.result for row in compared]
-        write_results(results, self.args)
+        settings = ("seed", "method", "lambda_inh", "lambda_exp", "num_train_epochs", "learning_rate")
+        write_results(results, {name: getattr(self.args, name) for name in settings}, self.args.output_dir)
         print("\n" + detection_table(results) + "\n")
         if self.args.do_eval:
             print("mAP: COCO's, in percent; images/s: one image at a time, CPU, 1 thread, float32, median")

@@ -1,19 +1,21 @@
 """
-Distil a semantic segmenter by inheritance and exploration.
+Distil a semantic segmenter: a small one, the student, learns from a large one, the teacher.
 
-    iekd-hf segment \
-        --teacher nvidia/segformer-b2-finetuned-ade-512-512 --student nvidia/mit-b0 \
-        --dataset_name segments/sidewalk-semantic --output_dir out --push_to_hub
+Three arguments matter:
+  --teacher       a segmenter, a classifier or a model without a head; left out, a segmenter is trained first
+  --student       the segmenter that you want to have
+  --dataset_name  images on the Hub, each with its mask: an image of its size with a class's number in each pixel
 
-Without a data set it draws images of simple shapes, without a teacher it first trains one: no network is needed.
-Images come with their masks, images of the same size with the number of a class in each pixel. All arguments can also
-stand in one JSON or YAML file: iekd-hf segment recipe.yaml
+Examples:
+  iekd-hf segment        (drawn images of simple shapes, in some minutes)
+  iekd-hf segment --teacher nvidia/segformer-b2-finetuned-ade-512-512 --student nvidia/mit-b0 \
+      --dataset_name zhoubolei/scene_parse_150 --do_reduce_labels
 
+A recipe, one JSON or YAML file, takes all arguments, too: iekd-hf segment recipe.yaml
 On several GPUs: accelerate launch -m iekd_hf.commands.segment, with the same arguments
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,14 +29,23 @@ from ..arguments import METHODS
 from ..models.kinds import is_semantic_segmenter, set_ignore_index
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import ModelArguments, parse_arguments
+from .arguments import ModelArguments
 from .masks.data import SegmentationDataArguments
-from .masks.run import PICTURE, SegmentationRun, SegmentationScriptArguments, build_segmenter, fit_whole
+from .masks.run import (
+    PICTURE,
+    SHAPES_TEACHER_EPOCHS,
+    SegmentationRun,
+    SegmentationScriptArguments,
+    build_segmenter,
+    fit_whole,
+)
 from .masks.tiny_segmenters import is_tiny
 from .packages import require
+from .parser import parse_arguments
 from .report.results import write_results
-from .report.table import Result, segmentation_table
+from .report.table import Result, gain, segmentation_table
 from .run import Compared
+from .terminal import command
 
 
 @dataclass
@@ -45,7 +56,7 @@ class SegmenterArguments(ModelArguments):
         default=None,
         metadata={
             "help": "Teacher: a Hub id, a folder, or `tiny-upernet-<width>`, which is trained on the data first. A "
-            "classifier or a model without a head can teach, too. Default: tiny-upernet-32."
+            "classifier or a model without a head can teach, too. Default: tiny-upernet-16."
         },
     )
     student: str = field(
@@ -75,7 +86,7 @@ class RunArguments(SegmentationScriptArguments, IEKDTrainingArguments):
         },
     )
     paraphraser_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of stage 1. Default: 5 for the shapes, otherwise 50."}
+        default=None, metadata={"help": "Epochs of stage 1. Default: 3 for the shapes, otherwise 50."}
     )
     picture_images: int = field(default=6, metadata={"help": "How many validation images the picture shows."})
 
@@ -95,10 +106,12 @@ class SegmentRun(SegmentationRun):
 
     def get_teacher(self, model_args: SegmenterArguments) -> Compared:
         """Load the teacher, or build and train it, and measure it where it knows the data's classes."""
-        name, epochs = model_args.teacher or "tiny-upernet-32", model_args.teacher_epochs
+        name, epochs = model_args.teacher or "tiny-upernet-16", model_args.teacher_epochs
         hub, dtype = model_args.hub("teacher"), model_args.dtype
         if epochs is None:
-            epochs = self.args.num_train_epochs if is_tiny(name) else 0
+            own = not self.data_args.is_given and "num_train_epochs" in self.args.undecided
+            epochs = SHAPES_TEACHER_EPOCHS if own else self.args.num_train_epochs
+            epochs = epochs if is_tiny(name) else 0
         processor = None
         if is_tiny(name) or epochs > 0:
             ignore_index = self.data_args.ignore_index
@@ -109,6 +122,7 @@ class SegmentRun(SegmentationRun):
             processor = processor and fit_whole(processor)
         own_classes = is_semantic_segmenter(teacher) and teacher.config.id2label == dict(enumerate(self.names))
         self.args.choose_method(own_classes)
+        self.announce(f"Teacher: {name}{'' if epochs else ', as it is'}", epochs)
         result = self.train_teacher(teacher, epochs, processor)
         if self.args.do_eval and own_classes:
             set_ignore_index(teacher, self.data_args.ignore_index)
@@ -135,10 +149,15 @@ class SegmentRun(SegmentationRun):
     def report(self, compared: list[Compared]) -> None:
         """Write results.json, print the table, and draw what the students make of some images."""
         results = [row.result for row in compared]
-        write_results(results, self.args)
+        settings = ("seed", "method", "lambda_inh", "lambda_exp", "lambda_kd", "num_train_epochs", "learning_rate")
+        settings = {name: getattr(self.args, name) for name in settings}
+        settings["labelled_samples"] = self.data_args.labelled_samples
+        write_results(results, settings, self.args.output_dir)
         print("\n" + segmentation_table(results) + "\n")
         if self.args.do_eval:
             print("mIoU, pixels: in percent; images/s: one image at a time, CPU, 1 thread, float32, median")
+            if sentence := gain(results, len(self.splits["validation"]), "mean_iou", "points of mIoU"):
+                print(sentence)
             picture = os.path.join(self.args.output_dir, PICTURE)
             self.draw_samples({r.result.name: r.model for r in compared if r.result.name != "teacher"}, picture)
             print(f"Student: {self.args.output_dir}   Picture: {picture}")
@@ -154,10 +173,13 @@ class SegmentRun(SegmentationRun):
         draw_segmentations(images, truth, found, self.names, path)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+KINDS = (SegmenterArguments, SegmentationDataArguments, RunArguments)
+
+
+@command
+def main(given: list[str]) -> None:
     """Run `iekd-hf segment`, with the arguments of the command line by default."""
-    kinds = (SegmenterArguments, SegmentationDataArguments, RunArguments)
-    model_args, data_args, args = parse_arguments(kinds, __doc__, "segment", argv)
+    model_args, data_args, args = parse_arguments(KINDS, __doc__, "iekd-hf segment", given)
     require("cli", "matplotlib")
     run = SegmentRun(data_args, args)
     from_scratch = model_args.student_from_scratch or is_tiny(model_args.student)

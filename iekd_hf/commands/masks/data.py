@@ -29,9 +29,9 @@ from .shapes import CLASSES, make_masked_shapes
 logger = logging.getLogger(__name__)
 
 # Images of shapes, where no others are given: for training, and for validation.
-_SHAPES = {"train": 600, "validation": 200}
+_SHAPES = {"train": 300, "validation": 200}
 # Of how many of them the students see the masks.
-_SHAPES_STUDENT_SAMPLES = 40
+_SHAPES_LABELLED = 30
 # What a data set's file of class names is called.
 _NAMES_FILE = "id2label.json"
 
@@ -60,11 +60,12 @@ class SegmentationDataArguments(JitteredArguments):
         metadata={"help": "Leave out pixels of label 0, the background, and reduce all other labels by 1."},
     )
     ignore_index: int = field(default=255, metadata={"help": "Label of pixels that are left out."})
-    student_samples: int | None = field(
+    labelled_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Give the students the masks of this many training images only; from the others the distilled "
-            "one learns what its teacher makes of them. Default: 40 for the shapes, otherwise all."
+            "help": "Let the students know the masks of this many training images, drawn by seed; the distilled one "
+            "learns from the others by what its teacher makes of them. A teacher that is trained here knows all. "
+            "Default: 30 of the shapes, otherwise all."
         },
     )
 
@@ -72,10 +73,10 @@ class SegmentationDataArguments(JitteredArguments):
         super().__post_init__()
         if self.ignore_index < 0:
             raise ValueError(f"Expected ignore_index of at least 0, as pixels of masks are, got {self.ignore_index}.")
-        if self.student_samples is None and not self.is_given:
-            self.student_samples = _SHAPES_STUDENT_SAMPLES
-        if self.student_samples is not None and self.student_samples < 1:
-            raise ValueError(f"Expected student_samples of at least 1, got {self.student_samples}.")
+        if self.labelled_samples is None and not self.is_given:
+            self.labelled_samples = _SHAPES_LABELLED
+        if self.labelled_samples is not None and self.labelled_samples < 2:
+            raise ValueError(f"Expected labelled_samples of at least 2, got {self.labelled_samples}.")
 
 
 @dataclass

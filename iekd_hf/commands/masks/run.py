@@ -1,7 +1,6 @@
 """What `segment` is made of: its arguments, segmenters by name, and what is measured."""
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,8 +24,9 @@ from .transforms import SegmentationImages, collate
 logger = logging.getLogger(__name__)
 
 PICTURE = "segmentations.png"
-# The shapes are learnt in a minute.
-SHAPES_EPOCHS = {"num_train_epochs": 20.0, "paraphraser_epochs": 5.0}
+# The shapes are learnt in a minute, by a teacher in two.
+SHAPES_EPOCHS = {"num_train_epochs": 13.0, "paraphraser_epochs": 3.0}
+SHAPES_TEACHER_EPOCHS = 27.0
 
 
 @dataclass
@@ -34,12 +34,12 @@ class SegmentationScriptArguments(ScriptArguments):
     """Change those defaults that suit segmenters, which are trained by AdamW."""
 
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs. Default: 20 for the shapes, otherwise 50."}
+        default=None, metadata={"help": "Epochs. Default: 13 for the shapes, otherwise 50."}
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Batch size of each device."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Batch size of each device in evaluation."})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate. Default: 0.003 for tiny segmenters, otherwise 0.00006."}
+        default=None, metadata={"help": "Peak learning rate. Default: 0.02 for tiny segmenters, otherwise 0.00006."}
     )
     optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer, as in TrainingArguments."})
     optim_args: str | None = field(default=None, metadata={"help": "Arguments of the optimizer."})
@@ -163,6 +163,7 @@ class SegmentationRun(CommandRun):
 
     trainer_class = SegmentationTrainer
     distiller_class = IEKDSegmentationTrainer
+    shown_metric = "mean_iou"
 
     def __init__(self, data_args: SegmentationDataArguments, args: TrainingArguments):
         super().__init__(args)
@@ -171,16 +172,16 @@ class SegmentationRun(CommandRun):
             self.splits, self.names = load_masked(data_args, args.seed)
         if not data_args.is_given:
             args.use_own_epochs()
-        train = self.splits["train"]
-        drawn = np.random.default_rng(args.seed).permutation(len(train))[: data_args.student_samples].tolist()
+        train, count = self.splits["train"], data_args.labelled_samples
+        drawn = np.random.default_rng(args.seed).permutation(len(train))[:count].tolist()
         # What the students may see: some masks, the plain one with their images, the distilled one with all images.
-        self.labelled = train.select(sorted(drawn))
-        self.partly_labelled = Masked(train.images, train.masks, data_args, frozenset(drawn))
+        self.for_students = train.select(sorted(drawn))
+        self.for_distilled = Masked(train.images, train.masks, data_args, frozenset(drawn))
 
     def prepare_images(self, network: str, **hub) -> None:
         """Let the images come as a network takes them, and choose the learning rate that goes with it."""
         if self.args.learning_rate is None:
-            self.args.learning_rate = 3e-3 if is_tiny(network) else 6e-5
+            self.args.learning_rate = 0.02 if is_tiny(network) else 6e-5
         first = self.first_image()
         self.processor = build_processor(network, self.data_args, (first.height, first.width), **hub)
 
@@ -200,26 +201,22 @@ class SegmentationRun(CommandRun):
                 "give --image_size, for most networks multiples of their largest stride, 32."
             ) from error
 
-    def common(self) -> dict:
-        """Return the arguments that every trainer of this command takes."""
+    def common(self, learner: str = "teacher") -> dict:
+        """Return the arguments that every trainer of this command takes, with the images that one learns from."""
+        images = {"teacher": self.splits["train"], "distilled student": self.for_distilled}
         return {
-            "train_dataset": self.train_images(self.partly_labelled),
+            "train_dataset": self.train_images(images.get(learner, self.for_students)),
             "data_collator": collate,
             **self.of_evaluation(self.processor),
         }
 
-    def train_alone(self, model: PreTrainedModel, name: str, epochs: float) -> tuple[float, list[dict]]:
-        """Train the teacher on all masks, or a student on those that it may see, in as many steps."""
-        split = self.splits["train"] if name == "teacher" else self.labelled
-        batch_size = self.args.train_batch_size * self.args.world_size
-        all_steps, steps = (math.ceil(len(images) / batch_size) for images in (self.partly_labelled, split))
-        common = {**self.common(), "train_dataset": self.train_images(split)}
-        return self.train_beside(
-            name,
-            epochs * all_steps / steps,
-            {"": model},
-            lambda args: self.trainer_class(model=model, args=args, **common),
-        )
+    def trained_on(self, learner: str) -> str:
+        """Return what a network learns from, for the table."""
+        every, labelled = len(self.splits["train"]), len(self.for_students)
+        if learner != "distilled student":
+            return f"{every if learner == 'teacher' else labelled:,} masks"
+        others = f", {every - labelled:,} images without" if every > labelled else ""
+        return f"the same {labelled:,}{others}, and the teacher"
 
     def of_evaluation(self, processor: BaseImageProcessor) -> dict:
         """Return those that say what is evaluated, and how."""

@@ -23,7 +23,7 @@ def _colour_of(generator: np.random.Generator, category: int) -> np.ndarray:
     return np.round(255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value)))
 
 
-def make_masked_shapes(count: int, seed: int, size: int = 64) -> datasets.Dataset:
+def make_masked_shapes(count: int, seed: int, size: int = 48) -> datasets.Dataset:
     """
     Draw images of one to six shapes that may overlap and reach over the edge, on clutter and noise.
 
@@ -32,7 +32,7 @@ def make_masked_shapes(count: int, seed: int, size: int = 64) -> datasets.Datase
             How many images.
         seed (`int`):
             Seed of what is drawn.
-        size (`int`, *optional*, defaults to 64):
+        size (`int`, *optional*, defaults to 48):
             Height and width in pixels.
 
     Returns:
@@ -45,7 +45,7 @@ def make_masked_shapes(count: int, seed: int, size: int = 64) -> datasets.Datase
     >>> from iekd_hf.commands.masks.shapes import CLASSES, make_masked_shapes
     >>> example = make_masked_shapes(1, seed=0)[0]
     >>> example["image"].size, [CLASSES[index] for index in np.unique(example["label"])]
-    ((64, 64), ['background', 'square', 'cross'])
+    ((48, 48), ['background', 'square', 'cross'])
 
     ```
     """

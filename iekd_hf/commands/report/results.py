@@ -1,9 +1,7 @@
-"""The file of what a run has measured."""
+"""What a run has measured, as a file, so that runs of several seeds can be put together."""
 
 import json
 from pathlib import Path
-
-from transformers import TrainingArguments
 
 from .table import Result
 
@@ -11,9 +9,30 @@ from .table import Result
 RESULTS = "results.json"
 
 
-def write_results(results: list[Result], args: TrainingArguments) -> None:
-    """Write what was measured of each model, so that runs of several seeds can be put together."""
-    content = {
+def write_results(results: list[Result], settings: dict, folder: str) -> None:
+    """
+    Write `results.json`.
+
+    Args:
+        results (`list[Result]`):
+            Those of the table.
+        settings (`dict`):
+            What tells the run from others.
+        folder (`str`):
+            Where it goes.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_results([Result("teacher", 9, {"accuracy": 0.5})], {"seed": 1}, folder)
+    ...     json.loads(Path(folder, RESULTS).read_text())["models"]["teacher"]["metrics"]
+    {'accuracy': 0.5}
+
+    ```
+    """
+    models = {
         result.name: {
             "parameters": result.parameters,
             "metrics": result.metrics,
@@ -22,6 +41,4 @@ def write_results(results: list[Result], args: TrainingArguments) -> None:
         }
         for result in results
     }
-    settings = ("seed", "method", "lambda_inh", "lambda_exp", "num_train_epochs", "learning_rate")
-    content = {"settings": {name: getattr(args, name) for name in settings}, "models": content}
-    Path(args.output_dir, RESULTS).write_text(json.dumps(content, indent=2) + "\n")
+    Path(folder, RESULTS).write_text(json.dumps({"settings": settings, "models": models}, indent=2) + "\n")
