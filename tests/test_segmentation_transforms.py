@@ -59,10 +59,10 @@ def test_an_image_zoomed_out_has_a_border_without_labels():
 def test_without_augmentation_masks_are_as_they_were():
     images = make_masked_shapes(3, seed=0)
     split = split_of(images["image"], images["label"])
-    batch = collate(SegmentationImages(split, tiny_processor(64, 64), with_masks=True).__getitems__([0, 1, 2]))
+    batch = collate(SegmentationImages(split, tiny_processor(48, 48), with_masks=True).__getitems__([0, 1, 2]))
     for labels, mask, example in zip(batch["labels"], batch["masks"], images, strict=True):
         assert torch.equal(labels, mask) and np.array_equal(mask.numpy(), np.asarray(example["label"]))
-    assert batch["pixel_values"].shape == (3, 3, 64, 64)
+    assert batch["pixel_values"].shape == (3, 3, 48, 48)
 
 
 def test_masks_of_several_sizes_stay_beside_labels_of_one():
@@ -77,7 +77,7 @@ def test_rows_that_are_not_labelled_show_no_class():
     images = make_masked_shapes(3, seed=0)
     split = split_of(images["image"], images["label"])
     hidden = Masked(split.images, split.masks, split.args, frozenset([1]))
-    labels = [row["labels"] for row in SegmentationImages(hidden, tiny_processor(64, 64)).__getitems__([0, 1, 2])]
+    labels = [row["labels"] for row in SegmentationImages(hidden, tiny_processor(48, 48)).__getitems__([0, 1, 2])]
     assert [(of_row == 255).all().item() for of_row in labels] == [True, False, True]
 
 

@@ -8,8 +8,7 @@ Three arguments matter:
 
 Examples:
   iekd-hf segment        (drawn images of simple shapes, in some minutes)
-  iekd-hf segment --teacher nvidia/segformer-b2-finetuned-ade-512-512 --student nvidia/mit-b0 \
-      --dataset_name zhoubolei/scene_parse_150 --do_reduce_labels
+  iekd-hf segment --teacher nvidia/mit-b3 --student nvidia/mit-b0 --dataset_name segments/sidewalk-semantic
 
 A recipe, one JSON or YAML file, takes all arguments, too: iekd-hf segment recipe.yaml
 On several GPUs: accelerate launch -m iekd_hf.commands.segment, with the same arguments
@@ -62,6 +61,13 @@ class SegmenterArguments(ModelArguments):
     student: str = field(
         default="tiny-upernet-8",
         metadata={"help": "Student: a Hub id, a folder, or `tiny-upernet-<width>`, which starts from scratch."},
+    )
+    teacher_epochs: float | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs to train the teacher on the data first. Default: num_train_epochs for a teacher without "
+            "weights (27 for the shapes), otherwise 0."
+        },
     )
 
 

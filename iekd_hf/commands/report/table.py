@@ -87,7 +87,8 @@ def gain(results: list[Result], num_images: int, metric: str = "accuracy", unit:
         return ""
     points = measured["distilled student"] - measured["plain student"]
     verb = "adds {:.1f} {} to" if points > 0 else "takes {:.1f} {} from" if points < 0 else "adds nothing to"
-    return f"The teacher {verb.format(abs(points), unit)} the same network, on {num_images:,} images that none was trained on."
+    what = verb.format(abs(points), unit)
+    return f"The teacher {what} the same network, on {num_images:,} images that none was trained on."
 
 
 def detection_table(results: list[Result]) -> str:
