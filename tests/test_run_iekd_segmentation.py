@@ -145,7 +145,7 @@ IMAGES = [PIL.Image.new("RGB", (4, 4))] * 4
     [
         ([*grey(0, 1, 1), *grey(0, size=3)], r"size of its image in row \d .* got 3x3 for an image of 4x4 pixels"),
         (
-            grey(0, 1, 1, 1)[:3] + [PIL.Image.new("RGB", (4, 4))],
+            [*grey(0, 1, 1), PIL.Image.new("RGB", (4, 4))],
             r"got an image of mode RGB in row \d .*--label_column",
         ),
         (grey(255, 255, 255, 255), r"labelled pixels in the \w+ split, got none in \d masks: .*--do_reduce_labels"),

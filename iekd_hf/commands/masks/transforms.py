@@ -83,32 +83,29 @@ class SegmentationImages(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """Return examples with `pixel_values` and `labels`, and perhaps `masks`."""
-        images, masks, extents = [], [], []
+        images, masks = [], []
         for row in self.split.rows(list(map(int, indices))):
-            for values, of_row in zip((images, masks, extents), self.augment(*row), strict=True):
+            for values, of_row in zip((images, masks), self.augment(*row), strict=True):
                 values.append(of_row)
         pixels = self.processor(images, return_tensors="pt")["pixel_values"]
         size, ignore_index = tuple(pixels.shape[-2:]), self.split.args.ignore_index
         examples = []
-        for values, labels, extent in zip(pixels, masks, extents, strict=True):
-            example = {"pixel_values": values}
-            example["labels"] = torch.from_numpy(sample_labels(labels, size, ignore_index, extent))
+        for values, labels in zip(pixels, masks, strict=True):
+            example = {"pixel_values": values, "labels": torch.from_numpy(sample_labels(labels, size, ignore_index))}
             examples.append(example | ({"masks": torch.from_numpy(labels)} if self.with_masks else {}))
         return examples
 
-    def augment(
-        self, image: PIL.Image.Image, labels: np.ndarray
-    ) -> tuple[PIL.Image.Image, np.ndarray, np.ndarray | None]:
-        """Return one image, flipped and zoomed at random, its labels, flipped alike, and what is seen of them."""
+    def augment(self, image: PIL.Image.Image, labels: np.ndarray) -> tuple[PIL.Image.Image, np.ndarray]:
+        """Return one image and its labels, flipped and zoomed at random."""
         flips, jitter, *place = torch.rand(4).tolist()
         if self.horizontal_flip and flips < 0.5:
             image, labels = PIL.ImageOps.mirror(image), labels[:, ::-1]
         if self.scale_jitter == 1:
-            return image, labels, None
+            return image, labels
         extent = window(image.size, math.exp(math.log(self.scale_jitter) * (2 * jitter - 1)), tuple(place))
         resample = PIL.Image.Resampling.BILINEAR
         seen = image.transform(image.size, PIL.Image.Transform.EXTENT, tuple(extent), resample, fillcolor=GREY)
-        return seen, labels, extent
+        return seen, sample_labels(labels, labels.shape, self.split.args.ignore_index, extent)
 
 
 def collate(examples: list[dict]) -> dict:
