@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="iekd-hf",
         usage="iekd-hf COMMAND [arguments]",
-        description="Knowledge distillation by inheritance and exploration, for classifiers, detectors and segmenters.\n"
+        description="Distillation by inheritance and exploration, for image classifiers, detectors and segmenters.\n"
         "Try it on handwritten digits that come with scikit-learn, in a minute: iekd-hf distill",
         epilog="\n".join(["commands, each with an example:", *lines, "", "All arguments: iekd-hf COMMAND --help"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import find_labels, logging
 
 from ..features.layers import check_layers, pair_layers
+from ..features.patches import patch_size_of
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
 from ..models.kinds import why_no_logits
@@ -87,13 +88,18 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
         )
 
 
-def check_is_of_transformers(model: nn.Module, name: str) -> None:
-    """Refuse a module that could not be saved and loaded as a model."""
+def check_can_be_student(model: nn.Module, name: str) -> None:
+    """Refuse a module that could not be saved and loaded as a model, or that does not take whole images."""
     if not isinstance(without_adapters(model), PreTrainedModel):
         raise ValueError(
             f"Expected {name} to be a PreTrainedModel, which can be saved and loaded, got {type(model).__name__}: "
             "wrap a module of torchvision or your own in one, as the guide's page on models shows in a few lines; "
             "timm's come wrapped as TimmWrapperForImageClassification."
+        )
+    if patch_size_of(model) is not None:
+        raise ValueError(
+            f"Expected {name} to take whole images, got {type(model).__name__}, which takes patches of them: pass a "
+            "model of one image size, such as SiglipForImageClassification, or take it as the teacher."
         )
 
 
@@ -101,7 +107,7 @@ def check_student(
     student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict
 ) -> tuple[list[str], list[str]]:
     """Check the student against teacher, arguments and data; return the layers that are paired."""
-    check_is_of_transformers(student, "model")
+    check_can_be_student(student, "model")
     check_adapted(student)
     shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:
@@ -229,7 +235,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
         raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
     owners = {}
     for i, model in enumerate(models):
-        check_is_of_transformers(model, f"models[{i}]")
+        check_can_be_student(model, f"models[{i}]")
         for parameter in model.parameters():
             if owners.setdefault(parameter, i) != i:
                 raise ValueError(
