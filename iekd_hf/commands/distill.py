@@ -44,8 +44,8 @@ class ImageArguments(StudentDataArguments):
     unlabelled: bool | None = field(
         default=None,
         metadata={
-            "help": "Give the distilled student the images that labelled_samples leaves out, without their labels, and "
-            "training images whose label is missing in the data. Default: the former; the latter are refused."
+            "help": "Give the distilled student the images that labelled_samples leaves out, without their labels, "
+            "and training images whose label is missing in the data. Default: the former; the latter are refused."
         },
     )
 
