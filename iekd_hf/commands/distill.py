@@ -15,10 +15,11 @@ On several GPUs: accelerate launch -m iekd_hf.commands.distill, with the same ar
 """
 
 import csv
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers import AutoConfig, PreTrainedModel
 
 from iekd_hf import IEKDTrainingArguments
@@ -28,12 +29,16 @@ from ..models.loading import explain_unreachable, find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
 from .arguments import ModelArguments, ScriptArguments
 from .images.data import DataArguments
-from .images.run import PICTURE, ImageRun, build_model, is_shorthand
+from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
 from .parser import parse_arguments
 from .report.table import Result, table
 from .run import Compared
 from .terminal import command
+
+
+if TYPE_CHECKING:
+    from .report.curves import Examples
 
 
 @dataclass
@@ -104,6 +109,7 @@ class DistillRun(ImageRun):
     def measure_student(self, trainer: DistillationTrainer, result: Result) -> dict[str, float]:
         """Save the metrics with the accuracy of each class, which are the row's, and return those without."""
         prediction = trainer.predict(self.images["validation"], metric_key_prefix="eval")
+        self.predicted[trainer.model] = prediction.predictions.argmax(axis=1)
         result.metrics = self.metric.compute(
             predictions=prediction.predictions, references=prediction.label_ids, class_names=self.names
         )
@@ -130,11 +136,26 @@ class DistillRun(ImageRun):
         if self.args.do_eval:
             print("latency: one image, CPU, 1 thread, float32, median")
         if self.args.do_train:
-            from .report.curves import draw
+            from .report.curves import draw_gain, draw_losses
 
-            picture = os.path.join(self.args.output_dir, PICTURE)
-            draw(results, picture)
-            print(f"Student: {self.args.output_dir}   Picture: {picture}")
+            folder = Path(self.args.output_dir)
+            count = len(self.splits["validation"]) if self.args.do_eval else None
+            draw_gain(results, folder / PICTURE, self.examples(compared), count)
+            draw_losses(results[-1], folder / LOSSES)
+            print(f"Student: {folder}   Picture: {folder / PICTURE}")
+
+    def examples(self, compared: list[Compared]) -> "Examples | None":
+        """Return what the plain and the distilled student take the validation images for, where both are there."""
+        from .report.curves import Examples
+
+        students = {row.result.name: row.model for row in compared if row.model in self.predicted}
+        if not {"plain student", "distilled student"} <= students.keys():
+            return None
+        validation, (before, after) = (
+            self.splits["validation"],
+            [self.predicted[students[name]] for name in ("plain student", "distilled student")],
+        )
+        return Examples(validation["image"], np.array(validation["label"]), before, after, self.names)
 
 
 KINDS = (ModelArguments, DataArguments, RunArguments)
