@@ -64,6 +64,11 @@ class FeatureTap:
         self._active = False
         self._stop_after_last = False
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are registered."""
+        return bool(self._handles)
+
     def attach(self) -> None:
         """Register the hooks; does nothing where they are registered."""
         if not self._handles:
@@ -101,7 +106,7 @@ class FeatureTap:
         return [name for name, feature_map in zip(self.layers, maps, strict=True) if not feature_map.requires_grad]
 
     def _run_once(self, inputs: dict, stop_after_last: bool):
-        was_attached, was_training = bool(self._handles), self.model.training
+        was_attached, was_training = self.is_attached, self.model.training
         self.model.eval()
         self.attach()
         try:

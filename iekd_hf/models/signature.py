@@ -1,6 +1,7 @@
 """What a model takes and returns, as its own forward says."""
 
 import dataclasses
+import functools
 import inspect
 import re
 import typing
@@ -27,6 +28,14 @@ def is_headless(model: nn.Module) -> bool:
     if fields is None:  # code from elsewhere, which need not say what it returns
         return not find_labels(type(model))
     return "last_hidden_state" in fields and not fields & {"loss", "logits"}
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Return whether a model can be given labels; of Transformers, one without a head cannot."""
+    return not isinstance(model, PreTrainedModel) or bool(_labels_of(type(model)))
+
+
+_labels_of = functools.cache(find_labels)  # it is asked for each batch
 
 
 def find_image_tower(model: nn.Module) -> str | None:
