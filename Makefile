@@ -37,7 +37,7 @@ demo-detection: .venv/examples  ## distil a small detector on drawn shapes
 
 evidence: .venv/examples  ## compare the methods on digits and on CIFAR-10, three seeds each (hours)
 	$(COMPARE) --output_dir evidence/digits --networks cifar-resnet-20:cifar-resnet-8 --held_out 300 \
-		--student_samples 300 --teacher_epochs 20 --paraphraser_epochs 20 --epochs 40 --batch_size 32
+		--train_val_split 0.15 --student_samples 300 --teacher_epochs 20 --paraphraser_epochs 20 --epochs 40 --batch_size 32
 	$(COMPARE) --output_dir evidence/cifar10 --networks cifar-resnet-20:cifar-resnet-8 --held_out 2000 \
 		--max_train_samples 12000 --student_samples 2000 --teacher_epochs 15 --paraphraser_epochs 15 --epochs 30 \
 		$(CIFAR10)

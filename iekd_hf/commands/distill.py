@@ -27,18 +27,29 @@ from iekd_hf import IEKDTrainingArguments
 from ..arguments import METHODS
 from ..models.loading import explain_unreachable, find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import ModelArguments, ScriptArguments
-from .images.data import DataArguments
+from .arguments import DIGITS_TEACHER_EPOCHS, ModelArguments, ScriptArguments
+from .images.few_labels import StudentDataArguments
 from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
 from .parser import parse_arguments
-from .report.table import Result, table
+from .report.results import write_results
+from .report.table import Result, gain, table
 from .run import Compared
 from .terminal import command
 
 
 if TYPE_CHECKING:
     from .report.curves import Examples
+
+
+@dataclass
+class ImageArguments(StudentDataArguments):
+    """Add what the distilled student sees of the images whose labels it does not know."""
+
+    unlabelled: bool = field(
+        default=True,
+        metadata={"help": "Give the distilled student the images that labelled_samples leaves out, without labels."},
+    )
 
 
 @dataclass
@@ -60,7 +71,7 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
         metadata={"help": "Write predictions.csv for the test split, or else for the validation images."},
     )
     paraphraser_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of stage 1. Default: 4 for the digits, otherwise 30."}
+        default=None, metadata={"help": "Epochs of stage 1. Default: 3 for the digits, otherwise 30."}
     )
 
     def __post_init__(self):
@@ -91,7 +102,9 @@ class DistillRun(ImageRun):
         name, epochs = model_args.teacher or "cifar-resnet-20", model_args.teacher_epochs
         hub, dtype = model_args.hub("teacher"), model_args.dtype
         if epochs is None:
-            epochs = self.args.num_train_epochs if is_shorthand(name) else 0
+            own = self.data_args.uses_digits and "num_train_epochs" in self.args.undecided
+            epochs = DIGITS_TEACHER_EPOCHS if own else self.args.num_train_epochs
+            epochs = epochs if is_shorthand(name) else 0
         own_classes = is_shorthand(name) or epochs > 0 or has_classes(name, self.names, **hub)
         processor = None
         if is_shorthand(name) or epochs > 0:
@@ -132,9 +145,15 @@ class DistillRun(ImageRun):
         if not (self.args.do_train or self.args.do_eval):
             return
         results = [row.result for row in compared]
+        settings = ("seed", "method", "lambda_inh", "lambda_exp", "lambda_kd", "num_train_epochs", "learning_rate")
+        settings = {name: getattr(self.args, name) for name in settings}
+        settings |= {name: getattr(self.data_args, name) for name in ("labelled_samples", "unlabelled")}
+        write_results(results, settings, self.args.output_dir)
         print("\n" + table(results) + "\n")
         if self.args.do_eval:
             print("latency: one image, CPU, 1 thread, float32, median")
+            if sentence := gain(results, len(self.splits["validation"])):
+                print(sentence)
         if self.args.do_train:
             from .report.curves import draw_gain, draw_losses
 
@@ -158,7 +177,7 @@ class DistillRun(ImageRun):
         return Examples(validation["image"], np.array(validation["label"]), before, after, self.names)
 
 
-KINDS = (ModelArguments, DataArguments, RunArguments)
+KINDS = (ModelArguments, ImageArguments, RunArguments)
 
 
 @command

@@ -18,6 +18,13 @@ class DataArguments(SourceArguments):
     train_file: str | None = field(
         default=None, metadata={"help": "Parquet, CSV or JSON file with images, or their paths, and labels."}
     )
+    train_val_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training split to validate on, where there is no validation split. Default: a third "
+            "of the digits, otherwise 0.15."
+        },
+    )
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the labels. Default: the one that holds class labels, or `label`."}
     )
@@ -45,6 +52,9 @@ class DataArguments(SourceArguments):
     )
 
     def __post_init__(self):
+        is_given = any(source is not None for source in (self.dataset_name, self.train_dir, self.train_file))
+        if self.train_val_split is None:
+            self.train_val_split = 0.15 if is_given else 1 / 3
         super().__post_init__()
         self.uses_digits = not self.is_given
         self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
