@@ -158,8 +158,7 @@ class DistillRun(ImageRun):
             from .report.curves import draw_gain, draw_losses
 
             folder = Path(self.args.output_dir)
-            count = len(self.splits["validation"]) if self.args.do_eval else None
-            draw_gain(results, folder / PICTURE, self.examples(compared), count)
+            draw_gain(results, folder / PICTURE, len(self.splits["validation"]), self.examples(compared))
             draw_losses(results[-1], folder / LOSSES)
             print(f"Student: {folder}   Picture: {folder / PICTURE}")
 
@@ -170,10 +169,8 @@ class DistillRun(ImageRun):
         students = {row.result.name: row.model for row in compared if row.model in self.predicted}
         if not {"plain student", "distilled student"} <= students.keys():
             return None
-        validation, (before, after) = (
-            self.splits["validation"],
-            [self.predicted[students[name]] for name in ("plain student", "distilled student")],
-        )
+        before, after = (self.predicted[students[name]] for name in ("plain student", "distilled student"))
+        validation = self.splits["validation"]
         return Examples(validation["image"], np.array(validation["label"]), before, after, self.names)
 
 

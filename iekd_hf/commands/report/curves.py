@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from .table import Result
+from .table import Result, gain
 
 
 _MOST_EXAMPLES = 12
@@ -33,40 +33,36 @@ class Examples:
     names: list[str]
 
 
-def gain_of(results: list[Result]) -> str:
+def title_of(results: list[Result], num_images: int) -> str:
     """
     Say in one sentence what distilling has gained, or what there is instead.
 
     Args:
         results (`list[Result]`):
             Those of `iekd-hf distill`: teacher, plain student, distilled student; the last one alone is enough.
+        num_images (`int`):
+            How many images they were measured on.
 
     Returns:
-        `str`: the sentence, empty where nothing was measured.
+        `str`: the sentence.
 
     Example:
 
     ```python
-    >>> plain = Result("plain student", 1000, {"accuracy": 0.883})
-    >>> distilled = Result("distilled student", 1000, {"accuracy": 0.968})
-    >>> gain_of([plain, distilled])
-    'Distillation gains 8.5 points: 88.3 % -> 96.8 % for the same network'
-    >>> gain_of([distilled])
-    'The distilled student has 96.8 %'
+    >>> teacher, student = ({"accuracy": value} for value in (0.98, 0.96))
+    >>> title_of([Result("teacher", 20, teacher), Result("distilled student", 10, student)], 599)
+    'The distilled student has 96.0 % on 599 images that none was trained on, its teacher 98.0 %.'
 
     ```
     """
+    if sentence := gain(results, num_images):
+        return sentence
     accuracy = {result.name: 100 * result.metrics["accuracy"] for result in results if "accuracy" in result.metrics}
-    if results[-1].name not in accuracy:
-        return ""
-    after = accuracy[results[-1].name]
-    if "plain student" in accuracy:
-        before = accuracy["plain student"]
-        gain = round(after - before, 1)
-        verb = f"gains {gain:.1f} points" if gain > 0 else f"loses {-gain:.1f} points" if gain < 0 else "gains nothing"
-        return f"Distillation {verb}: {before:.1f} % -> {after:.1f} % for the same network"
+    name = results[-1].name
+    if name not in accuracy:
+        return f"How the {name} has learnt"
     teacher = f", its teacher {accuracy['teacher']:.1f} %" if "teacher" in accuracy else ""
-    return f"The {results[-1].name} has {after:.1f} %{teacher}"
+    return f"The {name} has {accuracy[name]:.1f} % on {num_images:,} images that none was trained on{teacher}."
 
 
 def gain_of_peers(results: list[Result]) -> str:
@@ -102,7 +98,7 @@ def gain_of_peers(results: list[Result]) -> str:
     return f"Learning together by {how}: {', '.join(peers)}"
 
 
-def draw_gain(results: list[Result], path: Path, examples: Examples | None = None, count: int | None = None) -> None:
+def draw_gain(results: list[Result], path: Path, num_images: int, examples: Examples | None = None) -> None:
     """Draw accuracy while the students learn, images that only the distilled one gets right, and what pulled at it."""
     shares = results[-1].gradient_shares
     width = {_draw_accuracy: 1.25}
@@ -115,9 +111,7 @@ def draw_gain(results: list[Result], path: Path, examples: Examples | None = Non
     what = {_draw_accuracy: results, _draw_examples: examples, _draw_shares: shares}
     for draw, part in zip(width, parts, strict=True):
         draw(part, what[draw])
-    seen = f", on {count:,} images not seen in training" if count else ""
-    title = gain_of(results).replace("->", "→")
-    figure.suptitle(f"{title}{seen}" if title else "What the student learnt", fontsize="x-large")
+    figure.suptitle(title_of(results, num_images), fontsize="x-large")
     _save(figure, path)
 
 
@@ -210,7 +204,7 @@ def _draw_examples(part: SubFigure, examples: Examples) -> None:
         image.thumbnail((160, 160))
         axes.imshow(image)
         names = [_short(examples.names[said[index]]) for said in (examples.truth, examples.before)]
-        axes.set_title("{}\nplain: {}".format(*names), fontsize="small", pad=3)
+        axes.set_title("it is {}\nplain: {}".format(*names), fontsize="small", pad=3)
 
 
 def _draw_shares(part: SubFigure, shares: dict[str, float]) -> None:
@@ -221,7 +215,7 @@ def _draw_shares(part: SubFigure, shares: dict[str, float]) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(title="What taught the distilled student", xlabel="gradient at its features; that of the labels = 1")
+    axes.set(title="What pulled at the student's features", xlabel="gradient, the labels' = 1, before training")
 
 
 def _short(name: str) -> str:
