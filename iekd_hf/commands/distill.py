@@ -46,9 +46,12 @@ if TYPE_CHECKING:
 class ImageArguments(StudentDataArguments):
     """Add what the distilled student sees of the images whose labels it does not know."""
 
-    unlabelled: bool = field(
-        default=True,
-        metadata={"help": "Give the distilled student the images that labelled_samples leaves out, without labels."},
+    unlabelled: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Give the distilled student the images that labelled_samples leaves out, without their labels, "
+            "and training images whose label is missing in the data. Default: the former; the latter are refused."
+        },
     )
 
 
@@ -147,7 +150,8 @@ class DistillRun(ImageRun):
         results = [row.result for row in compared]
         settings = ("seed", "method", "lambda_inh", "lambda_exp", "lambda_kd", "num_train_epochs", "learning_rate")
         settings = {name: getattr(self.args, name) for name in settings}
-        settings |= {name: getattr(self.data_args, name) for name in ("labelled_samples", "unlabelled")}
+        settings["labelled_samples"] = self.data_args.labelled_samples
+        settings["unlabelled"] = self.data_args.unlabelled is not False
         write_results(results, settings, self.args.output_dir)
         print("\n" + table(results) + "\n")
         if self.args.do_eval:

@@ -20,7 +20,7 @@ from ...models.loading import find_processor
 from ..networks import label_maps, load_for_classes
 from ..run import CommandRun
 from .data import load_images
-from .few_labels import StudentDataArguments, draw_labelled, split_by_labels
+from .few_labels import StudentDataArguments, add_unlabelled, draw_labelled, split_by_labels
 from .metrics import MacroF1, TopKAccuracy
 from .transforms import prepare
 
@@ -92,7 +92,9 @@ class ImageRun(CommandRun):
         if count is not None and self.args.do_train:
             labels = self.splits["train"].with_format("numpy")["label"][:]
             every, few = split_by_labels(self.images["train"], draw_labelled(labels, count, self.args.seed))
-            self.for_students, self.for_distilled = few, every if self.data_args.unlabelled else few
+            self.for_students, self.for_distilled = few, few if self.data_args.unlabelled is False else every
+        if "unlabelled" in self.images and self.args.do_train:
+            self.for_distilled = add_unlabelled(self.for_distilled, self.images["unlabelled"])
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return top-1 and top-5 accuracy, and the mean F1 score of the classes."""
