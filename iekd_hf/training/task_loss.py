@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from ..method.objective import logit_loss
 from ..models.adapters import without_adapters
-from ..models.signature import is_backbone
+from ..models.signature import takes_labels
 from .labels import NO_LABEL, count_labelled
 
 
@@ -30,13 +30,17 @@ class TaskLoss:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.takes_labels = trainer.compute_loss_func is not None or not is_backbone(without_adapters(trainer.model))
         # None: not known, as it cannot be read cheaply.
         self.num_labelled = 0
         if self.takes_labels:
             has_classes = "labels" in trainer.label_names
             self.num_labelled = count_labelled(trainer.train_dataset) if has_classes else None
         self._labelled_share: torch.Tensor | None = None  # of a step, where it has several micro-batches or ranks
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the model has a head that takes labels, or a custom loss does."""
+        return self.trainer.compute_loss_func is not None or takes_labels(without_adapters(self.trainer.model))
 
     @property
     def are_all_labelled(self) -> bool:

@@ -4,6 +4,7 @@ import re
 
 import datasets
 import evaluate
+import numpy as np
 from transformers import (
     AutoModelForImageClassification,
     BaseImageProcessor,
@@ -24,7 +25,7 @@ from .metrics import MacroF1, TopKAccuracy
 from .transforms import prepare
 
 
-PICTURE = "report.png"
+PICTURE, LOSSES = "report.png", "losses.png"
 
 
 def build_model(
@@ -70,6 +71,8 @@ class ImageRun(CommandRun):
         data_args.decide(len(self.splits["train"]))
         if data_args.uses_digits:
             args.use_own_epochs()
+        # What a model takes the validation images for.
+        self.predicted: dict[PreTrainedModel, np.ndarray] = {}
         self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
 
     def prepare_images(self, network: str, from_scratch: bool, **hub) -> None:
@@ -116,6 +119,12 @@ class ImageRun(CommandRun):
             images, common["augmentation"] = prepare(splits, processor, self.data_args, self.args.seed)
             common["eval_dataset"] = images["validation"]
         return self.measure(model, **common)
+
+    def measure(self, model: PreTrainedModel, **common) -> dict[str, float]:
+        """Return a model's metrics, and keep what it predicts."""
+        prediction = self.measuring_trainer(model, **common).predict(common["eval_dataset"], metric_key_prefix="eval")
+        self.predicted[model] = prediction.predictions.argmax(axis=1)
+        return {name.removeprefix("eval_"): value for name, value in prediction.metrics.items()}
 
     def trained_on(self, learner: str) -> str:
         """Return what a network learns from, for the table."""
