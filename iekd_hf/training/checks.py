@@ -11,11 +11,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.backbone_utils import BackboneMixin
 from transformers.utils import find_labels, logging
 
-from ..features.layers import check_layers, is_detector, pair_layers
+from ..features.layers import check_layers, pair_layers
 from ..features.patches import patch_size_of
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
+from ..models.kinds import why_no_logits
 from ..models.signature import is_headless, takes_labels
+from .dense import check_masks_of
 from .labels import NO_LABEL, read_classes, read_least_target
 
 
@@ -33,6 +35,7 @@ def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_d
         for dataset in given.values() if isinstance(given, dict) else [given]:
             if dataset is not None:
                 check_dataset(dataset, name, model)
+                check_masks_of(model, dataset)
 
 
 def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
@@ -144,12 +147,12 @@ def tell_of_no_labels(student: PreTrainedModel, args: TrainingArguments) -> None
 
 
 def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> None:
-    """Refuse a term between the logits of detectors."""
-    for model in map(without_adapters, models):
-        if is_detector(model):
+    """Refuse a term between the logits of models that have none."""
+    for model in models:
+        if found := why_no_logits(model):
+            what, why = found
             raise ValueError(
-                f"Expected no {term} with a detector, got it with {type(model).__name__}: the queries of two "
-                "detectors do not correspond, so there are no logits to compare. "
+                f"Expected no {term} with {what}, got it with {type(without_adapters(model)).__name__}: {why}. "
                 f"{remedy}; the feature losses do not need it."
             )
 
@@ -214,7 +217,7 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
     labels = label_map(student)
     if label_map(teacher) is not None or labels is None:
         return
-    if logits.ndim != 2 or logits.shape[1] != len(labels):
+    if logits.ndim not in (2, 4) or logits.shape[1] != len(labels):
         raise ValueError(
             f"Expected {len(labels)} logits of the teacher for lambda_kd > 0, one for each class of the student, got "
             f"the shape {tuple(logits.shape)} of {type(teacher).__name__}: give the student these classes, or set "
