@@ -56,9 +56,7 @@ class IEKDTrainer(DistillationTrainer):
 
     \(L = L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp} + \lambda_{kd} L_{kd}\)
 
-    where \(L_{goal}\) is the student's own loss, over the images that have a label (not -100 or `None`). Without any
-    label it is 0, and evaluation gives the other losses. Evaluation, prediction and what is saved are the plain
-    student's.
+    where \(L_{goal}\) is the student's own loss. Evaluation, prediction and what is saved are the plain student's.
 
     Trainer's `model` is the bare student, which is evaluated, saved, pushed and shown to callbacks. Its
     `model_wrapped`, which trains, is the student with its encoders; a checkpoint holds both.

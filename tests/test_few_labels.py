@@ -6,13 +6,18 @@ import re
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import run_iekd
 import torch
 from test_whole_batches import make_decoded
+from transformers import ViTImageProcessorPil
 
 from iekd_hf import DecodedImages
-from iekd_hf.commands.images.few_labels import draw_labelled, split_by_labels
+from iekd_hf.commands.distill import ImageArguments
+from iekd_hf.commands.images.data import load_images
+from iekd_hf.commands.images.few_labels import add_unlabelled, draw_labelled, split_by_labels
+from iekd_hf.commands.images.transforms import prepare
 from iekd_hf.training.manifest import read_manifest
 
 
@@ -40,6 +45,26 @@ def test_what_is_hidden_keeps_its_pixels():
     every, few = split_by_labels(table, np.array([2]))
     assert every[:] == {"pixel_values": [7, 8, 9], "labels": [-100, -100, 2]}
     assert few[:] == {"pixel_values": [9], "labels": [2]}
+
+
+@pytest.mark.parametrize("decode_once", [True, False])
+def test_training_images_without_a_label_are_taken_if_asked_for(tmp_path, decode_once):
+    images = [PIL.Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(6)]
+    rows = datasets.Dataset.from_dict({"image": images, "label": ["b", None, "a", "b", None, "a"]})
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "train.parquet")
+    files = {"train_file": str(tmp_path / "train.parquet"), "validation_file": str(tmp_path / "validation.parquet")}
+    rows.cast_column("image", datasets.Image()).select([0, 2]).to_parquet(tmp_path / "validation.parquet")
+    with pytest.raises(ValueError, match=r"got None in row 1: remove.*--unlabelled true"):
+        load_images(ImageArguments(**files), 0)
+    args = ImageArguments(
+        **files, unlabelled=True, decode_once=decode_once, augmentation="none", horizontal_flip=False
+    )
+    splits = load_images(args, 0)
+    assert splits["train"]["label"][:] == [1, 0, 1, 0] and "label" not in splits["unlabelled"].column_names
+    parts, _ = prepare(splits, ViTImageProcessorPil(size={"height": 8, "width": 8}), args, 0)
+    both = add_unlabelled(parts["train"], parts["unlabelled"])
+    assert [int(both[i]["labels"]) for i in range(6)] == [1, 0, 1, 0, -100, -100]
+    assert torch.equal(both[4]["pixel_values"], parts["unlabelled"][0]["pixel_values"])
 
 
 @pytest.mark.slow

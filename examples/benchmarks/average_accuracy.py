@@ -78,7 +78,7 @@ def markdown(runs: list[dict]) -> str:
         peer = name[: len("peer 1")] if others[0] == "alone" else ""
         against = [{"alone": f"{peer} alone", "DML": f"{peer}, DML"}.get(other, other) for other in others]
         for other in against:
-            is_compared = other != name and name != "teacher" and values.get(other, {}).keys() & own.keys()
+            is_compared = name not in (other, "teacher") and values.get(other, {}).keys() & own.keys()
             row.append(paired(own, values[other]) if is_compared else "")
         first = values.get(against[0], {})
         gains = [own[seed] - first[seed] for seed in own.keys() & first.keys()]

@@ -24,7 +24,7 @@ from iekd_hf import MutualTrainer, MutualTrainingArguments
 
 from .arguments import ScriptArguments
 from .images.few_labels import StudentDataArguments
-from .images.run import PICTURE, ImageRun, build_model, is_shorthand
+from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
 from .parser import parse_arguments
 from .report.results import write_results
@@ -168,10 +168,11 @@ def main(given: list[str]) -> None:
         write_results(results, settings, args.output_dir)
         print("\n" + table(results) + "\n")
         if args.do_train:
-            from .report.curves import draw
+            from .report.curves import draw_losses, draw_peers
 
             picture = os.path.join(args.output_dir, PICTURE)
-            draw(results, picture)
+            draw_peers(results, picture)
+            draw_losses(results[-1], os.path.join(args.output_dir, LOSSES))
             folders = " ".join(os.path.join(args.output_dir, name) for name in trainer.named_peers())
             print(f"Peers: {folders}   Picture: {picture}")
     if args.push_to_hub:

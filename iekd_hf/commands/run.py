@@ -222,11 +222,15 @@ class CommandRun:
             name, epochs, {"": model}, lambda args: self.trainer_class(model=model, args=args, **self.common(name))
         )
 
-    def measure(self, model: PreTrainedModel, **common) -> dict[str, float]:
-        """Return a model's metrics, by the arguments of a trainer."""
+    def measuring_trainer(self, model: PreTrainedModel, **common) -> DistillationTrainer:
+        """Return a trainer that measures a model, and nothing else."""
         args = copy.copy(self.args)
         args.push_to_hub, args.report_to = False, []
-        metrics = self.trainer_class(model=model, args=args, **common).evaluate()
+        return self.trainer_class(model=model, args=args, **common)
+
+    def measure(self, model: PreTrainedModel, **common) -> dict[str, float]:
+        """Return a model's metrics, by the arguments of a trainer."""
+        metrics = self.measuring_trainer(model, **common).evaluate()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
     def train_teacher(
@@ -261,8 +265,11 @@ class CommandRun:
         trainer.save_model()
         trainer.save_state()
         trainer.save_metrics("train", metrics)
-        history, size = trainer.state.log_history, trainer.student.num_parameters()
-        return Result("distilled student", size, {}, seconds, history, trained_on=self.trained_on("distilled student"))
+        end, history = "_loss_gradient_share", trainer.state.log_history
+        shares = {name.removesuffix(end): value for name, value in metrics.items() if name.endswith(end)}
+        result = Result("distilled student", trainer.student.num_parameters(), {}, seconds, history)
+        result.gradient_shares, result.trained_on = shares, self.trained_on("distilled student")
+        return result
 
     def check(self, make_trainer: Callable) -> None:
         """Let a trainer, or the Hub, refuse now what it refuses, and not after other networks are trained."""

@@ -1,13 +1,13 @@
 """What a model takes and returns, as its own forward says."""
 
 import dataclasses
+import functools
 import inspect
 import re
 import typing
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.backbone_utils import BackboneMixin
 from transformers.utils import ModelOutput, find_labels
 
 
@@ -30,9 +30,12 @@ def is_headless(model: nn.Module) -> bool:
     return "last_hidden_state" in fields and not fields & {"loss", "logits"}
 
 
-def is_backbone(model: nn.Module) -> bool:
-    """Return whether a model of Transformers gives features alone and takes no labels: headless, or a backbone."""
-    return is_headless(model) or isinstance(model, BackboneMixin)
+def takes_labels(model: nn.Module) -> bool:
+    """Return whether a model can be given labels; of Transformers, one without a head cannot."""
+    return not isinstance(model, PreTrainedModel) or bool(_labels_of(type(model)))
+
+
+_labels_of = functools.cache(find_labels)  # it is asked for each batch
 
 
 def find_image_tower(model: nn.Module) -> str | None:

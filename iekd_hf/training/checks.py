@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.backbone_utils import BackboneMixin
 from transformers.utils import find_labels, logging
 
 from ..features.layers import check_layers, pair_layers
@@ -15,7 +16,7 @@ from ..features.patches import patch_size_of
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
 from ..models.kinds import main_input_of, why_no_logits
-from ..models.signature import is_backbone
+from ..models.signature import is_headless, takes_labels
 from .dense import check_masks_of
 from .labels import NO_LABEL, read_classes, read_least_target
 
@@ -48,7 +49,7 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
         )
-    if is_backbone(without_adapters(model)):
+    if not takes_labels(without_adapters(model)):
         return  # a backbone, which takes no labels
     config = getattr(model, "config", None)
     num_labels, problem = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
@@ -121,7 +122,7 @@ def check_student(
     if args.lambda_kd > 0:
         for model, role in ((student, "student"), (teacher, "teacher")):
             bare = without_adapters(model)
-            if is_backbone(bare):
+            if is_headless(bare) or isinstance(bare, BackboneMixin):
                 raise ValueError(
                     f"Expected a {role} with logits for lambda_kd > 0, got {type(bare).__name__}, which has no head: "
                     "set lambda_kd=0, or a method without '+kd'; the feature losses do not need it."
@@ -136,7 +137,7 @@ def check_student(
 def tell_of_no_labels(student: PreTrainedModel, args: TrainingArguments) -> None:
     """Say that nothing but the teacher teaches, and warn of a head that nothing trains."""
     logger.info("No image has a label: the student learns from the teacher alone, and L_goal is 0.")
-    if args.lambda_kd == 0 and not is_backbone(without_adapters(student)):
+    if args.lambda_kd == 0 and takes_labels(without_adapters(student)):
         warnings.warn(
             f"No image has a label and lambda_kd=0, so nothing trains the head of {type(student).__name__}, whose "
             "predictions stay random: pass the student without it (AutoModel), or a method with '+kd'.",

@@ -9,7 +9,7 @@ from transformers import Trainer
 from ..method.objective import logit_loss
 from ..models.adapters import without_adapters
 from ..models.kinds import ignore_index_of
-from ..models.signature import is_backbone
+from ..models.signature import takes_labels
 from .labels import NO_LABEL, count_labelled
 
 
@@ -41,7 +41,7 @@ class TaskLoss:
     @property
     def takes_labels(self) -> bool:
         """Whether the model has a head that takes labels, or a custom loss does."""
-        return self.trainer.compute_loss_func is not None or not is_backbone(without_adapters(self.trainer.model))
+        return self.trainer.compute_loss_func is not None or takes_labels(without_adapters(self.trainer.model))
 
     @property
     def are_all_labelled(self) -> bool:

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
-from .labels import unify_labels
+from .labels import set_unlabelled_apart, unify_labels
 from .source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
 
 
@@ -51,6 +51,9 @@ class DataArguments(SourceArguments):
         },
     )
 
+    # Whether training images without a label are taken; `distill` makes an argument of it.
+    unlabelled = None
+
     def __post_init__(self):
         is_given = any(source is not None for source in (self.dataset_name, self.train_dir, self.train_file))
         if self.train_val_split is None:
@@ -73,6 +76,8 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
         args.image_size = args.image_size or 16  # 8x8 scans leave no room for three stages
     splits = datasets.DatasetDict({name: _rename_columns(split, args, name) for name, split in splits.items()})
     check_filled(splits)
+    if args.unlabelled:
+        set_unlabelled_apart(splits)
     splits = unify_labels(splits)
     if "validation" not in splits:
         try:

@@ -24,9 +24,8 @@ class StudentDataArguments(DataArguments):
         },
     )
 
-    # Of the digits, where nothing is said; and whether a student sees the other images without their labels.
+    # Of the digits, where nothing is said.
     digits_labelled = 50
-    unlabelled = False
 
     def decide(self, num_images: int) -> None:
         """Choose how many of the digits the students know, where nothing is said."""
@@ -76,6 +75,41 @@ def draw_labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         rows = order[labels[order] == label]
         rank[rows] = np.arange(len(rows))
     return np.sort(order[np.argsort(rank[order], kind="stable")][:count])
+
+
+def add_unlabelled(images: Dataset, unlabelled: Dataset) -> Dataset:
+    """
+    Put images without a label behind others, with the label -100.
+
+    Args:
+        images (`datasets.Dataset` or [`DecodedImages`]), unlabelled (the same):
+            The images as trainers take them.
+
+    Returns:
+        `datasets.Dataset` or [`DecodedImages`]
+
+    Example:
+
+    ```python
+    >>> import datasets
+    >>> from iekd_hf.commands.images.few_labels import add_unlabelled
+    >>> first, second = (datasets.Dataset.from_dict(columns) for columns in ({"label": [3], "x": [0]}, {"x": [1]}))
+    >>> add_unlabelled(first, second)["label"][:]
+    [3, -100]
+
+    ```
+    """
+    if isinstance(images, DecodedImages):
+        return DecodedImages(add_unlabelled(images.table, unlabelled.table))
+    every, _ = split_by_labels(images, np.arange(len(images)))
+    column = next(name for name in every.column_names if name not in unlabelled.column_names)
+    labels = datasets.Dataset.from_dict(
+        {column: [NO_LABEL] * len(unlabelled)}, features=datasets.Features({column: datasets.Value("int64")})
+    )
+    added = datasets.concatenate_datasets([unlabelled.with_format(None), labels], axis=1)
+    both = datasets.concatenate_datasets([every.with_format(None), added])
+    both.set_format(**images.format | {"columns": None})
+    return both
 
 
 def split_by_labels(images: Dataset, rows: np.ndarray) -> tuple[Dataset, Dataset]:

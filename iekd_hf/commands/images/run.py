@@ -4,6 +4,7 @@ import re
 
 import datasets
 import evaluate
+import numpy as np
 from transformers import (
     AutoModelForImageClassification,
     BaseImageProcessor,
@@ -19,12 +20,12 @@ from ...models.loading import find_processor
 from ..networks import label_maps, load_for_classes
 from ..run import CommandRun
 from .data import load_images
-from .few_labels import StudentDataArguments, draw_labelled, split_by_labels
+from .few_labels import StudentDataArguments, add_unlabelled, draw_labelled, split_by_labels
 from .metrics import MacroF1, TopKAccuracy
 from .transforms import prepare
 
 
-PICTURE = "report.png"
+PICTURE, LOSSES = "report.png", "losses.png"
 
 
 def build_model(
@@ -70,6 +71,8 @@ class ImageRun(CommandRun):
         data_args.decide(len(self.splits["train"]))
         if data_args.uses_digits:
             args.use_own_epochs()
+        # What a model takes the validation images for.
+        self.predicted: dict[PreTrainedModel, np.ndarray] = {}
         self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
 
     def prepare_images(self, network: str, from_scratch: bool, **hub) -> None:
@@ -89,7 +92,9 @@ class ImageRun(CommandRun):
         if count is not None and self.args.do_train:
             labels = self.splits["train"].with_format("numpy")["label"][:]
             every, few = split_by_labels(self.images["train"], draw_labelled(labels, count, self.args.seed))
-            self.for_students, self.for_distilled = few, every if self.data_args.unlabelled else few
+            self.for_students, self.for_distilled = few, few if self.data_args.unlabelled is False else every
+        if "unlabelled" in self.images and self.args.do_train:
+            self.for_distilled = add_unlabelled(self.for_distilled, self.images["unlabelled"])
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return top-1 and top-5 accuracy, and the mean F1 score of the classes."""
@@ -114,6 +119,12 @@ class ImageRun(CommandRun):
             images, common["augmentation"] = prepare(splits, processor, self.data_args, self.args.seed)
             common["eval_dataset"] = images["validation"]
         return self.measure(model, **common)
+
+    def measure(self, model: PreTrainedModel, **common) -> dict[str, float]:
+        """Return a model's metrics, and keep what it predicts."""
+        prediction = self.measuring_trainer(model, **common).predict(common["eval_dataset"], metric_key_prefix="eval")
+        self.predicted[model] = prediction.predictions.argmax(axis=1)
+        return {name.removeprefix("eval_"): value for name, value in prediction.metrics.items()}
 
     def trained_on(self, learner: str) -> str:
         """Return what a network learns from, for the table."""

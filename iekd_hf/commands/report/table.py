@@ -13,6 +13,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     log_history: list[dict] = field(default_factory=list)
     latency: float | None = None  # milliseconds for one image
+    gradient_shares: dict[str, float] = field(default_factory=dict)  # of each loss, relative to the task's
     trained_on: str = ""
 
 
