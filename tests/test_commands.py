@@ -19,6 +19,7 @@ SCRIPTS = {
     "run_iekd": "distill",
     "run_mutual": "mutual",
     "run_iekd_detection": "detect",
+    "run_iekd_segmentation": "segment",
     "export_onnx": "export",
     "analyze_student": "analyze",
 }
@@ -73,6 +74,7 @@ def test_another_command_is_refused(argv, said, capsys):
         ("distill", ["kornia"], "kornia", "cli"),
         ("mutual", ["matplotlib", "sklearn"], "matplotlib and scikit-learn", "cli"),
         ("detect", ["pycocotools"], "pycocotools", "cli"),
+        ("segment", ["matplotlib"], "matplotlib", "cli"),
         ("analyze", ["captum"], "captum", "cli"),
         ("export", ["onnxruntime"], "onnxruntime", "onnx"),
     ],
