@@ -55,7 +55,18 @@ def test_the_digits_from_nothing_to_the_table(run, tmp_path):
         assert re.search(rf"^{row} +{cells}", printed, flags=re.MULTILINE), printed
     assert "latency: one image, CPU, 1 thread, float32, median" in printed
     assert re.search(r"stage 1 \d+\.\d, stage 2 \d+\.\d", printed)
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("report.png", "losses.png"))
+    # Between the command and its table a newcomer has nothing to skip: no logs, no metrics, no warnings.
+    assert "{" not in printed and "*****" not in printed
+    said = [re.sub(r"[\d.]+", "N", line) for line in run.func.said.splitlines()]
+    assert [line for line in said if not line.startswith("  ")] == [
+        "[N/N] Teacher: cifar-resnet-N, N epochs on N images",
+        "[N/N] Plain student: cifar-resnet-N, N steps on N images",
+        "[N/N] Distilled student: cifar-resnet-N, N epochs on N images",
+    ]
+    assert {re.match(r"  (\w+ \w+|\w+)  +N/N steps", line)[1] for line in said if line.startswith("  ")} == {
+        *("teacher", "plain student", "stage N", "stage N"),
+    }
     student, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     metrics = json.loads((tmp_path / "eval_results.json").read_text())
