@@ -334,17 +334,12 @@ class IEKDTrainer(DistillationTrainer):
         check_precision(self.model, sample)
         outputs, shapes = probe_with_labels(tap, sample if self.task_loss.is_custom else self._sample)
         if self._teacher_logits is not None:
-            check_comparable(outputs, self._teacher_logits, "student and teacher", "lambda_kd=0")
+            check_comparable(self.model, outputs, self._teacher_logits)
         self.student_shapes = shapes
         if not self.task_loss.has_goal(self.model, outputs, self._sample):
             if not self.distillation_objective.weights():
                 self.task_loss.refuse_no_goal(self.model, outputs)
             tell_of_no_labels(self.model, self.args)
-        if self.args.lambda_kd > 0 and "logits" not in outputs:
-            raise ValueError(
-                f"Expected logits of the student for lambda_kd > 0, got {', '.join(outputs)} of "
-                f"{type(self.model).__name__}: set lambda_kd=0; the feature losses do not need them."
-            )
         if self.args.lambda_inh > 0 or self.args.lambda_exp > 0:
             check_trainable(tap, sample)
         with drawn_from(self.args.seed):

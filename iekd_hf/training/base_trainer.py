@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..hub.push import HubTrainer
 from ..method.objective import Objective
 from ..models.adapters import is_adapted
+from ..models.kinds import main_input_of
 from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import is_stream
 from .component_log import ComponentLog
@@ -109,7 +110,7 @@ class DistillationTrainer(HubTrainer):
                 f"{type(example).__name__}: wrap the data set, or make the dictionaries in its transform."
             )
         batch = self._get_collator_with_removed_columns(self.data_collator)([example])
-        name = self.model.main_input_name
+        name = main_input_of(self.model)
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         return self._prepare_inputs(batch)
@@ -205,7 +206,7 @@ class DistillationTrainer(HubTrainer):
         if self._counted is not self.model:
             count = getattr(self.model, "num_parameters", None)
             self._counted, self._num_parameters = self.model, count(exclude_embeddings=True) if count else 0
-        pixels = inputs.get(getattr(self.model, "main_input_name", None))
+        pixels = inputs.get(main_input_of(self.model))
         return 0 if pixels is None else 6 * pixels.numel() * self._num_parameters
 
     def _get_grad_norm(self, model, grad_norm=None):

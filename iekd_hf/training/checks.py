@@ -15,7 +15,7 @@ from ..features.layers import check_layers, pair_layers
 from ..features.patches import patch_size_of
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
-from ..models.kinds import why_no_logits
+from ..models.kinds import main_input_of, why_no_logits
 from ..models.signature import is_headless, takes_labels
 from .dense import check_masks_of
 from .labels import NO_LABEL, read_classes, read_least_target
@@ -35,7 +35,7 @@ def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_d
         for dataset in given.values() if isinstance(given, dict) else [given]:
             if dataset is not None:
                 check_dataset(dataset, name, model)
-                check_masks_of(model, dataset)
+                check_masks_of(model, dataset, name)
 
 
 def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
@@ -159,7 +159,7 @@ def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> No
 
 def check_precision(model: nn.Module, inputs: dict) -> None:
     """Refuse a student in half precision for inputs in float32: its weights would train in half precision, too."""
-    pixels = inputs.get(getattr(model, "main_input_name", "pixel_values"))
+    pixels = inputs.get(main_input_of(model))
     if pixels is not None and model.dtype in (torch.float16, torch.bfloat16) and pixels.dtype == torch.float32:
         raise ValueError(
             f"Expected a student in float32, got one in {str(model.dtype).removeprefix('torch.')}, as Transformers "

@@ -105,7 +105,7 @@ class TaskLoss:
         if self.trainer.label_smoother is not None and labels.given is not None:
             loss = self.trainer.label_smoother(outputs, labels.filled)
         elif outputs.get("loss") is not None:
-            loss = outputs["loss"]
+            loss = outputs["loss"].squeeze()  # OneFormer gives a list of one
         else:
             return nothing_of(outputs)
         return loss if labels.weight is None else loss * labels.weight
