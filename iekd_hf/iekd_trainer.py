@@ -29,19 +29,21 @@ from .training.checkpoints import (
     save_encoders,
     save_paraphrasers,
 )
-from .training.checks import check_batches_of_one, check_logits, check_precision, check_student, check_trainable
+from .training.checks import (
+    check_batches_of_one,
+    check_logits,
+    check_precision,
+    check_student,
+    check_trainable,
+    tell_of_no_labels,
+)
+from .training.given_optimizer import add_what_is_missing
 from .training.gradient_shares import measure_gradient_shares
+from .training.held_out import HeldOutLosses
 from .training.manifest import written_whole
 from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
-from .training.stage_1 import (
-    MARGIN_BATCHES,
-    get_paraphrasers,
-    measure_margins,
-    remove_checkpoints,
-    split_images,
-    stage_1_settings,
-    train_paraphrasers,
-)
+from .training.stage_1 import get_paraphrasers, make_paraphrasers, remove_checkpoints, stage_1_settings
+from .training.task_loss import TaskLabels
 
 
 class IEKDTrainer(DistillationTrainer):
@@ -142,6 +144,7 @@ class IEKDTrainer(DistillationTrainer):
         self.teacher_summary = Network.of("teacher", teacher_model)  # of the given one, not of its fast copy
         self.student_side: StudentWithEncoders | None = None
         self.cache: TeacherCache | None = None
+        self._held_out: HeldOutLosses | None = None  # while images are evaluated
         self.has_given_paraphrasers = paraphraser is not None
         self._fingerprint: str | None = None  # of the paraphrasers, once stage 1 is over
         self._metrics_before: dict[str, float] = {}  # of stage 1, and the gradient shares
@@ -165,7 +168,8 @@ class IEKDTrainer(DistillationTrainer):
                 check_cache_folder(args, len(self.train_dataset), image_bytes)
             self._build_student_side()
             check_batches_of_one(self.train_dataset, args, [*shapes, *self.student_shapes])
-            self._optimize_encoders()
+            if self.optimizer is not None:  # one that was given, which knows the student alone
+                add_what_is_missing(self.optimizer, self.lr_scheduler, self.student_side)
 
     @property
     def student(self) -> PreTrainedModel:
@@ -200,7 +204,7 @@ class IEKDTrainer(DistillationTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
-        labels = self.pop_custom_labels(inputs)
+        labels = self.task_loss.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
         losses = self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
@@ -208,12 +212,13 @@ class IEKDTrainer(DistillationTrainer):
         loss = self.distillation_objective(losses, self.progress)
         return (loss, outputs) if return_outputs else loss
 
-    def _losses(self, outputs, F_inh, F_exp, labels, targets: TeacherTargets, inputs) -> dict[str, torch.Tensor]:
+    def _losses(
+        self, outputs, F_inh, F_exp, labels: TaskLabels, targets: TeacherTargets, inputs
+    ) -> dict[str, torch.Tensor]:
         losses, mask = {"task_loss": self.task_loss(self.model, outputs, labels)}, inputs.get("pixel_mask")
         losses |= factor_losses(F_inh, F_exp, targets.factors, self.args, self.knowledge.normalize, mask)
         if self.args.lambda_kd > 0:
-            labels = inputs.get("labels") if labels is None else labels
-            losses["kd_loss"] = self.logit_loss(self.model, outputs["logits"], targets.logits, labels)
+            losses["kd_loss"] = self.task_loss.logit_loss(self.model, outputs["logits"], targets.logits, labels)
         return losses
 
     def _teach(self, inputs: dict) -> TeacherTargets:
@@ -302,25 +307,7 @@ class IEKDTrainer(DistillationTrainer):
         if not checkpoint and self.is_world_process_zero():
             remove_checkpoints(unfinished)
             shutil.rmtree(finished, ignore_errors=True)
-        if self.knowledge.is_trained:
-            train_dataset, held_out = split_images(self.train_dataset, self.eval_dataset, args.seed)
-            paraphrasers, metrics = train_paraphrasers(
-                *(self.teacher, widths, args, unfinished, checkpoint),
-                train_dataset=train_dataset,
-                held_out=held_out,
-                columns=self.batch_columns(),
-                data_collator=self.data_collator,
-                augmentation=self.augmentation,
-            )
-            known = {"teacher": self.teacher_summary.source, **(metrics if len(paraphrasers) == 1 else {})}
-            for paraphraser, layer in zip(paraphrasers, self.teacher.tap.layers, strict=True):
-                paraphraser.facts = {"layer": layer, **known}
-        else:
-            with self.accelerator.autocast():
-                batches = self.some_batches(MARGIN_BATCHES)
-                paraphrasers, metrics = measure_margins(self.teacher, self.teacher_channels, batches)
-            for margin_relu in paraphrasers:
-                self.sync_buffers(margin_relu)
+        paraphrasers, metrics = make_paraphrasers(self, widths, unfinished, checkpoint)
         self.teacher.set_paraphrasers(paraphrasers)
         self._trained_with = settings
         if args.should_save:
@@ -342,10 +329,17 @@ class IEKDTrainer(DistillationTrainer):
         tap = FeatureTap(self.model, self.student_layers, self.knowledge.before_activation)
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
         check_precision(self.model, sample)
-        outputs, shapes = tap.probe(sample if self.has_custom_loss else self._sample, stop_after_last=False)
+        outputs, shapes = tap.probe(sample if self.task_loss.is_custom else self._sample, stop_after_last=False)
         self.student_shapes = shapes
-        if not self.has_custom_loss:
-            self.task_loss(self.model, outputs, labels=None)
+        if not self.task_loss.has_goal(self.model, outputs, self._sample):
+            if not self.distillation_objective.weights():
+                self.task_loss.refuse_no_goal(self.model, outputs)
+            tell_of_no_labels(self.model, self.args)
+        if self.args.lambda_kd > 0 and "logits" not in outputs:
+            raise ValueError(
+                f"Expected logits of the student for lambda_kd > 0, got {', '.join(outputs)} of "
+                f"{type(self.model).__name__}: set lambda_kd=0; the feature losses do not need them."
+            )
         if self.args.lambda_inh > 0 or self.args.lambda_exp > 0:
             check_trainable(tap, sample)
         with drawn_from(self.args.seed):
@@ -359,22 +353,6 @@ class IEKDTrainer(DistillationTrainer):
             return self.prepare_to_train(self.student_side, self._sample)
         return super()._wrap_model(model, training, dataloader)
 
-    def _optimize_encoders(self) -> None:
-        """Add the encoders to an optimizer that was given, which knows the student alone."""
-        if self.optimizer is None:
-            return
-        known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        student = {id(parameter) for parameter in self.model.parameters()}
-        missing = [p for p in self.student_side.parameters() if id(p) not in known | student]
-        if missing and self.lr_scheduler is not None:
-            raise ValueError(
-                "Expected an optimizer without a schedule in optimizers, got both: the factor encoders have to be "
-                "added to the optimizer before its schedule is made. Pass optimizers=(optimizer, None) with "
-                "lr_scheduler_type, or optimizer_cls_and_kwargs."
-            )
-        if missing:
-            self.optimizer.add_param_group({"params": missing})
-
     def create_optimizer(self, model=None):
         """Make the optimizer over the student and its encoders."""
         if self.student_side.student is not self.model:  # `model_init` has made a new student
@@ -384,11 +362,32 @@ class IEKDTrainer(DistillationTrainer):
     def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Return the student's maps of a batch and the losses on them, by one pass of the bare student's side."""
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
-        labels = self.pop_custom_labels(inputs)
+        labels = self.task_loss.take_labels(inputs)
         with self.accelerator.autocast():
             outputs, feature_maps = self.student_side.tap.run(inputs)
             F_inh, F_exp = self.student_side.factors(feature_maps)
         return feature_maps, self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(self, dataloader, description, *args, **kwargs):
+        """Evaluate as Trainer does; images without labels by the losses of distillation."""
+        if description != "Evaluation" or not HeldOutLosses.can_be_measured(self):
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        self._held_out = HeldOutLosses(self, dataloader.dataset)
+        try:
+            with self._held_out.both_sides_ready():
+                output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+                output.metrics.update(self._held_out.metrics(kwargs["metric_key_prefix"]))
+        finally:
+            self._held_out = None
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict with the bare student; measure the losses where a batch has no labels."""
+        if self._held_out is None or self._held_out.is_labelled(inputs):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return self._held_out.measure(inputs), None, None
 
     # ---- The teacher's cache ----
 
@@ -410,7 +409,8 @@ class IEKDTrainer(DistillationTrainer):
         """Return the rows of teacher and student, and how the student was taught."""
         self.teacher_summary.metrics = numbers(teacher_metrics or {})
         student = Network.of("student", self.model, metrics)
-        return CardFacts([self.teacher_summary, student], distilled(self.args, self.teacher_summary), ("ie",))
+        how_trained = distilled(self.args, self.teacher_summary, self.task_loss.in_words())
+        return CardFacts([self.teacher_summary, student], how_trained, ("ie",))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain student; checkpoints and `output_dir` also get encoders and splits."""

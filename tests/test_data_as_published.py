@@ -233,6 +233,7 @@ def test_hidden_labels_of_a_split_that_is_predicted(tmp_path, hidden, decode_onc
     assert "labels" not in images["test"][0] and "pixel_values" in images["test"][0]
 
 
+@pytest.mark.slow
 def test_transforms_can_be_given_to_spawned_workers(tmp_path):
     args = DataArguments(train_dir=folder_of(tmp_path / "x"), decode_once=False, augmentation="resized_crop")
     images, _ = prepare(load_images(args, 0), PROCESSOR, args, 0)

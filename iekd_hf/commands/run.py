@@ -1,7 +1,6 @@
 """What `distill`, `mutual` and `detect` share: resuming, networks to compare with, and the run of a distillation."""
 
 import copy
-import logging
 import os
 import re
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 import datasets
 import PIL.Image
 import torch
-import transformers
+import transformers.trainer
 from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,11 +22,10 @@ from ..training.checkpoints import load_weights
 from ..training.manifest import MANIFEST_FILE, find_damage, read_manifest, write_manifest
 from ..training.resume import RUN_FILE, ResumePoint, find_resume_point
 from .arguments import ModelArguments
+from .progress import Progress
 from .report.latency import median_milliseconds
 from .report.table import Result, latencies
-
-
-logger = logging.getLogger(__name__)
+from .terminal import say
 
 
 def find_start(args: TrainingArguments) -> ResumePoint | None:
@@ -71,6 +69,8 @@ class CommandRun:
     # Trains what the result is compared with, and what distils.
     trainer_class: type[DistillationTrainer] = DistillationTrainer
     distiller_class: type[IEKDTrainer] = IEKDTrainer
+    # The metric that is shown while a network trains.
+    shown_metric = "accuracy"
     # The images, and the student's image processor, once they are known.
     splits: datasets.DatasetDict
     processor: BaseImageProcessor
@@ -78,14 +78,19 @@ class CommandRun:
     make_distiller: Callable[[PreTrainedModel, BaseImageProcessor | None, TrainingArguments], IEKDTrainer]
 
     def __init__(self, args: TrainingArguments):
-        logging.basicConfig(
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            level=logging.WARNING if args.should_log else logging.ERROR,
-        )
-        transformers.utils.logging.disable_progress_bar()  # those of loading and saving; training keeps its own
         self.args = args
+        self.progress = Progress(self.shown_metric, lines=args.disable_tqdm or None)
+        # All trainers take it, that of stage 1 too, as they take Transformers' own bars in a notebook.
+        args.disable_tqdm, transformers.trainer.DEFAULT_PROGRESS_CALLBACK = False, self.progress
+        self.stages, self.stage = 0, 0
         self.start = find_start(args)
         set_seed(args.seed)
+
+    def announce(self, what: str, epochs: float = 0) -> None:
+        """Write the heading of a stage."""
+        self.stage += 1
+        images = f", {epochs:g} epochs on {len(self.common()['train_dataset']):,} images" if epochs else ""
+        say(f"[{self.stage}/{self.stages}] {what}{images}")
 
     def common(self) -> dict:
         """Return the arguments that every trainer of this command takes."""
@@ -118,6 +123,7 @@ class CommandRun:
     def distil(self, student: PreTrainedModel, model_args: ModelArguments) -> None:
         """Train, measure and report a teacher, the student without it and the student with it; push the last."""
         args, compared, teacher_metrics, metrics = self.args, [], None, None
+        self.stages, self.student_name = 2 + model_args.plain_student, model_args.student
         if args.do_train:
             plain = copy.deepcopy(student)  # the same start as the distilled student's
             paraphraser = model_args.paraphraser
@@ -170,6 +176,7 @@ class CommandRun:
                 )
             for subfolder, model in models.items():
                 load_weights(model, str(folder / subfolder))
+            say("  finished earlier")
             done = read_manifest(folder)
             return done["seconds"], done["log_history"]
         args = copy.copy(self.args)
@@ -177,7 +184,7 @@ class CommandRun:
         args.report_to = []  # trackers would mix it with the run that it is compared with
         args.load_best_model_at_end, args.metric_for_best_model = False, None
         trainer = make_trainer(args)
-        logger.warning("Training the %s for %g epochs.", name, epochs)
+        self.progress.name = name
         if trainer.is_world_process_zero():
             (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of an earlier run
         output = trainer.train(find_resume_point(folder, self.start is not None))
@@ -215,20 +222,21 @@ class CommandRun:
 
     def train_plain(self, student: PreTrainedModel) -> Result:
         """Train the student without a teacher, on the same schedule, and measure it."""
+        self.announce(f"Plain student: {self.student_name}", self.args.num_train_epochs)
         seconds, history = self.train_alone(student, "plain student", self.args.num_train_epochs)
         measured = self.evaluate(student) if self.args.do_eval else {}
         return Result("plain student", student.num_parameters(), measured, {"training": seconds}, history)
 
     def train_distilled(self, trainer: IEKDTrainer) -> Result:
         """Train both stages, and save the student with what is known of the training."""
-        logger.warning("Distilling the student: stage 1 (paraphraser), then stage 2.")
+        self.announce(f"Distilled student: {self.student_name}", self.args.num_train_epochs)
+        self.progress.name = "stage 2"
         metrics = trainer.train(self.start).metrics
         seconds = {"stage 2": metrics["train_runtime"]}
         if "paraphraser_train_runtime" in metrics:
             seconds = {"stage 1": metrics["paraphraser_train_runtime"], **seconds}
         trainer.save_model()
         trainer.save_state()
-        trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         return Result("distilled student", trainer.student.num_parameters(), {}, seconds, trainer.state.log_history)
 

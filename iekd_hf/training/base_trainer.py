@@ -1,5 +1,6 @@
 """What all trainers share, without any algorithm: component logs, the finite-loss guard, strict loading."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,14 +16,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from transformers.utils import logging
 
 from ..hub.push import HubTrainer
-from ..method.objective import Objective, logit_loss
-from ..models.adapters import is_adapted, without_adapters
+from ..method.objective import Objective
+from ..models.adapters import is_adapted
 from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import is_stream
 from .component_log import ComponentLog
+from .labels import FillLabels, measure_labelled
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point
 from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
+from .task_loss import TaskLoss, nothing_of
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +50,8 @@ class DistillationTrainer(HubTrainer):
     - a component that is NaN or infinite stops training at the next log or save, before anything is overwritten;
     - a student is reloaded by `from_pretrained`, which must find every weight;
     - engines that would wrap or shard the student alone are refused;
-    - batches of [`DecodedImages`] are augmented on the device.
+    - batches of [`DecodedImages`] are augmented on the device;
+    - images without a label (-100, or none) take no part in the task's loss.
 
     Args:
         augmentation (`BatchAugmentation` or another `nn.Module`, *optional*):
@@ -62,7 +66,6 @@ class DistillationTrainer(HubTrainer):
     # Set by trainers that weigh several losses.
     # Not `objective`, which is what a hyperparameter search of Trainer maximises.
     distillation_objective: Objective | None = None
-
     # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
     loss_is_scaled_for_ga = False
@@ -71,6 +74,8 @@ class DistillationTrainer(HubTrainer):
         super().__init__(*args, **kwargs)
         self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
         self.model_accepts_loss_kwargs = False
+        self.data_collator = FillLabels(self.data_collator)
+        self.task_loss = TaskLoss(self)
         self.components = ComponentLog()
         self.run = ""  # its name, in the manifests of its checkpoints
         self._saving_folder: Path | None = None  # while a checkpoint is being written
@@ -138,6 +143,8 @@ class DistillationTrainer(HubTrainer):
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         inputs = super()._prepare_inputs(inputs)
+        if not self.task_loss.takes_labels:
+            inputs.pop("labels", None)  # of data that have some, for a backbone that takes none
         image_ids = inputs.pop("image_ids", None)
         pixels = inputs.get("pixel_values")
         if pixels is None or pixels.dtype != torch.uint8:
@@ -153,6 +160,23 @@ class DistillationTrainer(HubTrainer):
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         return _PassBatches(super()._get_collator_with_removed_columns(data_collator, description))
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collect the micro-batches of a step."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.task_loss.begin_step(samples, device)
+        return samples, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the task's loss, over the images that have a label."""
+        if self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = self.task_loss.take_labels(inputs)
+        outputs = model(**inputs)
+        if self.model.training and not self.task_loss.has_goal(self.model, outputs, {"labels": labels.given}):
+            self.task_loss.refuse_no_goal(self.model, outputs)
+        loss = self.task_loss(self.model, outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
     def prepare_to_train(self, module: nn.Module, example: dict) -> nn.Module:
         """Prepare a module whose forward returns the output, F_inh and F_exp first, through Accelerate."""
         # DDP searches each step's graph for unused parameters only if an example's backward pass has some; with a
@@ -162,7 +186,8 @@ class DistillationTrainer(HubTrainer):
             was_training = module.training
             module.eval()
             outputs, F_inh, F_exp, *_ = module(**example)
-            objective = outputs["loss"] + sum(factor.sum() for factor in (*F_inh, *F_exp))
+            goal = nothing_of(outputs) if outputs.get("loss") is None else outputs["loss"]
+            objective = goal + sum(factor.sum() for factor in (*F_inh, *F_exp))
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             gradients = torch.autograd.grad(objective, trained, allow_unused=True)
             module.train(was_training)
@@ -186,35 +211,6 @@ class DistillationTrainer(HubTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # Trainer computes the norm for the logs at every step, even without clipping.
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
-
-    @property
-    def has_custom_loss(self) -> bool:
-        """Whether a custom loss or label smoothing replaces the model's loss."""
-        return self.compute_loss_func is not None or self.label_smoother is not None
-
-    def pop_custom_labels(self, inputs: dict) -> torch.Tensor | None:
-        """Take the labels out of a batch where a custom loss needs them."""
-        return inputs.pop("labels") if self.has_custom_loss and "labels" in inputs else None
-
-    def task_loss(self, model: nn.Module, outputs: dict, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-        if labels is not None:
-            return self.label_smoother(outputs, labels)
-        if outputs.get("loss") is None:
-            raise ValueError(
-                f"Expected {type(model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
-                f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
-            )
-        return outputs["loss"]
-
-    def logit_loss(self, model: nn.Module, logits, teacher_logits, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return the logit term between two models that do the task of `model`."""
-        config = getattr(without_adapters(model), "config", None)
-        ignore_index = getattr(config, "semantic_loss_ignore_index", -100)
-        multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
-        return logit_loss(logits, teacher_logits, self.args.temperature, labels, ignore_index, multi_label)
 
     @property
     def progress(self) -> float:
@@ -364,7 +360,13 @@ class DistillationTrainer(HubTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         self.sync_buffers(self.model)
-        return super().evaluation_loop(*args, **kwargs)
+        compute_metrics = self.compute_metrics
+        if compute_metrics is not None and not self.args.batch_eval_metrics:
+            self.compute_metrics = functools.partial(measure_labelled, compute_metrics)
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.compute_metrics = compute_metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):

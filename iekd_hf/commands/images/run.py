@@ -1,6 +1,5 @@
 """What `distill` and `mutual` share: classifiers by name, images as they take them, and what is measured."""
 
-import logging
 import re
 
 import datasets
@@ -23,8 +22,6 @@ from .data import DataArguments, load_images
 from .metrics import MacroF1, TopKAccuracy
 from .transforms import prepare
 
-
-logger = logging.getLogger(__name__)
 
 PICTURE = "report.png"
 
@@ -81,8 +78,6 @@ class ImageRun(CommandRun):
         self.processor = build_processor(network, self.data_args.image_size, first, **hub)
         with self.args.main_process_first(desc="decoding images"):
             self.images, self.augmentation = prepare(self.splits, self.processor, self.data_args, self.args.seed)
-        how = "whole batches of images decoded once" if self.data_args.decode_once else "each image as it is read"
-        logger.warning("Augmenting %s.", how)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return top-1 and top-5 accuracy, and the mean F1 score of the classes."""
