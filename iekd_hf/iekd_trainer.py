@@ -35,6 +35,7 @@ from .training.checks import (
     check_precision,
     check_student,
     check_trainable,
+    probe_student,
     tell_of_no_labels,
 )
 from .training.given_optimizer import add_what_is_missing
@@ -329,7 +330,7 @@ class IEKDTrainer(DistillationTrainer):
         tap = FeatureTap(self.model, self.student_layers, self.knowledge.before_activation)
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
         check_precision(self.model, sample)
-        outputs, shapes = tap.probe(sample if self.task_loss.is_custom else self._sample, stop_after_last=False)
+        outputs, shapes = probe_student(tap, sample if self.task_loss.is_custom else self._sample, "the student")
         self.student_shapes = shapes
         if not self.task_loss.has_goal(self.model, outputs, self._sample):
             if not self.distillation_objective.weights():

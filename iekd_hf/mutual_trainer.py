@@ -19,7 +19,7 @@ from .method.trainable import PeerGroup, drawn_from, frozen_statistics
 from .models.loading import load_if_named
 from .teacher.frozen import TeacherTargets
 from .training.checkpoints import check_made_by, load_encoders, read_encoders, save_encoders
-from .training.checks import check_models, check_trainable
+from .training.checks import check_models, check_trainable, probe_student
 from .training.partwise_optimizer import PartwiseOptimizer
 from .training.peers_trainer import PeersTrainer
 
@@ -251,7 +251,7 @@ class MutualTrainer(PeersTrainer):
                 stacklevel=3,
             )
         for i, tap in enumerate(self.taps):
-            outputs, shapes = tap.probe(self.inputs_of(i, self._sample), stop_after_last=False)
+            outputs, shapes = probe_student(tap, self.inputs_of(i, self._sample), f"models[{i}]")
             if not self.task_loss.has_goal(tap.model, outputs, self._sample):
                 raise ValueError(
                     f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "

@@ -1,7 +1,7 @@
 """Checks before training: empty datasets, unknown labels, incompatible models."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import datasets
 import torch
@@ -15,7 +15,7 @@ from ..features.layers import check_layers, is_detector, pair_layers
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
 from ..models.signature import is_headless, takes_labels
-from .labels import NO_LABEL, read_classes, read_least_target
+from .labels import NO_LABEL, check_are_classes, read_classes, read_least_target
 
 
 logger = logging.get_logger(__name__)
@@ -29,9 +29,35 @@ def is_stream(dataset: Dataset) -> bool:
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
     """Check all given datasets."""
     for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        for dataset in given.values() if isinstance(given, dict) else [given]:
+        several = isinstance(given, dict) and name == "eval_dataset"
+        for dataset in given.values() if several else [given]:
             if dataset is not None:
                 check_dataset(dataset, name, model)
+
+
+def describe_rows(rows: Iterable[dict]) -> str:
+    """Describe the values of some rows by their shapes and types, each once."""
+    found = {}
+    for row in rows:
+        for name, value in row.items() if isinstance(row, Mapping) else [("rows", row)]:
+            shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", type(value).__name__)
+            kind = str(dtype).removeprefix("torch.") + ("" if shape is None else f" of shape {tuple(shape)}")
+            found.setdefault(name, {})[kind] = None
+    return ", ".join(f"{name}: {' and '.join(kinds)}" for name, kinds in found.items())
+
+
+def probe_student(tap: FeatureTap, inputs: dict, name: str) -> tuple[dict, list[torch.Size]]:
+    """Run a student on one example; refuse images or labels that it does not take."""
+    try:
+        return tap.probe(inputs, stop_after_last=False)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if str(error).startswith("Expected "):
+            raise
+        raise ValueError(
+            f"Expected a first example that {name}, {type(without_adapters(tap.model)).__name__}, takes, got "
+            f"{describe_rows([inputs])} ({error}): mend the data set's transform, or load the model for such images "
+            "and labels (num_labels, problem_type)."
+        ) from error
 
 
 def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
@@ -41,6 +67,9 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
     Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
     [`DecodedImages`].
     """
+    if isinstance(dataset, (str, dict)) or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        remedy = "pass one of its splits" if isinstance(dataset, dict) else "load it first (datasets.load_dataset)"
+        raise ValueError(f"Expected {name} as a data set, got {type(dataset).__name__}: {remedy}.")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
@@ -57,6 +86,8 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
     if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
         return  # targets, not classes
     for column in ("labels", "label"):
+        if type(without_adapters(model)).__name__.endswith("ForImageClassification"):
+            check_are_classes(dataset, column, name)
         labels = read_classes(dataset, column)
         if labels is None:
             continue
@@ -100,6 +131,10 @@ def check_student(
 ) -> tuple[list[str], list[str]]:
     """Check the student against teacher, arguments and data; return the layers that are paired."""
     check_is_of_transformers(student, "model")
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(
+            f"Expected a teacher_model, got {type(teacher).__name__}: pass a model, a Hub id or a folder."
+        )
     check_adapted(student)
     shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:
