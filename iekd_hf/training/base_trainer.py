@@ -19,9 +19,9 @@ from ..hub.push import HubTrainer
 from ..method.objective import Objective
 from ..models.adapters import is_adapted
 from .checkpoints import check_training_state, load_weights, read_weights
-from .checks import describe_rows, is_stream
+from .checks import is_stream
 from .component_log import ComponentLog
-from .labels import FillLabels, measure_labelled
+from .labels import FillLabels, describe_rows, measure_labelled
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point
 from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save

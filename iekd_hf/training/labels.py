@@ -1,6 +1,6 @@
 """Which images have a label: read from a data set, filled in where a row has none, left out of metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import datasets
 import numpy as np
@@ -73,6 +73,17 @@ def _is_class(value) -> bool:
     if getattr(value, "ndim", 1) == 0:
         value = value.item()
     return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def describe_rows(rows: Iterable[dict]) -> str:
+    """Describe the values of some rows by their shapes and types, each once."""
+    found = {}
+    for row in rows:
+        for name, value in row.items() if isinstance(row, Mapping) else [("rows", row)]:
+            shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", type(value).__name__)
+            kind = str(dtype).removeprefix("torch.") + ("" if shape is None else f" of shape {tuple(shape)}")
+            found.setdefault(name, {})[kind] = None
+    return ", ".join(f"{name}: {' and '.join(kinds)}" for name, kinds in found.items())
 
 
 def read_least_target(dataset: Dataset) -> float | None:
