@@ -1,6 +1,7 @@
 """What users of Trainer bring: their optimizers, collators, streams, tasks; it trains as they expect or is refused."""
 
 import copy
+import datetime
 
 import datasets
 import PIL.Image
@@ -215,6 +216,23 @@ def test_labels_are_kept_as_they_are(labels, expected):
 def test_a_missing_label_is_named_by_its_row():
     with pytest.raises(ValueError, match=r"got none in row 2 of column 'label' \(1 of 4 rows\)"):
         decoded([0, 1, None, 1])
+
+
+def test_labels_that_are_no_numbers():
+    with pytest.raises(ValueError, match=r"as many labels in every row of column 'label'.*got 1 to 2"):
+        decoded([[1, 0], [1]])
+    with pytest.raises(ValueError, match="numbers in column 'label', got date32"):
+        decoded([datetime.date(2020, 1, 1)] * 2)
+    with pytest.raises(ValueError, match=r"a datasets\.Dataset to decode, got list"):
+        DecodedImages.decode([1, 2])
+
+
+def test_peers_in_half_precision_or_on_maps_of_one_position(make_mutual):
+    with pytest.raises(ValueError, match=r'got one in float16.*dtype="float32"'):
+        make_mutual([make_resnet(8).half(), make_resnet(12).half()])
+    nine = {"train_dataset": make_images(9, size=(4, 4)), "max_steps": -1, "num_train_epochs": 1}
+    with pytest.raises(ValueError, match=r"single image.*9 images in batches of 4.*dataloader_drop_last=True"):
+        make_mutual([make_resnet(8), make_resnet(12)], **nine)
 
 
 def test_strings_are_no_labels():

@@ -254,6 +254,11 @@ def check_filled(splits: datasets.DatasetDict) -> None:
     for name, split in splits.items():
         if len(split) == 0:
             raise ValueError(f"Expected images in the {name} split, got an empty one: check its file or folder.")
+    if "validation" not in splits and len(splits["train"]) < 2:
+        raise ValueError(
+            "Expected two images or more in the train split, as a part of it validates, got one: add images, or give "
+            "--validation_file or --validation_dir."
+        )
 
 
 def limit(splits: datasets.DatasetDict, args: SourceArguments, seed: int) -> None:
