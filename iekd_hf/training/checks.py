@@ -18,7 +18,7 @@ from ..models.adapters import check_adapted, is_adapted, without_adapters
 from ..models.kinds import main_input_of, why_no_logits
 from ..models.signature import is_headless, takes_labels
 from .dense import check_masks_of
-from .labels import NO_LABEL, read_classes, read_least_target
+from .labels import NO_LABEL, check_are_classes, read_classes, read_least_target
 
 
 logger = logging.get_logger(__name__)
@@ -32,7 +32,8 @@ def is_stream(dataset: Dataset) -> bool:
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
     """Check all given datasets."""
     for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        for dataset in given.values() if isinstance(given, dict) else [given]:
+        several = isinstance(given, dict) and name == "eval_dataset"
+        for dataset in given.values() if several else [given]:
             if dataset is not None:
                 check_dataset(dataset, name, model)
                 check_masks_of(model, dataset, name)
@@ -45,6 +46,9 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
     Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
     [`DecodedImages`].
     """
+    if isinstance(dataset, (str, dict)) or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        remedy = "pass one of its splits" if isinstance(dataset, dict) else "load it first (datasets.load_dataset)"
+        raise ValueError(f"Expected {name} as a data set, got {type(dataset).__name__}: {remedy}.")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
@@ -61,6 +65,8 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
     if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
         return  # targets, not classes
     for column in ("labels", "label"):
+        if type(without_adapters(model)).__name__.endswith("ForImageClassification"):
+            check_are_classes(dataset, column, name)
         labels = read_classes(dataset, column)
         if labels is None:
             continue
@@ -109,6 +115,10 @@ def check_student(
 ) -> tuple[list[str], list[str]]:
     """Check the student against teacher, arguments and data; return the layers that are paired."""
     check_can_be_student(student, "model")
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(
+            f"Expected a teacher_model, got {type(teacher).__name__}: pass a model, a Hub id or a folder."
+        )
     check_adapted(student)
     shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:

@@ -61,6 +61,8 @@ class DataArguments(SourceArguments):
         super().__post_init__()
         self.uses_digits = not self.is_given
         self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"Expected image_size of at least 1 pixel, got {self.image_size}.")
         if self.horizontal_flip is None:
             self.horizontal_flip = not self.uses_digits
 
