@@ -25,7 +25,7 @@ TORCHVISION ?= torch==2.14.1 torchvision==0.29.1
 # Images for the second half of `make evidence`: any arguments of run_iekd.py that say where they are.
 CIFAR10 ?= --dataset_name uoft-cs/cifar10
 
-.PHONY: help demo demo-mutual demo-detection evidence test test-fast test-minimum test-torchvision docs style quality clean
+.PHONY: help demo demo-mutual demo-detection demo-segmentation evidence test test-fast test-minimum test-torchvision docs style quality clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,10 @@ demo-mutual: .venv/examples  ## let two networks teach each other on 100 of the 
 demo-detection: .venv/examples  ## distil a small detector on drawn shapes
 	rm -rf demo-detection
 	$(LAUNCH) examples/run_iekd_detection.py --output_dir demo-detection
+
+demo-segmentation: .venv/examples  ## distil a small segmenter on drawn shapes
+	rm -rf demo-segmentation
+	$(LAUNCH) examples/run_iekd_segmentation.py --output_dir demo-segmentation
 
 evidence: .venv/examples  ## compare the methods on digits and on CIFAR-10, three seeds each (hours)
 	$(COMPARE) --output_dir evidence/digits --networks cifar-resnet-20:cifar-resnet-8 --held_out 300 \
@@ -110,4 +114,4 @@ quality: .venv/test  ## check style and format
 	touch $@
 
 clean:  ## remove the environments and what the targets made
-	rm -rf .venv .venv-minimum .venv-torchvision demo demo-mutual demo-detection evidence build site *.egg-info
+	rm -rf .venv .venv-minimum .venv-torchvision demo demo-mutual demo-detection demo-segmentation evidence build site *.egg-info

@@ -447,6 +447,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10-small": lambda: comparison("cifar10_small", SMALL),
     "digits": lambda: comparison("digits", SMALL),
     "few-labels": lambda: average_accuracy.markdown(results("few_labels")),
+    "segmentation-shapes": lambda: average_accuracy.markdown(results("segmentation_shapes")),
     "peers-few-labels": lambda: average_accuracy.markdown(results("peers_few_labels")),
     "claims": claims,
     "larger-student": larger_student,

@@ -67,7 +67,7 @@ class IEKDTrainer(DistillationTrainer):
         teacher_model (`nn.Module` or `str`):
             The teacher, which is never changed: a model, or a Hub id or folder. One that is not of Transformers takes
             the pixels first, needs `teacher_layers`, and, for `lambda_kd`, returns its logits. It need not do the
-            student's task: a classifier may teach a detector's backbone.
+            student's task: a classifier may teach a detector's or a segmenter's backbone.
         args (`IEKDTrainingArguments`):
             The arguments.
         train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, ...:
