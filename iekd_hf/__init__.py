@@ -11,6 +11,7 @@ from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
 from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss
 from .models.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .mutual_trainer import MutualTrainer
+from .training.average import EMACallback
 from .training.base_trainer import DistillationTrainer
 
 
@@ -27,6 +28,7 @@ __all__ = [
     "CifarResNetForImageClassification",
     "DecodedImages",
     "DistillationTrainer",
+    "EMACallback",
     "FactorEncoder",
     "IEKDTrainer",
     "IEKDTrainingArguments",
