@@ -6,8 +6,8 @@ Teach a small ResNet by a pretrained ImageNet network that is not of Transformer
         --train_file flowers/train.parquet --test_file flowers/test.parquet --evaluate_on test \
         --recipes plain ft od "od,labels=none > plain" "od,images=all,labels=none > plain" --seeds 1 2 3 4 5
 
-A recipe is a method with its arguments, as in compare_methods.py, or several, trained one after the other. Two arguments
-are of this script: `images=all` trains on all photographs, with labels or without, `labels=none` on no label.
+A recipe is a method with its arguments, as in compare_methods.py, or several, trained one after the other. Two
+arguments are of this script: `images=all` trains on all photographs, `labels=none` without labels.
 A finished cell is never run twice: run the same line again to continue. All cells are summed up in flowers.json.
 """
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ class EMACallback(TrainerCallback):
     Keep an exponential moving average of the student: after each step
     \(\bar\theta \leftarrow d \bar\theta + (1 - d) \theta\), of BatchNorm's statistics too.
 
-    Training and what Trainer evaluates and saves stay as they are. Checkpoints hold the average, and a resumed run goes
-    on with it. `model` is the averaged student, to save; [`~EMACallback.in_use`] lets a trainer evaluate it.
+    Training and what Trainer evaluates and saves stay as they are. Checkpoints hold the average, and a resumed run
+    goes on with it. `model` is the averaged student, to save; [`~EMACallback.in_use`] lets a trainer evaluate it.
 
     Args:
         decay (`float`, *optional*, defaults to 0.999):
@@ -108,6 +108,11 @@ class EMACallback(TrainerCallback):
     def load(self, folder: str | Path) -> None:
         """Go on from a checkpoint's folder when training begins."""
         self._checkpoint = Path(folder)
+
+
+def averages_among(callbacks: Iterable[TrainerCallback]) -> list[EMACallback]:
+    """Return the callbacks that keep an average."""
+    return [callback for callback in callbacks if isinstance(callback, EMACallback)]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..hub.push import HubTrainer
 from ..method.objective import Objective, logit_loss
 from ..models.adapters import is_adapted, without_adapters
-from .average import EMACallback
+from .average import averages_among
 from .checkpoints import check_optimizer_state, load_weights
 from .checks import is_stream
 from .component_log import ComponentLog
@@ -318,7 +318,7 @@ class DistillationTrainer(HubTrainer):
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                for average in self.averages:
+                for average in averages_among(self.callback_handler.callbacks):
                     average.save(part)
                 if self.state.best_model_checkpoint == str(part):
                     self.state.best_model_checkpoint = str(checkpoint)
@@ -392,13 +392,8 @@ class DistillationTrainer(HubTrainer):
         self.sync_buffers(self.model)
         return super().evaluation_loop(*args, **kwargs)
 
-    @property
-    def averages(self) -> list[EMACallback]:
-        """Return the callbacks that keep an average of the model."""
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EMACallback)]
-
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        for average in self.averages:
+        for average in averages_among(self.callback_handler.callbacks):
             average.load(resume_from_checkpoint)
         if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):
             load_weights(self.model, resume_from_checkpoint)

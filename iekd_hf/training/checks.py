@@ -15,7 +15,7 @@ from ..data.decoded_images import DecodedImages
 from ..features.layers import check_layers, is_detector, pair_layers
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
-from .average import EMACallback
+from .average import averages_among
 
 
 def is_stream(dataset: Dataset) -> bool:
@@ -219,7 +219,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
                 "model with a head for the task, or compute_loss_func."
             )
         check_datasets(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-    if any(isinstance(callback, EMACallback) for callback in kwargs.get("callbacks") or ()):
+    if averages_among(kwargs.get("callbacks") or ()):
         raise ValueError(
             "Expected no EMACallback among the callbacks, got one: it averages one model, and here several train. Use "
             "it with IEKDTrainer, or leave it out."

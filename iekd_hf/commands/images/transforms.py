@@ -12,11 +12,12 @@ from iekd_hf import BatchAugmentation, DecodedImages
 
 from ...data.rgb import to_rgb
 from .data import DataArguments
+from .recipes import RandAugmentedBatches, rand_augment
 
 
 def prepare(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments, seed: int
-) -> tuple[dict[str, Dataset], BatchAugmentation | None]:
+) -> tuple[dict[str, Dataset], BatchAugmentation | RandAugmentedBatches | None]:
     """Make the splits that trainers take, and their `augmentation` where images are decoded once."""
     if not args.decode_once:
         return add_transforms(splits, processor, args), None
@@ -34,6 +35,8 @@ def prepare(
         horizontal_flip=args.horizontal_flip,
         seed=seed,
     )
+    if args.rand_augment is not None:
+        return images, RandAugmentedBatches(augmentation, args.rand_augment)
     return images, augmentation
 
 
@@ -78,7 +81,8 @@ def add_transforms(
     crop = [K.RandomCrop(size, padding=padding(size), padding_mode="reflect")] if kind == "crop" else []
     on_batches = K.AugmentationSequential(*crop, *flip, data_keys=["input"]) if crop or flip else None
     resized_crop = K.RandomResizedCrop(size) if kind == "resized_crop" else None
-    for_training = _ForTraining(processor, on_batches, resized_crop)
+    operations = None if args.rand_augment is None else rand_augment(args.rand_augment)
+    for_training = _ForTraining(processor, on_batches, resized_crop, operations)
     for_evaluation = _ForEvaluation(processor)
     return {
         name: split.with_transform(for_training if name == "train" else for_evaluation)
@@ -105,22 +109,32 @@ class _ForTraining(_ForEvaluation):
     """Process and augment images when they are read."""
 
     def __init__(
-        self, processor: BaseImageProcessor, on_batches: torch.nn.Module | None, resized_crop: torch.nn.Module | None
+        self,
+        processor: BaseImageProcessor,
+        on_batches: torch.nn.Module | None,
+        resized_crop: torch.nn.Module | None,
+        operations: torch.nn.Module | None,
     ):
         super().__init__(processor)
-        self.on_batches, self.resized_crop = on_batches, resized_crop
+        self.on_batches, self.resized_crop, self.operations = on_batches, resized_crop, operations
 
     def pixels(self, images: list[PIL.Image.Image]) -> torch.Tensor:
-        if self.resized_crop is None:
+        if self.resized_crop is None and self.operations is None:
             pixel_values = super().pixels(images)
+            return pixel_values if self.on_batches is None else self.on_batches(pixel_values)
+        if self.resized_crop is None:
+            pixels = self.processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
         else:  # image by image, because their sizes differ
             tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in images]
-            cropped = [self.resized_crop(tensor)[0] for tensor in tensors]
-            # The crop has resized, and the division rescaled: what is left is to normalise.
-            pixel_values = self.processor(
-                cropped, do_resize=False, do_center_crop=False, do_rescale=False, return_tensors="pt"
-            )["pixel_values"]
-        return pixel_values if self.on_batches is None else self.on_batches(pixel_values)
+            pixels = torch.cat([self.resized_crop(tensor) for tensor in tensors])
+        if self.on_batches is not None:
+            pixels = self.on_batches(pixels)
+        if self.operations is not None:  # image by image, because a batch would share what is drawn
+            pixels = torch.cat([self.operations(image[None]) for image in pixels])
+        # What is left is to normalise.
+        return self.processor(
+            list(pixels), do_resize=False, do_center_crop=False, do_rescale=False, return_tensors="pt"
+        )["pixel_values"]
 
 
 def crop_kind(args: DataArguments, size: tuple[int, int]) -> str:
