@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from .arguments import METHODS, IEKDTrainingArguments, MutualTrainingArguments
 from .data.augmentation import BatchAugmentation
 from .data.decoded_images import DecodedImages
-from .features.layers import list_layers
+from .features.listing import list_layers
 from .iekd_trainer import IEKDTrainer
 from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
 from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss

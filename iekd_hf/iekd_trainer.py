@@ -1,6 +1,5 @@
 """IE-KD: a student that inherits from a frozen teacher with one half and explores with the other (CVPR 2021)."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -21,10 +20,26 @@ from .models.loading import find_processor, load_if_named
 from .teacher.cache import TeacherCache, check_cache_folder, check_cacheable
 from .teacher.frozen import FrozenTeacher, TeacherTargets, fingerprint
 from .teacher.pixels import TeacherPixels
-from .training.base_trainer import DistillationTrainer
-from .training.checkpoints import ENCODERS_FOLDER, check_made_by, load_encoders, save_encoders, save_paraphrasers
-from .training.checks import check_batches_of_one, check_logits, check_precision, check_student, check_trainable
+from .training.checkpoints import (
+    ENCODERS_FOLDER,
+    check_made_by,
+    load_encoders,
+    read_encoders,
+    save_encoders,
+    save_paraphrasers,
+)
+from .training.checks import (
+    check_batches_of_one,
+    check_logits,
+    check_precision,
+    check_student,
+    check_trainable,
+    tell_of_no_labels,
+)
+from .training.given_optimizer import add_what_is_missing
 from .training.gradient_shares import measure_gradient_shares
+from .training.held_out import HeldOutTrainer
+from .training.manifest import written_whole
 from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
 from .training.stage_1 import (
     MARGIN_BATCHES,
@@ -35,9 +50,10 @@ from .training.stage_1 import (
     stage_1_settings,
     train_paraphrasers,
 )
+from .training.task_loss import TaskLabels
 
 
-class IEKDTrainer(DistillationTrainer):
+class IEKDTrainer(HeldOutTrainer):
     r"""
     Distil a vision model by inheritance and exploration (Huang et al., CVPR 2021, arXiv 2107.00181).
 
@@ -158,7 +174,8 @@ class IEKDTrainer(DistillationTrainer):
                 check_cache_folder(args, len(self.train_dataset), image_bytes)
             self._build_student_side()
             check_batches_of_one(self.train_dataset, args, [*shapes, *self.student_shapes])
-            self._optimize_encoders()
+            if self.optimizer is not None:  # one that was given, which knows the student alone
+                add_what_is_missing(self.optimizer, self.lr_scheduler, self.student_side)
 
     @property
     def student(self) -> PreTrainedModel:
@@ -193,7 +210,7 @@ class IEKDTrainer(DistillationTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
-        labels = self.pop_custom_labels(inputs)
+        labels = self.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
         losses = self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
@@ -201,11 +218,12 @@ class IEKDTrainer(DistillationTrainer):
         loss = self.distillation_objective(losses, self.progress)
         return (loss, outputs) if return_outputs else loss
 
-    def _losses(self, outputs, F_inh, F_exp, labels, targets: TeacherTargets, inputs) -> dict[str, torch.Tensor]:
+    def _losses(
+        self, outputs, F_inh, F_exp, labels: TaskLabels, targets: TeacherTargets, inputs
+    ) -> dict[str, torch.Tensor]:
         losses, mask = {"task_loss": self.task_loss(self.model, outputs, labels)}, inputs.get("pixel_mask")
         losses |= factor_losses(F_inh, F_exp, targets.factors, self.args, self.knowledge.normalize, mask)
         if self.args.lambda_kd > 0:
-            labels = inputs.get("labels") if labels is None else labels
             losses["kd_loss"] = self.logit_loss(self.model, outputs["logits"], targets.logits, labels)
         return losses
 
@@ -252,8 +270,6 @@ class IEKDTrainer(DistillationTrainer):
         """Run stage 1 where it is not over, fill the teacher's cache, and measure what the weights amount to."""
         self._hp_search_setup(trial)  # a search's values must be in the arguments before stage 1 reads them
         checkpoint = point.checkpoint if point else None
-        if checkpoint:
-            check_made_by(checkpoint, type(self).__name__)
         self.teacher.tap.attach()
         metrics = {f"paraphraser_{name}": value for name, value in self.run_stage_1(point).items()}
         # Once: they are frozen from here on.
@@ -339,8 +355,15 @@ class IEKDTrainer(DistillationTrainer):
         check_precision(self.model, sample)
         outputs, shapes = tap.probe(sample if self.has_custom_loss else self._sample, stop_after_last=False)
         self.student_shapes = shapes
-        if not self.has_custom_loss:
-            self.task_loss(self.model, outputs, labels=None)
+        if not self.has_goal(self.model, outputs, self._sample):
+            if not self.distillation_objective.weights():
+                self.refuse_no_goal(self.model, outputs)
+            tell_of_no_labels(self.model, self.args)
+        if self.args.lambda_kd > 0 and "logits" not in outputs:
+            raise ValueError(
+                f"Expected logits of the student for lambda_kd > 0, got {', '.join(outputs)} of "
+                f"{type(self.model).__name__}: set lambda_kd=0; the feature losses do not need them."
+            )
         if self.args.lambda_inh > 0 or self.args.lambda_exp > 0:
             check_trainable(tap, sample)
         with drawn_from(self.args.seed):
@@ -354,22 +377,6 @@ class IEKDTrainer(DistillationTrainer):
             return self.prepare_to_train(self.student_side, self._sample)
         return super()._wrap_model(model, training, dataloader)
 
-    def _optimize_encoders(self) -> None:
-        """Add the encoders to an optimizer that was given, which knows the student alone."""
-        if self.optimizer is None:
-            return
-        known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        student = {id(parameter) for parameter in self.model.parameters()}
-        missing = [p for p in self.student_side.parameters() if id(p) not in known | student]
-        if missing and self.lr_scheduler is not None:
-            raise ValueError(
-                "Expected an optimizer without a schedule in optimizers, got both: the factor encoders have to be "
-                "added to the optimizer before its schedule is made. Pass optimizers=(optimizer, None) with "
-                "lr_scheduler_type, or optimizer_cls_and_kwargs."
-            )
-        if missing:
-            self.optimizer.add_param_group({"params": missing})
-
     def create_optimizer(self, model=None):
         """Make the optimizer over the student and its encoders."""
         if self.student_side.student is not self.model:  # `model_init` has made a new student
@@ -379,7 +386,7 @@ class IEKDTrainer(DistillationTrainer):
     def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Return the student's maps of a batch and the losses on them, by one pass of the bare student's side."""
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
-        labels = self.pop_custom_labels(inputs)
+        labels = self.take_labels(inputs)
         with self.accelerator.autocast():
             outputs, feature_maps = self.student_side.tap.run(inputs)
             F_inh, F_exp = self.student_side.factors(feature_maps)
@@ -405,22 +412,32 @@ class IEKDTrainer(DistillationTrainer):
         """Return the rows of teacher and student, and how the student was taught."""
         self.teacher_summary.metrics = numbers(teacher_metrics or {})
         student = Network.of("student", self.model, metrics)
-        return CardFacts([self.teacher_summary, student], distilled(self.args, self.teacher_summary), ("ie",))
+        how_trained = distilled(self.args, self.teacher_summary, self.labels_in_words())
+        return CardFacts([self.teacher_summary, student], how_trained, ("ie",))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain student; checkpoints and `output_dir` also get encoders and splits."""
         super().save_model(output_dir, _internal_call)
-        folder = output_dir if _internal_call else None  # a checkpoint's; a push has none
-        if not _internal_call and self._fingerprint and output_dir in (None, self.args.output_dir):
-            folder = os.path.join(self.args.output_dir, ENCODERS_FOLDER)
-        if folder is not None and self.args.should_save:
-            save_encoders(self.student_side, folder, type(self).__name__, **self._encoders_made_for())
+        if not self.args.should_save:
+            return
+        made_for = {"trainer": type(self).__name__, **self._encoders_made_for()}
+        if _internal_call and output_dir is not None:  # a checkpoint's; a push has none
+            save_encoders(self.student_side, output_dir, **made_for)
+        elif not _internal_call and self._fingerprint and output_dir in (None, self.args.output_dir):
+            with written_whole(Path(self.args.output_dir) / ENCODERS_FOLDER) as folder:
+                save_encoders(self.student_side, folder, **made_for)
 
     def complete_checkpoint(self, folder: str) -> None:
         """Add the paraphrasers, which are kept in `output_dir`, to a checkpoint that is pushed."""
         if self.knowledge.is_kept and self.teacher.paraphrasers:
             save_paraphrasers(self.teacher.paraphrasers, Path(folder) / PARAPHRASER_FOLDER)
         super().complete_checkpoint(folder)
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a checkpoint of another trainer or student."""
+        check_made_by(folder, type(self).__name__)
+        super().check_checkpoint(folder)
+        read_encoders(self.student_side, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,5 +1,7 @@
 """IE-DML: networks that teach each other by inheritance and exploration (CVPR 2021)."""
 
+import warnings
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +18,7 @@ from .method.padding import mask_at
 from .method.trainable import PeerGroup, drawn_from, frozen_statistics
 from .models.loading import load_if_named
 from .teacher.frozen import TeacherTargets
-from .training.checkpoints import check_made_by, load_encoders, save_encoders
+from .training.checkpoints import check_made_by, load_encoders, read_encoders, save_encoders
 from .training.checks import check_models, check_trainable
 from .training.partwise_optimizer import PartwiseOptimizer
 from .training.peers_trainer import PeersTrainer
@@ -129,7 +131,7 @@ class MutualTrainer(PeersTrainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        labels, pixel_mask = self.pop_custom_labels(inputs), inputs.get("pixel_mask")
+        labels, pixel_mask = self.take_labels(inputs), inputs.get("pixel_mask")
         order = [*range(1, len(self.models)), 0]
         losses, objectives, runs, targets = {}, [], {}, {}
 
@@ -169,7 +171,7 @@ class MutualTrainer(PeersTrainer):
         F_T = [factor for targets in others for factor in targets.factors]
         losses |= factor_losses(F_inh, F_exp, F_T, self.args, pixel_mask=inputs.get("pixel_mask"))
         if self.with_logits and self.args.lambda_kl > 0:
-            labels, logits = inputs.get("labels") if labels is None else labels, outputs["logits"]
+            logits = outputs["logits"]
             divergences = [self.logit_loss(self.models[i], logits, targets.logits, labels) for targets in others]
             losses["kl_loss"] = torch.stack(divergences).mean()
         return losses
@@ -238,9 +240,16 @@ class MutualTrainer(PeersTrainer):
         """Find the peers' channels, split them, and make encoders and paraphrasers."""
         args, self._sample = self.args, self.sample_batch()
         widths = []
+        if self.num_labelled and not self.are_all_labelled:
+            warnings.warn(
+                f"{self.num_labelled:,} of {len(self.train_dataset):,} images have a label. Where labels are rare, "
+                "peers that know little yet agree on anything, and may collapse: with a teacher, use IEKDTrainer.",
+                UserWarning,
+                stacklevel=3,
+            )
         for i, tap in enumerate(self.taps):
             outputs, shapes = tap.probe(self.inputs_of(i, self._sample), stop_after_last=False)
-            if not self.has_custom_loss and outputs.get("loss") is None:
+            if not self.has_goal(tap.model, outputs, self._sample):
                 raise ValueError(
                     f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "
                     f"{', '.join(outputs)} for a batch of {', '.join(self._sample)}: pass a model with a head for the "
@@ -291,9 +300,14 @@ class MutualTrainer(PeersTrainer):
         if _internal_call and output_dir is not None and self.args.should_save:
             save_encoders(self.group, output_dir, type(self).__name__, **self._encoders_made_for())
 
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a checkpoint of another trainer or of other peers."""
+        check_made_by(folder, type(self).__name__, **self._encoders_made_for())
+        super().check_checkpoint(folder)
+        read_encoders(self.group, folder)
+
     def load_peers(self, folder: str) -> None:
         """Restore the peers, encoders, splits and paraphrasers."""
-        check_made_by(folder, type(self).__name__, **self._encoders_made_for())  # before a weight is changed
         super().load_peers(folder)
         load_encoders(self.group, folder)
 

@@ -87,6 +87,23 @@ def distil(output_dir: str, student: str) -> tuple[IEKDTrainer, dict]:
     }
 
 
+def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
+    """Distil where the second half of each eight images, those of rank 1, have no label."""
+    images = make_images(32)
+    for i, image in enumerate(images):
+        image["labels"] = image["labels"] if i % 8 < 3 else -100
+    settings = {**common(output_dir), "eval_strategy": "no", "logging_steps": 1, "optim": "sgd", **changes}
+    trainer = IEKDTrainer(
+        model=make_vit(seed=1),
+        teacher_model=make_resnet(16, seed=2),
+        args=IEKDTrainingArguments(method="kd", train_sampling_strategy="sequential", **settings),
+        train_dataset=images,
+    )
+    trainer.train()
+    logs = [logs["task_loss"] for logs in trainer.state.log_history if "task_loss" in logs]
+    return trainer, {"student_side": trainer.student_side.state_dict(), "task_losses": logs}
+
+
 def teach_each_other(output_dir: str, mutual_loss: str) -> tuple[MutualTrainer, dict]:
     models = [make_resnet(8), make_vit(seed=2)]
     if os.environ["RANK"] == "0":
@@ -112,7 +129,8 @@ def main(output_dir: str, job: str) -> None:
     if mutual_loss:
         trainer, state = teach_each_other(output_dir, mutual_loss)
     else:
-        trainer, state = distil_cached(output_dir) if job == "cached" else distil(output_dir, job)
+        special = {"cached": distil_cached, "unlabelled": distil_unlabelled}
+        trainer, state = special[job](output_dir) if job in special else distil(output_dir, job)
     trainer.save_model(f"{output_dir}/saved")
     state["world_size"] = trainer.accelerator.num_processes
     state["distributed_type"] = trainer.accelerator.distributed_type.value

@@ -21,8 +21,8 @@ from iekd_hf import (
     MutualTrainingArguments,
 )
 from iekd_hf.commands import distill
-from iekd_hf.training.base_trainer import SAVING_FOLDER
 from iekd_hf.training.resume import RUN_FILE
+from iekd_hf.training.saving import SAVING_FOLDER
 
 
 COMMON = {

@@ -116,6 +116,17 @@ def test_16_bit_images_do_not_become_white(tmp_path, decode_once):
         torch.testing.assert_close(pixels, torch.full_like(pixels, level / 65535 * 2 - 1), atol=0.01, rtol=0)
 
 
+def test_images_of_12_bits_in_16_are_told(tmp_path, caplog):
+    def load(name, largest):
+        root = folder_of(tmp_path / name, make=lambda i: PIL.Image.fromarray(np.full((8, 8), largest, np.uint16)))
+        load_images(DataArguments(train_dir=root), 0)
+
+    load("16", 65535)
+    assert "dark" not in caplog.text
+    load("12", 4095)
+    assert "images of mode I;16 in the train split use less than an eighth of their range" in caplog.text
+
+
 def test_what_cannot_be_decoded_is_named_by_its_file(tmp_path, monkeypatch):
     root = folder_of(tmp_path / "x", ending="jpg", make=lambda i: picture(i, (64, 64)))
     cut = tmp_path / "x" / "dog" / "4.jpg"
@@ -222,6 +233,7 @@ def test_hidden_labels_of_a_split_that_is_predicted(tmp_path, hidden, decode_onc
     assert "labels" not in images["test"][0] and "pixel_values" in images["test"][0]
 
 
+@pytest.mark.slow
 def test_transforms_can_be_given_to_spawned_workers(tmp_path):
     args = DataArguments(train_dir=folder_of(tmp_path / "x"), decode_once=False, augmentation="resized_crop")
     images, _ = prepare(load_images(args, 0), PROCESSOR, args, 0)
@@ -277,19 +289,23 @@ def test_categories_of_objects(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("module", [run_iekd, run_mutual])
-def test_mistakes_are_said_before_anything_trains(run_example, tmp_path, module):
+def test_mistakes_are_said_before_anything_trains(run_example, make_trainer, make_mutual, tmp_path, module):
     def run(*arguments):
         run_example(module, "--output_dir", tmp_path / "o", "--use_cpu", *arguments)
 
-    with pytest.raises(ValueError, match=r"a whole checkpoint as --resume_from_checkpoint, got .*no such folder"):
+    with pytest.raises(ValueError, match=r"a whole checkpoint to resume from, got .*no such folder"):
         run("--resume_from_checkpoint", tmp_path / "o" / "checkpoint-7")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"a whole checkpoint .*empty': trainer_state\.json is missing"):
         run("--resume_from_checkpoint", tmp_path / "empty")
+    other = {run_iekd: make_trainer, run_mutual: make_mutual}[module]
+    other(save_strategy="steps", save_steps=2).train()
+    with pytest.raises(ValueError, match=r"(a checkpoint of this CifarResNet\w+ in|peers CifarResNet\w+, Cifar)"):
+        run("--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2", "--max_train_samples", 24)
     for epochs in ("0", "-3"):
         with pytest.raises(ValueError, match=rf"num_train_epochs above 0, got {epochs}\.0: .*--do_train false"):
             run("--num_train_epochs", epochs)
-    assert not (tmp_path / "o").exists()
+    assert not list((tmp_path / "o").glob("*"))
 
 
 def test_a_saved_teacher_is_loaded_whole_or_refused(run_example, tmp_path):

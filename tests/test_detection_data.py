@@ -15,15 +15,14 @@ from iekd_hf.commands.boxes import shapes
 BOXES = [[[2.0, 3.0, 10.0, 8.0], [20.0, 20.0, 6.0, 6.0]], [[0.0, 0.0, 40.0, 30.0]], []]
 
 
-def rows(boxes=BOXES, categories=None, names=("cat", "dog"), size=(40, 30), **columns):
+def rows(boxes=BOXES, categories=None, names=("cat", "dog"), size=(40, 30), kind="int64", **columns):
     """Make a data set of images of one size with these boxes."""
     categories = categories or [[i % 2 for i in range(len(image))] for image in boxes]
-    kind = datasets.ClassLabel(names=list(names)) if names else None
     fields = {"bbox": datasets.List(datasets.List(datasets.Value("float32")))}
-    if kind is not None:
-        fields["category"] = datasets.List(kind)
+    if names:
+        fields["category"] = datasets.List(datasets.ClassLabel(names=list(names)))
     else:
-        fields["category"] = datasets.List(datasets.Value("string" if isinstance(categories[0][0], str) else "int64"))
+        fields["category"] = datasets.List(datasets.Value("string" if isinstance(categories[0][0], str) else kind))
     fields |= {name: datasets.List(datasets.Value("float32")) for name in columns}
     objects = [
         dict(zip(fields, values, strict=True)) for values in zip(boxes, categories, *columns.values(), strict=True)
@@ -130,9 +129,54 @@ def test_annotations_of_another_format_are_refused(tmp_path):
         load(tmp_path, other.cast_column("image", datasets.Image()))
     with pytest.raises(ValueError, match="a category for each bbox, got 1 for 2 in row 0 of the train split"):
         load(tmp_path, rows(categories=[[0], [0], []]))
-    for area, got in (([[50.0], [9.0], []], "got 1 for 2 in row 0"), ([[50.0, 9.0], [None], []], "got None in row 1")):
-        with pytest.raises(ValueError, match=f"a number as area for each bbox, {got} of the train split: mend or rem"):
-            load(tmp_path, rows(area=area))
+    for field, values, words in (
+        ("area", [[50.0], [9.0], []], "a number of at least 0 as area for each bbox, got 1 for 2 in row 0"),
+        ("area", [[50.0, 9.0], [None], []], "a number of at least 0 as area for each bbox, got None in row 1"),
+        ("area", [[50.0, float("nan")], [9.0], []], "as area for each bbox, got nan in row 0"),
+        ("area", [[50.0, 9.0], [-5.0], []], "as area for each bbox, got -5.0 in row 1"),
+        ("iscrowd", [[0.0, 7.0], [0.0], []], "Expected 0 or 1 as iscrowd for each bbox, got 7.0 in row 0"),
+    ):
+        with pytest.raises(ValueError, match=f"{words} of the train split: mend or remove"):
+            load(tmp_path, rows(**{field: values}))
+
+
+def test_categories_as_tables_have_them(tmp_path):
+    """Numbers that pandas has made floats are their integers; what is between two classes is none."""
+    kind = rows(names=None).features
+    kind["objects"]["category"] = datasets.List(datasets.Value("float64"))
+    splits, names = load(tmp_path, rows(names=None).cast(kind), rows(names=None).cast(kind))
+    assert names == ["0", "1"] and splits["train"].truth([0])[0]["labels"] == [0, 1]
+    with pytest.raises(ValueError, match=r"categories of every object in the train split, got 1\.5 in row 1"):
+        load(tmp_path, rows(categories=[[0, 1], [1.5], []], names=None, kind="float64"))
+    nested = rows(names=None).remove_columns("objects")
+    nested = nested.add_column("objects", [{"bbox": [[1, 1, 5, 5]], "category": [[0, 1]]}] * 3)
+    with pytest.raises(ValueError, match="one `category` of each object in the train split, a name or a number, got"):
+        load(tmp_path, nested)
+
+
+@pytest.mark.parametrize("form", ["no column", "null", "empty"])
+def test_a_test_split_without_objects_is_predicted(tmp_path, form):
+    (tmp_path / "data").mkdir()
+    test = rows().remove_columns("objects")
+    if form == "null":
+        test = test.add_column("objects", [None] * 3)
+    elif form == "empty":
+        test = rows([[], [], []], categories=[[], [], []])
+    for name, split in (("train", rows()), ("validation", rows()), ("test", test)):
+        split.to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
+    args = detection_data.DetectionDataArguments(dataset_name=str(tmp_path))
+    splits, _ = detection_data.load_annotated(args, 0)
+    assert splits["test"].truth([0, 2]) == [{"boxes": [], "labels": [], "area": [], "iscrowd": []}] * 2
+    assert [image.size for _, image, _ in splits["test"].rows([0, 1, 2])] == [(40, 30)] * 3
+
+
+def test_rows_are_named_as_in_the_file(tmp_path):
+    boxes = [[[1.0, 1.0, 4.0 + i, 4.0]] for i in range(10)]
+    rows(boxes, area=[[9.0]] * 6 + [[-1.0]] + [[9.0]] * 3).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"got -1\.0 in row 6 of the"):
+        detection_data.load_annotated(
+            detection_data.DetectionDataArguments(train_file=str(tmp_path / "train.parquet")), seed=1
+        )
 
 
 def test_categories_outside_the_label_map_are_refused(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_images, make_resnet, same
+from distributed_script import distil_unlabelled
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments
@@ -26,7 +27,7 @@ def torchrun(*arguments: str, timeout: int = 300) -> str:
     return done.stdout
 
 
-JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached"]
+JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled"]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,16 @@ def test_two_ranks_share_the_making_of_the_teachers_cache(ranks):
     assert (first["seen"], second["seen"]) == (1 + 2 * (5 + 5), 2 * (5 + 1))
     assert same(first["student_side"], second["student_side"])
     assert first["courses"][1] == pytest.approx(first["courses"][0], rel=2e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_without_labels_and_one_with_some_are_one_large_batch(ranks, tmp_path):
+    first, second = held_by(ranks / "unlabelled")
+    assert same(first["student_side"], second["student_side"])
+    _, alone = distil_unlabelled(str(tmp_path), per_device_train_batch_size=8)
+    assert first["task_losses"] == pytest.approx(alone["task_losses"], rel=1e-4) and min(alone["task_losses"]) > 0
+    for name, value in alone["student_side"].items():
+        torch.testing.assert_close(first["student_side"][name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import re
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import LOGITS, TOKEN, Client
 from hub_server import HubServer
@@ -133,6 +134,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_peers_are_pushed_into_one_repository(hub: HubServer, client: Client, tmp_path: Path):
     pushed = client(LOGITS + TEACH_EACH_OTHER_AND_PUSH, hub.endpoint, str(tmp_path))
     assert {"peer_1", "peer_2", "checkpoint-1", "checkpoint-2"} <= set(pushed["local"])
@@ -177,6 +179,7 @@ print(json.dumps({"module": type(model).__module__, "stride": stem.stride, "logi
 """
 
 
+@pytest.mark.slow
 def test_cifar_resnet_travels_with_its_code(hub: HubServer, client: Client):
     pushed = client(LOGITS + PUSH_CIFAR, hub.endpoint)
     files = hub.repos["user/cifar"]["files"]
@@ -256,17 +259,19 @@ def check_explained(result: dict, name: str) -> None:
         assert part in result["message"]
 
 
+@pytest.mark.slow
 def test_name_that_does_not_exist(hub: HubServer, client: Client):
     check_explained(client(LOAD_NOTHING, hub.endpoint, "user/absent"), "user/absent")
 
 
+@pytest.mark.slow
 def test_hub_that_cannot_be_reached(client: Client):
     with socket.socket() as taken:
         # Bound but not listening: connections are refused, and no other process can come to listen there.
         taken.bind(("127.0.0.1", 0))
         result = client(LOAD_NOTHING, f"http://127.0.0.1:{taken.getsockname()[1]}", "user/teacher")
     check_explained(result, "user/teacher")
-    assert result["seconds"] < 30
+    assert result["seconds"] < 45
 
 
 LOAD_PICKLES = """
@@ -288,6 +293,7 @@ print(json.dumps({name: {
 """
 
 
+@pytest.mark.slow
 def test_pickled_paraphraser_is_refused(hub: HubServer, client: Client, tmp_path: Path):
     folder = tmp_path / "pickled"
     paraphraser = Paraphraser(8, 4)

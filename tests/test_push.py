@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from conftest import LOGITS, TOKEN, Client
 from hub_server import HubServer
 
@@ -96,6 +97,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_strategies_revisions_and_private_repositories(hub: HubServer, client: Client, tmp_path: Path):
     result = client(LOGITS + TRAINER + STRATEGIES, hub.endpoint, str(tmp_path))
     pushed = {name.removeprefix("user/"): set(files) for name, files in result["after_training"].items()}
@@ -164,6 +166,7 @@ print(json.dumps({"logits": logits(resumed.student), "steps": resumed.state.glob
 """
 
 
+@pytest.mark.slow
 def test_resume_from_the_hub_is_exact(hub: HubServer, client: Client, tmp_path: Path):
     whole = client(LOGITS + TRAINER + STOP_IN_THE_MIDDLE, hub.endpoint, str(tmp_path))
     resumed = client(LOGITS + TRAINER + RESUME_ELSEWHERE, hub.endpoint, str(tmp_path / "other"))
@@ -237,6 +240,7 @@ print(json.dumps({"results": results, "told": told}))
 """
 
 
+@pytest.mark.slow
 def test_pushes_that_fail(hub: HubServer, client: Client, tmp_path: Path):
     result = client(LOGITS + TRAINER + FAIL, hub.endpoint, str(tmp_path))
     results, told = result["results"], result["told"]

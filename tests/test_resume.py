@@ -149,13 +149,21 @@ def test_interrupted_in_stage_1(make_trainer, tmp_path, monkeypatch):
     assert (tmp_path / "broken" / "_stage_1" / "checkpoint-5").is_dir()
     shutil.copytree(tmp_path / "broken", tmp_path / "copy")
 
-    resumed = make_trainer(output_dir=str(tmp_path / "broken"), **arguments)
+    resumed, steps = make_trainer(output_dir=str(tmp_path / "broken"), **arguments), []
+    compute_loss = ParaphraserTrainer.compute_loss
+
+    def counted(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(ParaphraserTrainer, "compute_loss", counted)
     resumed.train(resume_from_checkpoint=True)
-    assert same(everything(resumed), everything(straight))
+    assert same(everything(resumed), everything(straight)) and steps == [5, 6, 7, 8, 9]
     # The same, with the stage's checkpoint named.
     named = make_trainer(output_dir=str(tmp_path / "copy"), **arguments)
+    steps.clear()
     named.train(resume_from_checkpoint=str(tmp_path / "copy" / "_stage_1" / "checkpoint-5"))
-    assert same(everything(named), everything(straight))
+    assert same(everything(named), everything(straight)) and steps == [5, 6, 7, 8, 9]
 
 
 def test_interrupted_between_the_stages(make_trainer, tmp_path):
@@ -313,6 +321,28 @@ def test_a_checkpoint_without_its_optimizer(make_trainer, tmp_path, only_model, 
     (checkpoint / "manifest.json").unlink()  # as an earlier version has written it
     with pytest.raises(ValueError, match=r"Expected optimizer\.pt in .*save_only_model=True"):
         make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_of_another_number_of_processes_is_told_of(make_trainer, tmp_path, processes, caplog):
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    if processes == 2:
+        (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+        shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+        write_manifest(checkpoint)
+    make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+    told = "was saved by 2 processes and goes on with 1: the order of the images" in caplog.text
+    assert told == (processes == 2)
+
+
+def test_a_checkpoint_of_another_student_is_refused_before_anything_is_made(make_trainer, tmp_path, monkeypatch):
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    other = make_trainer(make_vit(seed=1), output_dir=str(tmp_path / "other"))
+    monkeypatch.setattr(type(other), "before_training", lambda *args: pytest.fail("prepared before it was refused"))
+    with pytest.raises(ValueError, match=r"Expected (a checkpoint of this|every weight of) ViTForImageClassification"):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_a_checkpoint_of_a_version_without_manifests_goes_on(make_trainer, tmp_path):

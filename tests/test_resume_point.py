@@ -3,7 +3,7 @@
 import pytest
 
 from iekd_hf.training.manifest import MANIFEST_FILE, write_manifest
-from iekd_hf.training.resume import ResumePoint, begin_run, find_resume_point, last_run
+from iekd_hf.training.resume import RUN_FILE, ResumePoint, begin_run, find_resume_point, last_run
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_stage_2_begins_with_finished_paraphrasers(run):
 
 
 def test_a_named_checkpoint_has_its_paraphrasers_beside_or_inside(run):
-    folder = run("checkpoint-5", "checkpoint-10/_paraphraser")
+    folder = run("checkpoint-5", "checkpoint-10", "checkpoint-10/_paraphraser")
     for name, paraphrasers in (("checkpoint-5", "_paraphraser"), ("checkpoint-10", "checkpoint-10/_paraphraser")):
         point = find_resume_point("elsewhere", str(folder / name))
         assert point == ResumePoint(str(folder / name), paraphrasers=folder / paraphrasers)
@@ -82,7 +82,7 @@ def test_damage_is_named(run, harm, words, caplog):
         (checkpoint / "optimizer.pt").write_bytes(b"1234")
         write_manifest(checkpoint, run="")
     harm(folder / "checkpoint-10" / "optimizer.pt")
-    with pytest.raises(ValueError, match=f"checkpoint-10 as it was written, got another: {words}"):
+    with pytest.raises(ValueError, match=f"a whole checkpoint to resume from, got '.*checkpoint-10': {words}"):
         find_resume_point(folder, str(folder / "checkpoint-10"))
     assert find_resume_point(folder, True).checkpoint == str(folder / "checkpoint-5")
     assert words in caplog.text
@@ -101,3 +101,15 @@ def test_a_new_run_never_goes_on_from_an_old_one(run, caplog):
     assert "belongs to an earlier run" in caplog.text
     named = find_resume_point(folder, str(folder / "checkpoint-5"))
     assert begin_run(folder, named) == old
+    assert find_resume_point("elsewhere", named) is named  # found before, and not looked for again
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_run_file_that_cannot_be_read(run, content):
+    folder = run("checkpoint-5")
+    begin_run(folder, None)
+    (folder / RUN_FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"the name of the run in .*_run\.json, got a file that cannot be read"):
+        find_resume_point(folder, True)
+    begin_run(folder, None)  # a new run needs no name of an old one
+    assert last_run(folder)

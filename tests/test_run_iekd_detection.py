@@ -187,6 +187,7 @@ def test_help_explains(run, capsys):
     assert "Distil an object detector" in text
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had(run, tmp_path):
     with pytest.raises(ValueError, match=r"'nobody/nothing', which cannot be had.*--train_file"):
         run("--output_dir", tmp_path, "--dataset_name", "nobody/nothing")

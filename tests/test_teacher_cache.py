@@ -138,7 +138,7 @@ def test_it_is_made_once_and_anew_when_anything_changes(make, images_seen, tmp_p
     assert len(folders) == 13
     for folder in folders:
         names = {path.name for path in folder.iterdir()}
-        assert names - {"logits.npy"} == {"complete.json", "factors_0.npy"}
+        assert names - {"logits.npy"} == {"complete.json", "done.npy", "factors_0.npy"}
         spec = (folder / "complete.json").read_text()
         assert str(tmp_path) not in spec and json.loads(spec)["views"] in (2, 3)
 
@@ -172,11 +172,28 @@ def test_an_interrupted_one_is_continued_and_never_read(make, images_seen, monke
         with pytest.raises(KeyboardInterrupt):
             make(per_device_eval_batch_size=4).train()
     (folder,) = (path for path in (tmp_path / "out" / "_teacher_cache").iterdir() if path.is_dir())
-    assert not (folder / "complete.json").exists() and np.load(folder / "done.npy").tolist() == [True] * 3 + [False]
+    done = np.load(folder / "done.npy").astype(bool).tolist()
+    assert done == [True] * 3 + [False] and not (folder / "complete.json").exists()
     images_seen.clear()
     continued = course(make(per_device_eval_batch_size=4))
     assert images_seen["images"] == 8  # the last block only
     assert continued == whole
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_blocks_that_have_changed_are_made_anew(make, images_seen, monkeypatch, tmp_path, caplog, complete):
+    monkeypatch.setattr("iekd_hf.teacher.cache._BLOCK", 8)
+    expected = course(make())
+    (folder,) = (path for path in (tmp_path / "out" / "_teacher_cache").iterdir() if path.is_dir())
+    file = folder / "factors_0.npy"
+    whole = bytearray(file.read_bytes())
+    file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 16]) + whole[-4:])  # of the last of four blocks
+    if not complete:
+        (folder / "complete.json").unlink()
+    images_seen.clear()
+    assert course(make()) == expected
+    assert images_seen["images"] == 8 and file.read_bytes() == whole
+    assert ("1 of 4 blocks are made anew, view 1 of the images from 8 on" in caplog.text) == complete
 
 
 def test_files_without_a_note_of_what_is_done_count_for_nothing(make, images_seen, tmp_path):
@@ -231,7 +248,7 @@ def test_without_factors_only_logits_are_cached(make, tmp_path):
     trainer = make(lambda_inh=0.0, lambda_exp=0.0, lambda_kd=1.0, paraphraser=None)
     trainer.train()
     (folder,) = (path for path in (tmp_path / "out" / "_teacher_cache").iterdir() if path.is_dir())
-    assert {path.name for path in folder.iterdir()} == {"complete.json", "logits.npy"}
+    assert {path.name for path in folder.iterdir()} == {"complete.json", "done.npy", "logits.npy"}
 
 
 def test_resuming_reads_the_same_cache(make, images_seen):

@@ -34,6 +34,7 @@ from iekd_hf import FactorEncoder, exploration_loss
 from ..data.rgb import to_rgb
 from ..features.tap import FeatureTap
 from ..training.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
+from ..training.manifest import check_undamaged
 from .arguments import parse_arguments
 from .images.data import DataArguments, load_images
 from .images.run import build_processor
@@ -200,6 +201,7 @@ def read_split(run: str) -> tuple[list[str], torch.Tensor, torch.Tensor, list[st
             f"Expected a finished run of IEKDTrainer in --run, got {run!r} without {ENCODERS_FOLDER}/{ENCODERS_FILE}: "
             "give the output_dir of the run, after save_model()."
         )
+    check_undamaged(file.parent)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
         halves = [opened.get_tensor(f"splits.0.{half}_indices") for half in ("inheritance", "exploration")]

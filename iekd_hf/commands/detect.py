@@ -111,7 +111,7 @@ class DetectRun(DetectionRun):
         else:  # its features teach, whatever its head is for
             teacher = load_model(name, "--teacher", dtype=dtype, **hub)
             processor = find_processor(name, **hub)
-        result = self.train_teacher(teacher, epochs)
+        result = self.train_teacher(teacher, epochs, processor)
         if self.args.do_eval and is_detector(teacher) and teacher.config.id2label == dict(enumerate(self.names)):
             result.metrics = self.evaluate(teacher, processor)
         return Compared(result, teacher, processor)
@@ -172,7 +172,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     run.prepare_images(model_args.student, **hub)
     run.check_size(student)
-    run.ask_the_hub(student)
     run.distil(student, model_args)
 
 

@@ -91,7 +91,7 @@ class DistillRun(ImageRun):
             teacher = load_model(name, "--teacher", dtype=dtype, **hub)
             processor = find_processor(name, **hub)
         self.args.choose_method(own_classes)
-        result = self.train_teacher(teacher, epochs)
+        result = self.train_teacher(teacher, epochs, processor)
         if own_classes and self.args.do_eval:
             result.metrics = self.evaluate(teacher, processor)
         return Compared(result, teacher, processor)
@@ -147,7 +147,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     hub = model_args.hub("student")
     student = build_model(model_args.student, "--student", run.names, from_scratch, dtype=model_args.dtype, **hub)
     run.prepare_images(model_args.student, from_scratch, **hub)
-    run.ask_the_hub(student)
     run.distil(student, model_args)
 
 

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in model_args.peers
     ]
     run.prepare_images(model_args.peers[0], from_scratch)
-    run.ask_the_hub(peers[0])
+    run.check(lambda args: MutualTrainer(peers, args=args, **run.common()))
     results, epochs = [], args.num_train_epochs
     how = NAMES[args.mutual_loss] if args.do_train else "as given"
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = None
     if args.do_train:
         logger.warning("Training the peers together (%s) for %g epochs.", how, epochs)
-        output = trainer.train(resume_from_checkpoint=run.resume)
+        output = trainer.train(run.start)
         seconds = output.metrics["train_runtime"]
         trainer.save_model()
         trainer.save_state()

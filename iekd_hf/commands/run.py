@@ -1,7 +1,6 @@
 """What `distill`, `mutual` and `detect` share: resuming, networks to compare with, and the run of a distillation."""
 
 import copy
-import json
 import logging
 import os
 import re
@@ -21,8 +20,8 @@ from iekd_hf import IEKDTrainer
 from ..data.rgb import to_rgb
 from ..training.base_trainer import DistillationTrainer
 from ..training.checkpoints import load_weights
-from ..training.manifest import find_checkpoint_damage, write_whole
-from ..training.resume import RUN_FILE, find_last_checkpoint, find_resume_point
+from ..training.manifest import MANIFEST_FILE, find_damage, read_manifest, write_manifest
+from ..training.resume import RUN_FILE, ResumePoint, find_resume_point
 from .arguments import ModelArguments
 from .report.latency import median_milliseconds
 from .report.table import Result, latencies
@@ -30,36 +29,31 @@ from .report.table import Result, latencies
 
 logger = logging.getLogger(__name__)
 
-# What a network that was trained to compare with leaves in its folder at its end.
-_DONE = "done.json"
 
-
-def check_output_dir(args: TrainingArguments) -> str | bool | None:
-    """Return what to resume from; refuse to mix a new run into an old one's checkpoints, or to continue nothing."""
-    resume = args.resume_from_checkpoint
+def find_start(args: TrainingArguments) -> ResumePoint | None:
+    """Return where a run goes on; refuse to mix a new run into an old one's checkpoints, or to continue nothing."""
+    resume, folder = args.resume_from_checkpoint, args.output_dir
     if resume is not None and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true" or None
-    if args.do_train and isinstance(resume, str):
-        damage = find_checkpoint_damage(resume) if os.path.isdir(resume) else "there is no such folder"
-        if damage:
+        resume = resume.lower() == "true"
+    if not args.do_train:
+        return None
+    if not resume:
+        if os.path.isdir(folder) and get_last_checkpoint(folder):
             raise ValueError(
-                f"Expected a whole checkpoint as --resume_from_checkpoint, got {resume!r}: {damage}. Name another "
-                "one, or give true for the newest whole one of --output_dir."
+                f"Expected an output_dir without checkpoints, got {folder!r} with "
+                f"{os.path.basename(get_last_checkpoint(folder))}: add --resume_from_checkpoint true to continue that "
+                "run, or choose another --output_dir."
             )
-    if args.do_train and not resume and os.path.isdir(args.output_dir) and get_last_checkpoint(args.output_dir):
+        return None
+    point = find_resume_point(folder, resume)
+    beside = (Path(folder).glob(f"_*/{name}") for name in (MANIFEST_FILE, "checkpoint-*", RUN_FILE))
+    if point is None and not any(map(any, beside)):
         raise ValueError(
-            f"Expected an output_dir without checkpoints, got {args.output_dir!r} with "
-            f"{os.path.basename(get_last_checkpoint(args.output_dir))}: add --resume_from_checkpoint true to continue "
-            "that run, or choose another --output_dir."
-        )
-    beside = (Path(args.output_dir).glob(f"_*/{name}") for name in (_DONE, "checkpoint-*", RUN_FILE))
-    has_begun = find_resume_point(args.output_dir, True) is not None or any(map(any, beside))
-    if args.do_train and resume is True and not has_begun:
-        raise ValueError(
-            f"Expected the output_dir of a run that has begun, got {args.output_dir!r} without any checkpoint: leave "
+            f"Expected the output_dir of a run that has begun, got {folder!r} without any checkpoint: leave "
             "--resume_from_checkpoint out to start it, or name that run's --output_dir."
         )
-    return resume
+    # What was finished beside the run is taken up even where the run itself has not begun.
+    return point or ResumePoint()
 
 
 @dataclass
@@ -80,6 +74,8 @@ class CommandRun:
     # The images, and the student's image processor, once they are known.
     splits: datasets.DatasetDict
     processor: BaseImageProcessor
+    # Makes the trainer that distils, of the teacher, the teacher's own processor and the arguments.
+    make_distiller: Callable[[PreTrainedModel, BaseImageProcessor | None, TrainingArguments], IEKDTrainer]
 
     def __init__(self, args: TrainingArguments):
         logging.basicConfig(
@@ -88,10 +84,7 @@ class CommandRun:
         )
         transformers.utils.logging.disable_progress_bar()  # those of loading and saving; training keeps its own
         self.args = args
-        resume = check_output_dir(args)
-        # What was finished beside the run is taken up even where the run itself has not begun.
-        self.reuses = bool(resume)
-        self.resume = None if resume is True and find_resume_point(args.output_dir, True) is None else resume
+        self.start = find_start(args)
         set_seed(args.seed)
 
     def common(self) -> dict:
@@ -127,19 +120,21 @@ class CommandRun:
         args, compared, teacher_metrics, metrics = self.args, [], None, None
         if args.do_train:
             plain = copy.deepcopy(student)  # the same start as the distilled student's
+            paraphraser = model_args.paraphraser
+            self.make_distiller = lambda teacher, processor, args: self.distiller_class(
+                model=student,
+                teacher_model=teacher,
+                teacher_processor=processor,
+                paraphraser=paraphraser,
+                args=args,
+                **self.common(),
+            )
             teacher = self.get_teacher(model_args)
             compared.append(teacher)
             teacher_metrics = teacher.result.metrics
             if model_args.plain_student:
                 compared.append(Compared(self.train_plain(plain), plain))
-            trainer = self.distiller_class(
-                model=student,
-                teacher_model=teacher.model,
-                teacher_processor=teacher.processor,
-                paraphraser=model_args.paraphraser,
-                args=args,
-                **self.common(),
-            )
+            trainer = self.make_distiller(teacher.model, teacher.processor, args)
             compared.append(Compared(self.train_distilled(trainer), student))
         else:
             trainer = self.trainer_class(model=student, args=args, **self.common())
@@ -167,23 +162,30 @@ class CommandRun:
     ) -> tuple[float, list[dict]]:
         """Train a network to compare with in a folder that is never pushed; a resumed run finds it there."""
         folder = Path(self.args.output_dir) / f"_{re.sub('[^a-z0-9]+', '_', name.lower())}"
-        done = folder / _DONE
-        if self.reuses and done.is_file():
+        if self.start and (folder / MANIFEST_FILE).is_file():
+            if damage := find_damage(folder):
+                raise ValueError(
+                    f"Expected the {name} in {folder} as it was saved, got another: {damage}. Remove that folder to "
+                    "train it again."
+                )
             for subfolder, model in models.items():
                 load_weights(model, str(folder / subfolder))
-            content = json.loads(done.read_text())
-            return content["seconds"], content["log_history"]
+            done = read_manifest(folder)
+            return done["seconds"], done["log_history"]
         args = copy.copy(self.args)
         args.output_dir, args.num_train_epochs, args.push_to_hub = str(folder), epochs, False
         args.report_to = []  # trackers would mix it with the run that it is compared with
         args.load_best_model_at_end, args.metric_for_best_model = False, None
         trainer = make_trainer(args)
         logger.warning("Training the %s for %g epochs.", name, epochs)
-        output = trainer.train(find_last_checkpoint(folder) if self.reuses else None)
+        if trainer.is_world_process_zero():
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of an earlier run
+        output = trainer.train(find_resume_point(folder, self.start is not None))
         seconds = output.metrics["train_runtime"]
         trainer.save_model()
         if trainer.is_world_process_zero():
-            write_whole(done, json.dumps({"seconds": seconds, "log_history": trainer.state.log_history}))
+            patterns = [os.path.join(subfolder, "*") for subfolder in models]
+            write_manifest(folder, patterns, seconds=seconds, log_history=trainer.state.log_history)
         return seconds, trainer.state.log_history
 
     def train_alone(self, model: PreTrainedModel, name: str, epochs: float) -> tuple[float, list[dict]]:
@@ -199,8 +201,11 @@ class CommandRun:
         metrics = self.trainer_class(model=model, args=args, **common).evaluate()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
-    def train_teacher(self, teacher: PreTrainedModel, epochs: float) -> Result:
+    def train_teacher(
+        self, teacher: PreTrainedModel, epochs: float, processor: BaseImageProcessor | None = None
+    ) -> Result:
         """Train the teacher on the data, unless it is for no epochs; its metrics are still to be measured."""
+        self.check(lambda args: self.make_distiller(teacher, processor, args))
         result = Result("teacher", teacher.num_parameters())
         if epochs > 0:
             seconds, result.log_history = self.train_alone(teacher, "teacher", epochs)
@@ -217,7 +222,7 @@ class CommandRun:
     def train_distilled(self, trainer: IEKDTrainer) -> Result:
         """Train both stages, and save the student with what is known of the training."""
         logger.warning("Distilling the student: stage 1 (paraphraser), then stage 2.")
-        metrics = trainer.train(resume_from_checkpoint=self.resume).metrics
+        metrics = trainer.train(self.start).metrics
         seconds = {"stage 2": metrics["train_runtime"]}
         if "paraphraser_train_runtime" in metrics:
             seconds = {"stage 1": metrics["paraphraser_train_runtime"], **seconds}
@@ -227,12 +232,13 @@ class CommandRun:
         trainer.save_metrics("train", metrics)
         return Result("distilled student", trainer.student.num_parameters(), {}, seconds, trainer.state.log_history)
 
-    def ask_the_hub(self, model: PreTrainedModel) -> None:
-        """Let a Hub that refuses the repository say so now, and not after the networks to compare with are trained."""
-        if self.args.push_to_hub:
-            args = copy.copy(self.args)
-            args.report_to = []
-            self.trainer_class(model=model, args=args, **self.common())
+    def check(self, make_trainer: Callable) -> None:
+        """Let a trainer, or the Hub, refuse now what it refuses, and not after other networks are trained."""
+        args = copy.copy(self.args)
+        args.report_to = []
+        trainer = make_trainer(args)
+        if self.start and self.start.checkpoint:
+            trainer.check_checkpoint(self.start.checkpoint)
 
     def first_image(self) -> PIL.Image.Image:
         """Return the first validation image, in RGB."""

@@ -12,7 +12,9 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
     `PIL.Image.convert` clips 16-bit and float pixels to 255, which makes such images white; here the mode's range is
     scaled: 0 to 65535 of 16-bit images (`I;16`, and `I`, in which some of them are opened), 0 to 1 of float images
-    (`F`). The range is the mode's, not the image's, so that images stay comparable. Transparent pixels are
+    (`F`). The range is the mode's, not the image's, so that images stay comparable; what an
+    image of 12 bits in a 16-bit file uses of it cannot be told (PIL does not read PNG's `sBIT`), and it comes out
+    dark. Transparent pixels are
     composited on white, as most viewers show them; dropping the alpha channel would turn transparent icons black.
     Transformers' pipelines clip and drop: give them images that were brought to RGB here.
 

@@ -1,16 +1,16 @@
 """Which layers of a vision model give its feature maps: by default, by name, and in pairs."""
 
-import contextlib
 import difflib
-from collections.abc import Callable, Iterator
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
 from ..models.adapters import without_adapters
-from .maps import count_extra_tokens, first_tensor, several_maps, split_index, suggest_layers, to_map
+from ..models.signature import check_sees_images, find_image_tower, is_headless
+from .listing import find_layers
+from .maps import OWN_OUTPUTS, count_extra_tokens, split_index, suggest_layers
+from .trace import last_features_layer, layer_before_pooling
 
 
 # Where DETR-like detectors keep a bare timm model.
@@ -19,10 +19,13 @@ _BARE_BACKBONES = ("backbone.model", "backbone.conv_encoder.model")
 
 def default_layers(model: nn.Module) -> list[str]:
     """Return the layers whose maps are taken by default, in the order of the forward pass."""
+    check_sees_images(model)
     if hasattr(model, "timm_model"):  # of Transformers, around a timm model with its head
         return [f"timm_model.{last_features_layer(model.timm_model)}"]
-    if hasattr(model, "forward_features"):
+    if hasattr(model, "forward_features") and hasattr(model, "pretrained_cfg"):
         return [last_features_layer(model)]
+    if isinstance(model, BackboneMixin):
+        return ["feature_maps[-1]"]
     if layers := backbone_layers(model):
         return layers
     if is_detector(model) and not count_extra_tokens(model)[1]:
@@ -30,13 +33,14 @@ def default_layers(model: nn.Module) -> list[str]:
             f"Expected a detector with a backbone, got {type(model).__name__} without one that is known: name its "
             f"layer in teacher_layers, student_layers or peer_layers, {_candidates(model)}.{suggest_layers()}"
         )
+    if is_headless(model):
+        return ["last_hidden_state"]
     base_model = getattr(model, "base_model", model)
     if base_model is not model:
         return [next(name for name, module in model.named_modules() if module is base_model)]
-    # Some heads hold the parts of their body themselves: SigLIP and CLIP `vision_model`, HGNet-V2 `encoder`.
-    for name in ("vision_model", "encoder"):
-        if isinstance(model, PreTrainedModel) and isinstance(getattr(model, name, None), nn.Module):
-            return [name]
+    # The image tower of CLIP, or of a classifier that holds the parts of its body itself: SigLIP, HGNet V2.
+    if layer := find_image_tower(model) or layer_before_pooling(model):
+        return [layer]
     raise ValueError(
         f"Expected a model whose last feature map is known, got {type(model).__name__}: name its layer in "
         f"teacher_layers, student_layers or peer_layers.{suggest_layers()}"
@@ -90,38 +94,11 @@ def backbone_layers(model: nn.Module) -> list[str]:
     return [f"{path}[{index}]" for index in range(-num_levels, 0)]
 
 
-def last_features_layer(model: nn.Module) -> str:
-    """
-    Find the layer of a timm model that makes the tensor that `forward_features` returns, by one forward pass.
-
-    timm has no name for it: it is `layer4` in a ResNet, `norm` in a ViT, `bn2` in an EfficientNet; of these
-    `feature_info` knows the first only.
-    """
-    weight = next(parameter for parameter in model.parameters() if parameter.ndim == 4)  # of the first convolution
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
-    pixels = torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device)
-    outputs: dict[str, object] = {}
-
-    def keep(name):
-        return lambda module, args, output: outputs.__setitem__(name, output)
-
-    modules = {name: module for name, module in model.named_modules() if name}
-    with watching(model, modules, keep), torch.no_grad():
-        features = model.forward_features(pixels)
-    same = [name for name, output in outputs.items() if output is features]
-    if not same:
-        raise ValueError(
-            f"Expected a layer of {type(model).__name__} whose output forward_features returns, found none: name one "
-            "in teacher_layers or student_layers. iekd_hf.list_layers(model, image_size) prints the layers that can "
-            "be named."
-        )
-    # A block and its last layer give the same tensor: the block; so do a block and an idle norm behind it.
-    return min(reversed(same), key=lambda name: name.count("."))
-
-
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return the module of a layer's name."""
+    """Return the module of a layer's name; for a map that the model itself returns, the model."""
     modules, (path, _) = dict(model.named_modules()), split_index(name)
+    if path in OWN_OUTPUTS and path not in modules:
+        return model
     if path not in modules or not path:
         close = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)
         hint = f"; close matches: {', '.join(close)}" if close else ""
@@ -135,74 +112,6 @@ def check_layers(model: nn.Module, names: list[str]) -> None:
         find_layer(without_adapters(model), name)
 
 
-def list_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> dict[str, tuple[int, int, int]]:
-    """
-    Print the layers whose output can be distilled, with the shapes of their maps.
-
-    Args:
-        model (`nn.Module`):
-            A vision model.
-        image_size (`int` or `tuple[int, int]`, *optional*, defaults to 224):
-            Size in pixels, or (height, width), of the image to try.
-
-    Returns:
-        `dict[str, tuple[int, int, int]]`: dotted path to (channels, height, width), in the order of the forward pass;
-        a backbone that gives several maps is there once for each, with an index.
-
-    Example:
-
-    ```python
-    >>> from transformers import ResNetConfig, ResNetForImageClassification
-    >>> from iekd_hf import list_layers
-    >>> config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    >>> layers = list_layers(ResNetForImageClassification(config), image_size=64)  # doctest: +ELLIPSIS
-    layer of ResNetForImageClassification     channels x height x width
-    resnet.embedder.embedder                  8 x 32 x 32
-    ...
-    resnet                                    16 x 8 x 8
-
-    ```
-    """
-    found = find_layers(model, image_size)
-    title = f"layer of {type(without_adapters(model)).__name__}"
-    column = max(map(len, [title, *found]))
-    lines = [f"{title:{column}} channels x height x width"]
-    lines += [f"{name:{column}} {' x '.join(map(str, shape))}" for name, shape in found.items()]
-    print("\n".join(lines))  # noqa: T201, the one function whose purpose is to print
-    return found
-
-
-def find_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> dict[str, tuple[int, int, int]]:
-    """Find the layers whose output can be distilled, by one forward pass."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    model = without_adapters(model)
-    num_channels = getattr(getattr(model, "config", None), "num_channels", 3)
-    parameter = next(model.parameters())
-    pixels = torch.zeros(1, num_channels, height, width, dtype=parameter.dtype, device=parameter.device)
-    extra_tokens, found = count_extra_tokens(model), {}
-
-    def keep(name):
-        def hook(module, args, output):
-            maps = several_maps(output)
-            for index, feature_map in enumerate(maps, start=-len(maps)):
-                found[f"{name}[{index}]"] = tuple(feature_map.shape[1:])
-            if not maps:
-                with contextlib.suppress(ValueError, TypeError):  # no map: a head, a pooler, an attention module
-                    found[name] = tuple(to_map(first_tensor(output), (height, width), extra_tokens, name).shape[1:])
-
-        return hook
-
-    # Blocks only: single convolutions, norms and activations would bury them.
-    blocks = {
-        name: module
-        for name, module in model.named_modules()
-        if name and next(module.children(), None) is not None and not isinstance(module, nn.ModuleList)
-    }
-    with watching(model, blocks, keep), torch.no_grad():
-        model(pixels)
-    return found
-
-
 def _candidates(model: nn.Module) -> str:
     """Suggest the last layers that give a map, if the model takes an image of 224 pixels."""
     try:
@@ -210,17 +119,3 @@ def _candidates(model: nn.Module) -> str:
     except Exception:  # a model that nothing is known of, such as which size it takes
         found = []
     return f"such as {' or '.join(map(repr, found[-5:]))}" if found else "whichever gives its last feature map"
-
-
-@contextlib.contextmanager
-def watching(model: nn.Module, modules: dict[str, nn.Module], make_hook: Callable[[str], Callable]) -> Iterator[None]:
-    """Watch a model in eval mode with a forward hook on some of its modules, and leave it as it was."""
-    was_training = model.training
-    model.eval()
-    handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)

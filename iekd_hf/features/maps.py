@@ -5,13 +5,19 @@ import re
 
 import torch
 from torch import nn
+from transformers import DINOv3ConvNextModel
 
 
-# Parameters that put extra tokens in front of the patches: ViT, DeiT, DINOv2 and v3, CLIP, PVT, and timm's names.
-_PREFIX_TOKENS = ("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token")
-_REGISTER_TOKENS = ("register_tokens", "reg_token")
+# Parameters that put extra tokens in front of the patches: ViT, DeiT, DINOv2 and v3, CLIP, PVT, RADIO, and timm's.
+_PREFIX_TOKENS = (
+    *("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token"),
+    *("register_tokens", "reg_token", "cls_register_token"),
+)
 # Behind the patches: YOLOS.
 _SUFFIX_TOKENS = ("detection_tokens",)
+
+# Names of maps that no layer gives but the model itself returns.
+OWN_OUTPUTS = ("last_hidden_state", "feature_maps")
 
 
 def split_index(name: str) -> tuple[str, int | None]:
@@ -32,7 +38,9 @@ def first_tensor(output) -> torch.Tensor | None:
 
 def several_maps(output) -> list[torch.Tensor]:
     """Return a backbone's `feature_maps`, an encoder's levels in `last_hidden_state`, or a list of maps; or none."""
-    for maps in (getattr(output, "feature_maps", None), getattr(output, "last_hidden_state", None), output):
+    if isinstance(maps := getattr(output, "feature_maps", None), (list, tuple)):  # some as tokens: DINOv2 in DPT
+        return [*maps] if all(isinstance(each, torch.Tensor) and each.ndim in (3, 4) for each in maps) else []
+    for maps in (getattr(output, "last_hidden_state", None), output):
         if isinstance(maps, list) or (isinstance(maps, tuple) and maps is not output):
             return [*maps] if all(isinstance(each, torch.Tensor) and each.ndim == 4 for each in maps) else []
     return []
@@ -50,13 +58,14 @@ def count_extra_tokens(model: nn.Module) -> tuple[int, int]:
     """Return how many tokens of a model's sequences stand before the patches, and how many behind them."""
     before = behind = 0
     for name, parameter in model.named_parameters():
-        last = name.rpartition(".")[2]
-        if last in _PREFIX_TOKENS:
-            before += 1
-        elif last in _REGISTER_TOKENS:
-            before += parameter.shape[-2]
+        *path, last = name.split(".")
+        count = parameter.shape[-2] if parameter.ndim > 1 else 1
+        if last in _PREFIX_TOKENS and "head" not in path:  # AIMv2 pools with a token of its own
+            before += count
         elif last in _SUFFIX_TOKENS:
-            behind += parameter.shape[-2]
+            behind += count
+    # It puts its pooled map in front of the map's cells.
+    before += sum(isinstance(module, DINOv3ConvNextModel) for module in model.modules())
     return before, behind
 
 

@@ -8,6 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.activations import ACT2CLS
 
 from ..models.adapters import without_adapters
+from ..models.signature import check_sees_images
 from .layers import default_layers, find_layer
 from .maps import count_extra_tokens, pick_tensor, split_index, suggest_layers, to_map
 
@@ -45,6 +46,7 @@ class FeatureTap:
     def __init__(self, model: nn.Module, layers: list[str] | None = None, before_activation: bool = False):
         self.model, self.before_activation = model, before_activation
         named = without_adapters(model)
+        check_sees_images(named)
         self.layers = list(layers) if layers is not None else default_layers(named)
         self.modules = [find_layer(named, name) for name in self.layers]
         self.extra_tokens = count_extra_tokens(model)
@@ -52,10 +54,20 @@ class FeatureTap:
         self._outputs: dict[int, torch.Tensor] = {}
         # What went into an activation, by what came out of it; all of a backbone that gives several maps at its end.
         self._before: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._several = any(split_index(name)[1] is not None for name in self.layers)
+        # What the model itself returns needs no hook, which PEFT would call past.
+        self._own = [index for index, module in enumerate(self.modules) if module is named]
+        self._several = bool(self._own) or any(split_index(name)[1] is not None for name in self.layers)
         self._going_in: torch.Tensor | None = None
+        # Layers whose output is written over later on, by an activation in place; and each output's version.
+        self._written_over: set[int] = set()
+        self._versions: dict[int, int] = {}
         self._active = False
         self._stop_after_last = False
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are registered."""
+        return bool(self._handles)
 
     def attach(self) -> None:
         """Register the hooks; does nothing where they are registered."""
@@ -66,7 +78,8 @@ class FeatureTap:
                     self._handles.append(part.register_forward_pre_hook(_Hook(self._before_activation)))
                     self._handles.append(part.register_forward_hook(_Hook(self._after_activation)))
             for index, module in enumerate(self.modules):
-                self._handles.append(module.register_forward_hook(_Hook(self._keep, index)))
+                if index not in self._own:
+                    self._handles.append(module.register_forward_hook(_Hook(self._keep, index)))
 
     def detach(self) -> None:
         """Remove the hooks and let go of the captured tensors."""
@@ -93,7 +106,7 @@ class FeatureTap:
         return [name for name, feature_map in zip(self.layers, maps, strict=True) if not feature_map.requires_grad]
 
     def _run_once(self, inputs: dict, stop_after_last: bool):
-        was_attached, was_training = bool(self._handles), self.model.training
+        was_attached, was_training = self.is_attached, self.model.training
         self.model.eval()
         self.attach()
         try:
@@ -106,12 +119,18 @@ class FeatureTap:
     def _keep(self, index, module, args, output):
         # Gradient checkpointing runs a module once more in the backward pass: that output is not wanted.
         if self._active:
-            picked = pick_tensor(output, split_index(self.layers[index])[1])
-            if self.before_activation and picked is not None:
-                picked = self._before.get(picked, picked)
-            self._outputs[index] = picked
+            self._pick(index, output)
             if self._stop_after_last and len(self._outputs) == len(self.modules):
                 raise _LastLayerReached
+
+    def _pick(self, index: int, output) -> None:
+        picked = pick_tensor(output, split_index(self.layers[index])[1])
+        if self.before_activation and picked is not None:
+            picked = self._before.get(picked, picked)
+        if picked is not None:
+            picked = picked.clone() if index in self._written_over else picked
+            self._versions[index] = picked._version
+        self._outputs[index] = picked
 
     def _before_activation(self, module, args):
         if self._active:
@@ -126,14 +145,19 @@ class FeatureTap:
     def run(self, inputs: dict, stop_after_last: bool = False):
         """Run the model and return what it gives with the maps of all layers."""
         self._forget()
+        image_size = _image_size(inputs, self.model)
         self._active, self._stop_after_last = True, stop_after_last
         try:
             outputs = self.model(**inputs)
+            for index in self._own:
+                self._pick(index, outputs)
         except _LastLayerReached:
             outputs = None
         finally:
             self._active = False
-        image_size = _image_size(inputs, self.model)
+        if changed := {i for i, f in self._outputs.items() if f is not None and f._version != self._versions[i]}:
+            self._written_over |= changed
+            return self.run(inputs, stop_after_last)
         maps = []
         for index, name in enumerate(self.layers):
             if index not in self._outputs:
@@ -147,7 +171,16 @@ class FeatureTap:
 
 
 def _image_size(inputs: dict, model: nn.Module) -> tuple[int, int]:
-    pixels = inputs.get(getattr(model, "main_input_name", "pixel_values"))
-    if pixels is None:
-        pixels = next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim == 4)
+    """Return the images' height and width, or in patches where the model takes those."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if "spatial_shapes" in tensors:
+        return tuple(tensors["spatial_shapes"][0].tolist())
+    pixels = tensors.get("pixel_values", tensors.get(getattr(model, "main_input_name", None)))
+    pixels = next((each for each in tensors.values() if each.ndim == 4), None) if pixels is None else pixels
+    if pixels is None or pixels.ndim != 4:
+        raise ValueError(
+            "Expected images (batch_size, channels, height, width), got "
+            f"{ {name: tuple(value.shape) for name, value in tensors.items()} }: a video has no single grid for its "
+            "tokens; give one image for each example."
+        )
     return tuple(pixels.shape[-2:])

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modelcard import make_markdown_table
 
 from ..models.adapters import without_adapters
+from ..models.signature import takes_labels
 
 
 # Trainer's own measurements among the metrics.
@@ -69,7 +70,7 @@ class Network:
             sum(parameter.numel() for parameter in model.parameters()),
             sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20,
             numbers(metrics or {}),
-            list((getattr(config, "id2label", None) or {}).values()),
+            list((getattr(config, "id2label", None) or {}).values()) if takes_labels(bare) else [],
         )
 
     @property

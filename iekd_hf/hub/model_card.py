@@ -18,6 +18,7 @@ _TASKS = {  # those that TrainingSummary does not know
     "ForImageClassification": "image-classification",
     "ForObjectDetection": "object-detection",
     "ForSemanticSegmentation": "image-segmentation",
+    "Model": "image-feature-extraction",
 }
 _KNOWLEDGE = {
     "factors": ("factors", "[Kim et al., 2018](https://arxiv.org/abs/1802.04977)"),
@@ -28,14 +29,15 @@ _NOUNS = {
     "image-classification": "an image classifier",
     "object-detection": "an object detector",
     "image-segmentation": "an image segmentation model",
+    "image-feature-extraction": "a backbone, which gives features of images,",
 }
 
 
-def distilled(args: TrainingArguments, teacher: Network) -> str:
-    """Describe for the card how the student was trained."""
+def distilled(args: TrainingArguments, teacher: Network, labels: str) -> str:
+    """Describe for the card how the student was trained, with which labels."""
     inherits, explores = args.lambda_inh > 0 and args.inheritance_ratio > 0, args.lambda_exp > 0
     if not (inherits or explores or args.lambda_kd > 0):
-        return "It was trained on the labels of its images alone, to compare others with."
+        return f"It was trained on {labels} alone, to compare others with."
     what, source = _KNOWLEDGE[args.knowledge]
     ways = []
     if inherits and explores and args.inheritance_ratio < 1:
@@ -52,8 +54,10 @@ def distilled(args: TrainingArguments, teacher: Network) -> str:
         ways.append("Its answers imitate the teacher's ([Hinton et al., 2015](https://arxiv.org/abs/1503.02531)).")
     return " ".join(
         [
-            "It was trained by *knowledge distillation*: besides the labels of its images, it learnt from a network "
-            f"that had been trained before, its *teacher* ({teacher.name}, {teacher.parameters:,} parameters).",
+            "It was trained by *knowledge distillation*: "
+            + ("without any label" if labels == "no labels" else f"besides {labels}")
+            + ", it learnt from a network that had been trained before, its *teacher* "
+            f"({teacher.name}, {teacher.parameters:,} parameters).",
             *ways,
             "The teacher served in training only and is not in this repository.",
         ]
@@ -153,9 +157,10 @@ def _describe(network: Network, task: str | None, images: str) -> str:
     """Describe a network in one sentence."""
     labels = [plain(label) for label in map(str, network.labels) if not label.startswith("LABEL_")]
     told = f" ({', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''})" if labels else ""
+    classes = f" for {len(network.labels)} classes{told}" if network.labels else ""
     return (
-        f"{'This' if network.role in ('student', 'model') else f'`{network.role}`'} is {_NOUNS.get(task, 'a model')} "
-        f"for {len(network.labels)} classes{told} with {network.parameters:,} parameters (`{network.architecture}`)"
+        f"{'This' if network.role in ('student', 'model') else f'`{network.role}`'} is {_NOUNS.get(task, 'a model')}"
+        f"{classes} with {network.parameters:,} parameters (`{network.architecture}`)"
         f"{f', fine-tuned from {link(network.source)}' if network.source else ''}"
         f"{f', trained on {images}' if images else ''}."
     )

@@ -53,9 +53,10 @@ class Objective:
         scale = lambda_scale(progress, self.args.lambda_schedule, self.args.lambda_warmup_ratio)
         return {name: scale * value for name, value in self.weights().items()}
 
-    def __call__(self, losses: dict[str, torch.Tensor], progress: float) -> torch.Tensor:
-        """Return the weighted sum of scalars by name, `task_loss` among them."""
-        weights, total = self.weights_at(progress), losses["task_loss"]
+    def __call__(self, losses: dict[str, torch.Tensor], progress: float | None) -> torch.Tensor:
+        """Return the weighted sum of scalars by name, `task_loss` among them; without a progress, of no schedule."""
+        weights = self.weights() if progress is None else self.weights_at(progress)
+        total = losses["task_loss"]
         for name, loss in losses.items():
             if name in LAMBDA_OF:
                 total = total + weights[LAMBDA_OF[name]] * loss
@@ -111,7 +112,8 @@ def logit_loss(
         temperature (`float`):
             As in [`kd_loss`].
         labels (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
-            Labels of dense logits, of any size: positions that they leave out do not count.
+            Labels of dense logits, of any size: positions that they leave out do not count, unless they leave out a
+            whole image, which has no labels then and counts as it is.
         ignore_index (`int`, *optional*, defaults to -100):
             The label that leaves a position out.
         multi_label (`bool`, *optional*, defaults to `False`):
@@ -125,5 +127,7 @@ def logit_loss(
         logits = (student_logits, teacher_logits)
         student_logits, teacher_logits = (torch.stack([z, torch.zeros_like(z)], dim=1) for z in logits)
     elif student_logits.ndim > 2 and labels is not None:
-        mask = mask_at(labels != ignore_index, student_logits.shape[2:])
+        labelled = labels != ignore_index
+        labelled = labelled | ~labelled.flatten(1).any(dim=1).view(-1, 1, 1)
+        mask = mask_at(labelled, student_logits.shape[2:])
     return kd_loss(student_logits, teacher_logits, temperature, mask)

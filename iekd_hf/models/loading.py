@@ -10,11 +10,15 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
+
+from .signature import WITHOUT_MASKS, is_headless
 
 
 logger = logging.get_logger(__name__)
@@ -43,21 +47,34 @@ def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
     where = {name: kwargs[name] for name in (*_HUB_KEYWORDS, "trust_remote_code") if name in kwargs}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **where)
-        # The checkpoint's own class (a detector stays a detector); custom code is known to the auto class alone.
-        architecture = (config.architectures or [""])[0]
-        model_class = getattr(transformers, architecture, AutoModelForImageClassification)
+        model_class = _class_of(config)
         model, report = model_class.from_pretrained(
             name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(explain_unreachable(name_or_path, role, error)) from error
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if missing and is_headless(model) and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None  # no map comes from it, and random weights would make another teacher of each run
+        missing = []
+    if missing:
         raise ValueError(
             f"Expected every weight of {type(model).__name__} in {role}={name_or_path!r}, got {len(missing)} missing "
             f"({missing[0]} among them), which would be random: save it again with save_pretrained, or load it "
             "yourself and pass the model."
         )
     return model
+
+
+def _class_of(config: PreTrainedConfig) -> type:
+    """Return a checkpoint's own class: a detector stays a detector, and features come without a head."""
+    architecture = (config.architectures or [""])[0]
+    if own := getattr(transformers, WITHOUT_MASKS.get(architecture, architecture), None):
+        return own
+    # Custom code is known to the auto classes alone.
+    known = getattr(config, "auto_map", None) or {}
+    headless = "AutoModel" in known and AutoModelForImageClassification.__name__ not in known
+    return AutoModel if headless else AutoModelForImageClassification
 
 
 def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:

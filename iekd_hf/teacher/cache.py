@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -27,8 +28,10 @@ from .frozen import FrozenTeacher, TeacherTargets, fingerprint
 
 logger = logging.get_logger(__name__)
 
-# Images between two notes of what is done: what an interruption loses at most.
+# Images between two notes of what is done: what an interruption, or damage, loses at most.
 _BLOCK = 1024
+# A checksum of each block (views in turn), 0 where it is not done.
+_DONE = "done.npy"
 _COMPLETE = "complete.json"
 # Configuration entries that do not change the features.
 _NOT_THE_TEACHER = ("_name_or_path", "transformers_version", "architectures", "dtype", "problem_type")
@@ -39,7 +42,7 @@ class TeacherCache:
     Hold the factors F_T, and the logits if a logit term is on, of K views of each image, in float16.
 
     Its folder is named by a digest of everything that the numbers depend on. An unfinished cache is continued, never
-    read.
+    read; blocks that have changed since they were written are made anew.
     """
 
     def __init__(
@@ -56,14 +59,15 @@ class TeacherCache:
         spec = self._spec()
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(args.teacher_cache_dir or Path(args.output_dir) / "_teacher_cache") / digest
+        self._blocks = [*itertools.product(range(args.cache_views), range(0, len(images), _BLOCK))]
         # What the main process finds holds for all ranks: they build together, or not at all. A complete cache may be
         # on a disk that cannot be written to.
-        if not broadcast_object_list([self._is_intact(_COMPLETE)])[0]:
+        if not broadcast_object_list([accelerator.is_main_process and self._is_complete()])[0]:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             # Of several runs that want the same cache, one makes it while the others wait.
             lock = WeakFileLock(self.folder.with_suffix(".lock")) if accelerator.is_main_process else nullcontext()
             with lock:
-                if not broadcast_object_list([self._is_intact(_COMPLETE)])[0]:
+                if not broadcast_object_list([accelerator.is_main_process and self._is_complete()])[0]:
                     self._build(spec)
         self._check_shared(_COMPLETE)
         self._arrays = self._open("r")
@@ -105,15 +109,17 @@ class TeacherCache:
     # ---- Building ----
 
     def _build(self, spec: dict) -> None:
-        args, accelerator = self.args, self.accelerator
-        blocks = [*itertools.product(range(args.cache_views), range(0, len(self.images), _BLOCK))]
+        args, accelerator, blocks = self.args, self.accelerator, self._blocks
         if accelerator.is_main_process:
-            self._allocate(len(blocks))
+            self._allocate()
         accelerator.wait_for_everyone()
-        self._check_shared("done.npy")
+        self._check_shared(_DONE)
         arrays = self._open("r+")
-        done = np.load(self.folder / "done.npy", mmap_mode="r+")
+        done = np.load(self.folder / _DONE, mmap_mode="r+")
         mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
+        for i in mine:
+            if done[i] and done[i] != _checksum(arrays, *blocks[i]):
+                done[i] = 0
         size = sum(array.nbytes for array in arrays) / 2**20
         lengths = {i: min(_BLOCK, len(self.images) - blocks[i][1]) for i in mine}
         bar = tqdm(
@@ -143,7 +149,7 @@ class TeacherCache:
             if ids.stop == start + lengths[i]:
                 for array in arrays:
                     array.flush()
-                done[i] = True  # noted only when it is on disk
+                done[i] = _checksum(arrays, view, start)  # noted only when it is on disk
                 done.flush()
         bar.close()
         accelerator.wait_for_everyone()
@@ -151,7 +157,6 @@ class TeacherCache:
             unfinished = self.folder / f"{_COMPLETE}.tmp"
             unfinished.write_text(json.dumps(spec, indent=2))
             os.replace(unfinished, self.folder / _COMPLETE)
-            (self.folder / "done.npy").unlink()
         accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -177,20 +182,39 @@ class TeacherCache:
     def _open(self, mode: str) -> list[np.ndarray]:
         return [np.load(self.folder / name, mmap_mode=mode) for name in self._names()]
 
-    def _is_intact(self, note: str) -> bool:
-        """Return whether a note is there, and with it every file in its full length."""
-        if not (self.folder / note).is_file():
+    def _is_complete(self) -> bool:
+        """Return whether the cache is there, and every block of it as it was written."""
+        if not (self.folder / _COMPLETE).is_file() or not self._has_files():
             return False
+        arrays, done = self._open("r"), np.load(self.folder / _DONE)
+        changed = [i for i, block in enumerate(self._blocks) if not done[i] or done[i] != _checksum(arrays, *block)]
+        if changed:
+            view, start = self._blocks[changed[0]]
+            logger.warning(
+                f"The teacher's cache in {self.folder} has changed since it was written: {len(changed)} of "
+                f"{len(self._blocks)} blocks are made anew, view {view} of the images from {start} on among them."
+            )
+        return not changed
+
+    def _has_files(self) -> bool:
+        """Return whether every file is there in its full length, with a note of the blocks that are done."""
+        if not self.folder.is_dir():
+            return False
+        images, blocks = (self.args.cache_views, len(self.images)), (len(self._blocks),)
         try:
-            self._open("r")  # numpy extends a short file that is opened to be written to, and refuses one to be read
+            # numpy extends a short file that is opened to be written to, and refuses one to be read.
+            for name, dtype, shape in [(_DONE, "<u4", blocks), *((name, "<f2", images) for name in self._names())]:
+                array = np.load(self.folder / name, mmap_mode="r")
+                if array.dtype != dtype or array.shape[: len(shape)] != shape or not array.flags.c_contiguous:
+                    raise ValueError(f"{name} is of another cache")
         except (OSError, ValueError) as error:
             logger.warning(f"The teacher's cache in {self.folder} is damaged and made anew: {error}")
             return False
         return True
 
-    def _allocate(self, num_blocks: int) -> None:
+    def _allocate(self) -> None:
         """Make the files, if an interrupted run has not, on a disk that can hold them."""
-        if self._is_intact("done.npy"):
+        if self._has_files():
             logger.info("Continuing an unfinished cache of the teacher.")
             return
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -205,8 +229,8 @@ class TeacherCache:
                 with open(self.folder / name, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, os.path.getsize(self.folder / name))
         # Last, and at once: without it the files above count for nothing.
-        np.save(self.folder / "done.tmp.npy", np.zeros(num_blocks, bool))
-        os.replace(self.folder / "done.tmp.npy", self.folder / "done.npy")
+        np.save(self.folder / "done.tmp.npy", np.zeros(len(self._blocks), np.uint32))
+        os.replace(self.folder / "done.tmp.npy", self.folder / _DONE)
 
     def _check_shared(self, name: str) -> None:
         if not (self.folder / name).is_file():
@@ -249,6 +273,15 @@ def check_cache_folder(args: IEKDTrainingArguments, num_images: int, image_bytes
         ) from error
     if not any(folder.rglob(_COMPLETE)):  # one that is there may be the one
         check_room(folder, image_bytes * args.cache_views * num_images, args.cache_views, num_images)
+
+
+def _checksum(arrays: list[np.ndarray], view: int, start: int) -> int:
+    """Return the checksum of a block: of its numbers, and of how they are read."""
+    checksum = 0
+    for array in arrays:
+        checksum = zlib.crc32(f"{array.dtype}{array.shape}".encode(), checksum)
+        checksum = zlib.crc32(array[view, start : start + _BLOCK], checksum)
+    return checksum
 
 
 def _digest(module: nn.Module | None) -> str:

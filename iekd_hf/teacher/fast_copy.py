@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..features.layers import watching
+from ..features.trace import watching
 
 
 def fold_batchnorm(model: nn.Module, run: Callable[[nn.Module], object], keep: Sequence[str] = ()) -> int:

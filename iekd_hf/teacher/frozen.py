@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..features.patches import cut_patches, patch_size_of
 from ..features.tap import FeatureTap
+from ..features.trace import image_size_of
 from ..method.padding import mask_at
 from .fast_copy import copy_fast
 from .pixels import TeacherPixels
@@ -53,9 +55,10 @@ class FrozenTeacher(nn.Module):
         parameters = inspect.signature(teacher.forward).parameters.values()
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self._arguments = [p.name for p in parameters if p.kind not in variadic and "label" not in p.name]
-        # Outside of Transformers the pixels come first, whatever they are called there.
-        first = "pixel_values" if "pixel_values" in self._arguments else next(iter(self._arguments), "pixel_values")
-        self.main_input_name = getattr(teacher, "main_input_name", first)
+        # Outside of Transformers the pixels come first, whatever they are called there; in CLIP the text does.
+        first = getattr(teacher, "main_input_name", next(iter(self._arguments), "pixel_values"))
+        self.main_input_name = "pixel_values" if "pixel_values" in self._arguments else first
+        self._patch_size = patch_size_of(teacher)
         self.dtype = next((p.dtype for p in teacher.parameters()), torch.float32)
         self.eval()
 
@@ -99,10 +102,20 @@ class FrozenTeacher(nn.Module):
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             shapes = {name: tuple(x.shape) for name, x in sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
-                f"Expected {type(self.teacher).__name__} to take the student's batch {shapes}, got: {error} "
-                "If it needs another size, pass teacher_processor."
+                f"Expected {type(self.teacher).__name__} to take the student's batch {shapes}, got: "
+                f"{str(error).rstrip('.')}.{self._explain_size(sample)}"
             ) from error
         return logits_of(outputs) if with_logits else None, shapes_of_maps
+
+    def _explain_size(self, sample: dict) -> str:
+        """Say which size the teacher was built for, if it is another one."""
+        built_for, pixels = image_size_of(self.teacher), self.to_teacher_inputs(sample)[self.main_input_name]
+        if built_for is None or pixels.ndim != 4 or tuple(pixels.shape[2:]) == built_for:
+            return ""
+        return (
+            f" It was built for {built_for[0]}x{built_for[1]} pixels: pass the image processor that makes them as "
+            "teacher_processor."
+        )
 
     def to_teacher_inputs(self, inputs: dict) -> dict:
         """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
@@ -113,7 +126,10 @@ class FrozenTeacher(nn.Module):
             if mask is not None:
                 inputs = {**inputs, "pixel_mask": mask_at(mask, pixels.shape[-2:]).to(mask.dtype)}
         inputs = {name: value for name, value in inputs.items() if name in self._arguments}
-        return {**inputs, self.main_input_name: pixels.to(self.dtype)}
+        inputs[self.main_input_name] = pixels.to(self.dtype)
+        if self._patch_size is not None and pixels.ndim == 4:
+            inputs |= cut_patches(pixels.to(self.dtype), self._patch_size)
+        return inputs
 
     @torch.no_grad()
     def feature_maps(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:

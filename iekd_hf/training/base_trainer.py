@@ -1,7 +1,6 @@
 """What all trainers share, without any algorithm: component logs, the finite-loss guard, strict loading."""
 
 import itertools
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,15 +14,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from ..hub.push import HubTrainer
-from ..method.objective import Objective, logit_loss
-from ..models.adapters import is_adapted, without_adapters
+from ..models.adapters import is_adapted
 from .average import averages_among
-from .checkpoints import check_optimizer_state, load_weights
+from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import is_stream
 from .component_log import ComponentLog
-from .manifest import is_disk_error, move_files, write_manifest
-from .resume import ResumePoint, begin_run, find_last_checkpoint, find_resume_point
+from .manifest import write_manifest
+from .resume import ResumePoint, begin_run, find_resume_point
+from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
+from .task_loss import TaskLossTrainer, nothing_of
 
 
 logger = logging.get_logger(__name__)
@@ -39,11 +38,8 @@ _NOT_PREDICTED_BY_DETECTORS = (
 # Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
 _NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
 
-# Where a checkpoint is while it is being written; Trainer never uploads such names.
-SAVING_FOLDER = "_saving"
 
-
-class DistillationTrainer(HubTrainer):
+class DistillationTrainer(TaskLossTrainer):
     """
     Extend [`~transformers.Trainer`] with what distillation trainers share.
 
@@ -51,7 +47,8 @@ class DistillationTrainer(HubTrainer):
     - a component that is NaN or infinite stops training at the next log or save, before anything is overwritten;
     - a student is reloaded by `from_pretrained`, which must find every weight;
     - engines that would wrap or shard the student alone are refused;
-    - batches of [`DecodedImages`] are augmented on the device.
+    - batches of [`DecodedImages`] are augmented on the device;
+    - images without a label (-100, or none) take no part in the task's loss.
 
     Args:
         augmentation (`BatchAugmentation` or another `nn.Module`, *optional*):
@@ -63,10 +60,6 @@ class DistillationTrainer(HubTrainer):
 
     # Put before each name in the logs, by a trainer whose logs trackers may put into one run with another's.
     log_prefix = ""
-    # Set by trainers that weigh several losses.
-    # Not `objective`, which is what a hyperparameter search of Trainer maximises.
-    distillation_objective: Objective | None = None
-
     # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
     loss_is_scaled_for_ga = False
@@ -166,7 +159,8 @@ class DistillationTrainer(HubTrainer):
             was_training = module.training
             module.eval()
             outputs, F_inh, F_exp, *_ = module(**example)
-            objective = outputs["loss"] + sum(factor.sum() for factor in (*F_inh, *F_exp))
+            goal = nothing_of(outputs) if outputs.get("loss") is None else outputs["loss"]
+            objective = goal + sum(factor.sum() for factor in (*F_inh, *F_exp))
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             gradients = torch.autograd.grad(objective, trained, allow_unused=True)
             module.train(was_training)
@@ -190,35 +184,6 @@ class DistillationTrainer(HubTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # Trainer computes the norm for the logs at every step, even without clipping.
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
-
-    @property
-    def has_custom_loss(self) -> bool:
-        """Whether a custom loss or label smoothing replaces the model's loss."""
-        return self.compute_loss_func is not None or self.label_smoother is not None
-
-    def pop_custom_labels(self, inputs: dict) -> torch.Tensor | None:
-        """Take the labels out of a batch where a custom loss needs them."""
-        return inputs.pop("labels") if self.has_custom_loss and "labels" in inputs else None
-
-    def task_loss(self, model: nn.Module, outputs: dict, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-        if labels is not None:
-            return self.label_smoother(outputs, labels)
-        if outputs.get("loss") is None:
-            raise ValueError(
-                f"Expected {type(model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
-                f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
-            )
-        return outputs["loss"]
-
-    def logit_loss(self, model: nn.Module, logits, teacher_logits, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return the logit term between two models that do the task of `model`."""
-        config = getattr(without_adapters(model), "config", None)
-        ignore_index = getattr(config, "semantic_loss_ignore_index", -100)
-        multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
-        return logit_loss(logits, teacher_logits, self.args.temperature, labels, ignore_index, multi_label)
 
     @property
     def progress(self) -> float:
@@ -263,7 +228,7 @@ class DistillationTrainer(HubTrainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | bool | ResumePoint | None = None,
         trial=None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
@@ -273,6 +238,7 @@ class DistillationTrainer(HubTrainer):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 `True` takes the newest whole checkpoint of the last run in `output_dir`; or a checkpoint's folder.
+                What [`find_resume_point`] has found is taken as it is.
             trial, ignore_keys_for_eval (*optional*):
                 As in Trainer.
 
@@ -288,10 +254,22 @@ class DistillationTrainer(HubTrainer):
                 f"Expected a checkpoint to resume from in output_dir={str(Path(self.args.output_dir))!r}, got none: "
                 "train without resume_from_checkpoint, or name the run's output_dir."
             )
+        if point and point.checkpoint:
+            self.check_checkpoint(point.checkpoint)
         if self.args.should_save:
             self.run = begin_run(self.args.output_dir, point)
         self.before_training(point, trial)
         return super().train(point.checkpoint if point else None, trial, ignore_keys_for_eval)
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a checkpoint of another trainer or model, before anything is loaded or trained."""
+        check_training_state(folder, self.args)
+        self.check_weights(folder)
+
+    def check_weights(self, folder: str) -> None:
+        """Refuse weights of another model."""
+        if isinstance(self.model, PreTrainedModel) and not is_adapted(self.model):
+            read_weights(self.model, folder)
 
     def before_training(self, point: ResumePoint | None, trial) -> None:
         """Prepare what a training needs, where the run begins or goes on."""
@@ -310,35 +288,21 @@ class DistillationTrainer(HubTrainer):
         # Trainer writes checkpoints file by file in their place; here they are written beside it and moved.
         self.check_finite()
         run_dir = Path(self._get_output_dir(trial))
-        self._saving_folder, name = run_dir / SAVING_FOLDER, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        part, checkpoint = self._saving_folder / name, run_dir / name
-        if self.is_local_process_zero():
-            shutil.rmtree(self._saving_folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                for average in averages_among(self.callback_handler.callbacks):
-                    average.save(part)
-                if self.state.best_model_checkpoint == str(part):
+            with checkpoint_written_whole(checkpoint, self.args, self.accelerator, run=self.run) as folder:
+                self._saving_folder = folder
+                super()._save_checkpoint(model, trial)
+                for average in averages_among(self.callback_handler.callbacks) if self.args.should_save else ():
+                    average.save(folder / checkpoint.name)
+                if self.args.should_save and self.state.best_model_checkpoint == str(folder / checkpoint.name):
                     self.state.best_model_checkpoint = str(checkpoint)
-                    self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-                self.accelerator.wait_for_everyone()
-                write_manifest(part, run=self.run)
-                shutil.rmtree(checkpoint, ignore_errors=True)
-                part.rename(checkpoint)
-            else:
-                self.accelerator.wait_for_everyone()
+                    self.state.save_to_json(str(folder / checkpoint.name / TRAINER_STATE_NAME))
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not is_disk_error(error):
-                raise
-            self._tell_failed_save(checkpoint, error)
+            tell_failed_save(checkpoint, error, self.args.world_size)
             return
         finally:
             self._saving_folder = None
-            if self.is_local_process_zero():
-                shutil.rmtree(run_dir / SAVING_FOLDER, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
         if self.args.should_save:
@@ -350,22 +314,8 @@ class DistillationTrainer(HubTrainer):
         if self._saving_folder is not None or not self.args.should_save:  # every rank comes here, one writes
             super()._save(str(folder), state_dict)
             return
-        part = folder / SAVING_FOLDER
-        shutil.rmtree(part, ignore_errors=True)
-        super()._save(str(part), state_dict)
-        move_files(part, folder)
-
-    def _tell_failed_save(self, checkpoint: Path, error: Exception) -> None:
-        """Log that a checkpoint could not be written; in distributed training, where other ranks wait, raise it."""
-        last = find_last_checkpoint(checkpoint.parent)
-        message = (
-            f"Expected to write {checkpoint}, got {type(error).__name__}: {error}. "
-            + (f"{Path(last).name} is the last whole checkpoint. " if last else "There is no other checkpoint. ")
-            + "Make room on that disk, or lower save_total_limit."
-        )
-        if self.args.world_size > 1:
-            raise OSError(message) from error
-        logger.error(f"{message} Training goes on.")
+        with files_written_whole(folder) as part:
+            super()._save(str(part), state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self._saving_folder is None:  # what is pushed is a checkpoint in its place
@@ -374,11 +324,6 @@ class DistillationTrainer(HubTrainer):
     def complete_checkpoint(self, folder: str) -> None:
         """List what has been added to the copy of a checkpoint that is pushed."""
         write_manifest(folder, run=self.run)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is not None:
-            check_optimizer_state(checkpoint, self.args.save_only_model)
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def sync_buffers(self, module: nn.Module) -> None:
         """Give every rank the buffers of rank 0."""

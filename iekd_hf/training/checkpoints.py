@@ -9,14 +9,14 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
 from ..method.factors import Paraphraser
 from ..models.adapters import different_weights, is_adapted, load_adapter
 from ..models.loading import explain_unreachable
-from .manifest import MANIFEST_FILE, check_undamaged, written_whole
+from .manifest import MANIFEST_FILE, check_undamaged, file_written_whole, written_whole
 
 
 logger = logging.get_logger(__name__)
@@ -26,14 +26,12 @@ ENCODERS_FILE = "iekd_encoders.safetensors"
 ENCODERS_FOLDER = "_encoders"
 
 
-def save_encoders(module: nn.Module, folder: str, trainer: str, **made_for: str) -> None:
+def save_encoders(module: nn.Module, folder: str | Path, trainer: str, **made_for: str) -> None:
     """Save everything that trains but the students, which are saved as models."""
     os.makedirs(folder, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in _beside_students(module).items()}
-    file = Path(folder) / ENCODERS_FILE
-    part = file.with_name(f"{ENCODERS_FILE}.part")
-    save_file(tensors, part, metadata={"format": "pt", "trainer": trainer, **made_for})
-    os.replace(part, file)
+    with file_written_whole(Path(folder) / ENCODERS_FILE) as part:
+        save_file(tensors, part, metadata={"format": "pt", "trainer": trainer, **made_for})
 
 
 def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
@@ -45,8 +43,14 @@ def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
             "another trainer or by save_model(). To start from its weights, load them from that folder and do not "
             "resume."
         )
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected a checkpoint of {trainer} in {folder}, got one whose {ENCODERS_FILE} cannot be read ({error}): "
+            "resume from another checkpoint."
+        ) from error
     if metadata["trainer"] != trainer:
         raise ValueError(
             f"Expected a checkpoint of {trainer} in {folder}, got one of {metadata['trainer']}: resume with that "
@@ -66,10 +70,12 @@ def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
         )
 
 
-def check_optimizer_state(folder: str, save_only_model: bool) -> None:
-    """Refuse a checkpoint that has lost its optimizer; say what begins anew in one that was saved without."""
+def check_training_state(folder: str, args: TrainingArguments) -> None:
+    """Refuse a checkpoint that has lost its optimizer; say what begins anew where it, or other ranks, go on."""
+    random_states = [*Path(folder).glob("rng_state*.pth")]  # one of each rank
     missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not Path(folder, name).is_file()]
-    if missing and not save_only_model and not Path(folder, MANIFEST_FILE).is_file():
+    missing += [] if random_states else ["rng_state.pth"]
+    if missing and not args.save_only_model and not Path(folder, MANIFEST_FILE).is_file():
         raise ValueError(
             f"Expected {' and '.join(missing)} in {folder}, got neither them nor a manifest that says that there were "
             "none: resume from another checkpoint, or set save_only_model=True to go on with a new optimizer."
@@ -78,10 +84,20 @@ def check_optimizer_state(folder: str, save_only_model: bool) -> None:
         logger.warning(
             f"{folder} was saved with save_only_model: optimizer, learning rate schedule and random state begin anew."
         )
+    elif len(random_states) != args.world_size and args.process_index == 0:
+        logger.warning(
+            f"{folder} was saved by {len(random_states)} processes and goes on with {args.world_size}: the order of "
+            "the images and the random state of the processes are not those of the run."
+        )
 
 
 def load_encoders(module: nn.Module, folder: str) -> None:
-    """Restore what [`save_encoders`] has saved, into encoders of the same shapes."""
+    """Restore what [`save_encoders`] has saved."""
+    module.load_state_dict(read_encoders(module, folder), strict=False)
+
+
+def read_encoders(module: nn.Module, folder: str) -> dict[str, torch.Tensor]:
+    """Read what [`save_encoders`] has saved; refuse encoders of other shapes."""
     own, tensors = _beside_students(module), load_file(Path(folder) / ENCODERS_FILE)
     different = different_weights(own, tensors)
     if different:
@@ -90,7 +106,7 @@ def load_encoders(module: nn.Module, folder: str) -> None:
             f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels "
             "and the losses that are in use as they were, or use another output_dir."
         )
-    module.load_state_dict(tensors, strict=False)
+    return tensors
 
 
 def _beside_students(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -138,15 +154,20 @@ def load_paraphrasers(
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load a checkpoint's weights into a model, all of them or none; of a model with adapters, the active adapter."""
+    if is_adapted(model):
+        load_adapter(model, folder)
+    else:
+        model.load_state_dict(read_weights(model, folder))
+
+
+def read_weights(model: PreTrainedModel, folder: str) -> dict[str, torch.Tensor]:
     """
-    Load a checkpoint's weights into a model, all of them or none; of a model with adapters, the active adapter.
+    Read the weights of a checkpoint of this model; refuse one of another.
 
     Trainer's own way, `load_state_dict(strict=False)` on the saved names, loses the weights whose names differ on
     disk, which for ViT, Swin and DINOv2 is most of them (https://github.com/huggingface/transformers/issues/43701).
     """
-    if is_adapted(model):
-        load_adapter(model, folder)
-        return
     what_to_do = "give the model that was trained there, or another output_dir."
     try:
         loaded, info = type(model).from_pretrained(folder, output_loading_info=True, use_safetensors=True)
@@ -172,4 +193,4 @@ def load_weights(model: PreTrainedModel, folder: str) -> None:
             f"Expected every weight of {type(model).__name__} in {folder} and no other, got {len(missing)} missing "
             f"{missing[:3]} and {len(unexpected)} unexpected {unexpected[:3]}: {what_to_do}"
         )
-    model.load_state_dict(got)
+    return got

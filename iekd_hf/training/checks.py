@@ -4,18 +4,22 @@ import warnings
 from collections.abc import Iterable
 
 import datasets
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.utils import find_labels
+from transformers.backbone_utils import BackboneMixin
+from transformers.utils import find_labels, logging
 
-from ..data.decoded_images import DecodedImages
 from ..features.layers import check_layers, is_detector, pair_layers
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
+from ..models.signature import is_headless, takes_labels
 from .average import averages_among
+from .labels import NO_LABEL, read_classes, read_least_target
+
+
+logger = logging.get_logger(__name__)
 
 
 def is_stream(dataset: Dataset) -> bool:
@@ -42,15 +46,22 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
         )
+    if not takes_labels(without_adapters(model)):
+        return  # a backbone, which takes no labels
     config = getattr(model, "config", None)
     num_labels, problem = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
+    if problem == "multi_label_classification" and (least := read_least_target(dataset)) is not None and least < 0:
+        raise ValueError(
+            f"Expected targets of 0 or 1 in {name} for several labels an image, got {least:g}: that an image is "
+            "without a label can be said of classes only. Remove these images, or leave out the labels of all."
+        )
     if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
         return  # targets, not classes
     for column in ("labels", "label"):
-        labels = _read_classes(dataset, column)
+        labels = read_classes(dataset, column)
         if labels is None:
             continue
-        outside = (labels != -100) & ((labels < 0) | (labels >= num_labels))
+        outside = (labels != NO_LABEL) & ((labels < 0) | (labels >= num_labels))
         if outside.any():
             row = int(outside.argmax())
             raise ValueError(
@@ -58,21 +69,6 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
                 f"{int(labels[row])} in row {row} of column {column!r}: load the student with num_labels="
                 f"{int(labels.max()) + 1}, or fix the labels."
             )
-
-
-def _read_classes(dataset: Dataset, column: str) -> np.ndarray | None:
-    """Return a column of class labels, where that is cheap: of a table, of decoded images, of a list in memory."""
-    if isinstance(dataset, list):
-        values = [row.get(column) if isinstance(row, dict) else None for row in dataset]
-        numbers = all(isinstance(value, (int, np.integer)) or getattr(value, "ndim", 1) == 0 for value in values)
-        labels = np.array([int(value) if float(value).is_integer() else 0.5 for value in values]) if numbers else None
-        return labels if labels is not None and labels.dtype.kind in "iu" else None
-    if isinstance(dataset, DecodedImages):
-        dataset = dataset.table
-    feature = dataset.features.get(column) if isinstance(dataset, datasets.Dataset) else None
-    if isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith("int"):
-        return dataset.select_columns([column]).with_format("numpy")[:][column]
-    return None
 
 
 def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, term: str, remedy: str) -> None:
@@ -105,11 +101,30 @@ def check_student(
         check_layers(model, named or [])
     layers = pair_layers(student, teacher, args.student_layers, args.teacher_layers)
     if args.lambda_kd > 0:
+        for model, role in ((student, "student"), (teacher, "teacher")):
+            bare = without_adapters(model)
+            if is_headless(bare) or isinstance(bare, BackboneMixin):
+                raise ValueError(
+                    f"Expected a {role} with logits for lambda_kd > 0, got {type(bare).__name__}, which has no head: "
+                    "set lambda_kd=0, or a method without '+kd'; the feature losses do not need it."
+                )
         refuse_logit_term([student, teacher], "lambda_kd > 0", "Set lambda_kd=0, or a method without '+kd'")
         check_not_regression(student, "lambda_kd > 0", "set lambda_kd=0, or a method without '+kd'")
         check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
     check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
     return layers
+
+
+def tell_of_no_labels(student: PreTrainedModel, args: TrainingArguments) -> None:
+    """Say that nothing but the teacher teaches, and warn of a head that nothing trains."""
+    logger.info("No image has a label: the student learns from the teacher alone, and L_goal is 0.")
+    if args.lambda_kd == 0 and takes_labels(without_adapters(student)):
+        warnings.warn(
+            f"No image has a label and lambda_kd=0, so nothing trains the head of {type(student).__name__}, whose "
+            "predictions stay random: pass the student without it (AutoModel), or a method with '+kd'.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> None:

@@ -4,24 +4,23 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.utils.sha import sha_fileobj
-from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 
 MANIFEST_FILE = "manifest.json"
 
 
-def write_manifest(folder: str | Path, **facts: str) -> None:
+def write_manifest(folder: str | Path, patterns: Iterable[str] = ("**/*",), **facts) -> None:
     """List the files of a folder with sizes and digests; written last, and in one piece."""
     folder = Path(folder)
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern))
         if path.is_file() and path.name != MANIFEST_FILE
     }
     write_whole(folder / MANIFEST_FILE, json.dumps({**facts, "files": files}, indent=1))
@@ -57,6 +56,8 @@ def find_damage(folder: str | Path) -> str | None:
 
 def find_checkpoint_damage(folder: str | Path) -> str | None:
     """Return what is wrong with a checkpoint; one without a manifest is whole if Trainer wrote its last file."""
+    if not Path(folder).is_dir():
+        return "there is no such folder"
     damage = find_damage(folder)
     if damage is None and not Path(folder, MANIFEST_FILE).is_file():
         try:
@@ -72,26 +73,26 @@ def check_undamaged(folder: Path) -> None:
     """Refuse a folder with a file that is missing, cut or changed."""
     if damage := find_damage(folder):
         raise ValueError(
-            f"Expected {folder} as it was written, got another: {damage}. Copy it again from where it came, or go on "
-            "from an earlier checkpoint (resume_from_checkpoint=True takes the newest whole one)."
+            f"Expected {folder} as it was written, got another: {damage}. Copy it again from where it came, or "
+            "make it anew."
         )
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name and move it to its own."""
+@contextmanager
+def file_written_whole(file: Path) -> Iterator[Path]:
+    """Give a name to write a file under, which becomes its own in one piece."""
     part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # two runs in one folder do not meet here
-    part.write_text(text)
-    os.replace(part, file)
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def move_files(source: Path, target: Path) -> None:
-    """Move the files of a folder into another, each in one piece, weights last."""
-    files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda p: p.suffix == ".safetensors")
-    for path in files:
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
-    shutil.rmtree(source)
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file in one piece."""
+    with file_written_whole(file) as part:
+        part.write_text(text)
 
 
 @contextmanager
@@ -104,12 +105,6 @@ def written_whole(folder: Path, **facts: str) -> Iterator[Path]:
     write_manifest(part, **facts)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-
-
-def is_disk_error(error: Exception) -> bool:
-    """Return whether an error of writing a file is the disk's: full, read-only, gone."""
-    of_torch = any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos"))
-    return of_torch or isinstance(error, (OSError, SafetensorError))
 
 
 def _digest(path: Path) -> str:

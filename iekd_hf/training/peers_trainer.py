@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..hub.card_facts import CardFacts, Network
 from .base_trainer import DistillationTrainer
-from .checkpoints import load_weights
+from .checkpoints import load_weights, read_weights
 
 
 class PeersTrainer(DistillationTrainer):
@@ -106,6 +106,11 @@ class PeersTrainer(DistillationTrainer):
             # weights only, and takes the code from the repository's root.
             if self.args.should_save and model._auto_class is not None:
                 custom_object_save(model, output_dir)
+
+    def check_weights(self, folder: str) -> None:
+        """Refuse weights of other models."""
+        for name, model in self.named_peers().items():
+            read_weights(model, os.path.join(folder, name))
 
     def load_peers(self, folder: str) -> None:
         """Restore the models from where they were saved together."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
-from .manifest import check_undamaged, find_checkpoint_damage, read_manifest, write_whole
+from .manifest import find_checkpoint_damage, read_manifest, write_whole
 
 
 logger = logging.get_logger(__name__)
@@ -29,13 +29,19 @@ class ResumePoint:
     paraphrasers: Path | None = None  # folder of the finished ones
 
 
-def find_resume_point(output_dir: str | Path, resume_from_checkpoint: str | bool | None) -> ResumePoint | None:
-    """Find where a run goes on; only the disk is read."""
-    if not resume_from_checkpoint:
-        return None
+def find_resume_point(
+    output_dir: str | Path, resume_from_checkpoint: "str | bool | ResumePoint | None"
+) -> ResumePoint | None:
+    """Find where a run goes on; only the disk is read. A point that was found before stays."""
+    if isinstance(resume_from_checkpoint, ResumePoint) or not resume_from_checkpoint:
+        return resume_from_checkpoint or None
     if resume_from_checkpoint is not True:
         named = Path(resume_from_checkpoint)
-        check_undamaged(named)
+        if damage := find_checkpoint_damage(named):
+            raise ValueError(
+                f"Expected a whole checkpoint to resume from, got {str(named)!r}: {damage}. Copy it again from where "
+                "it came, or go on from an earlier one (resume_from_checkpoint=True takes the newest whole one)."
+            )
         if named.parent.name == STAGE_1_FOLDER:
             return ResumePoint(stage_1_checkpoint=str(resume_from_checkpoint))
         # A checkpoint from the Hub has them inside.
@@ -72,7 +78,7 @@ def begin_run(output_dir: str | Path, point: ResumePoint | None) -> str:
     """Name the run that an `output_dir` belongs to from now on: a new one, or the one that goes on."""
     run = read_manifest(point.checkpoint).get("run") if point and point.checkpoint else None
     run = run or (last_run(output_dir) if point else None) or uuid.uuid4().hex
-    if run != last_run(output_dir):
+    if point is None or run != last_run(output_dir):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         write_whole(Path(output_dir, RUN_FILE), json.dumps({"run": run}))
     return run
@@ -88,3 +94,8 @@ def last_run(output_dir: str | Path) -> str | None:
         return json.loads(Path(output_dir, RUN_FILE).read_text())["run"]
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected the name of the run in {Path(output_dir, RUN_FILE)}, got a file that cannot be read "
+            f"({type(error).__name__}: {error}): remove it to go on from the newest whole checkpoint in that folder."
+        ) from error

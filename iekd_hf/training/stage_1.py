@@ -20,6 +20,7 @@ from ..teacher.frozen import FrozenTeacher
 from .checkpoints import load_paraphrasers
 from .checks import is_stream
 from .paraphraser_trainer import ParaphraserTrainer
+from .resume import ResumePoint
 
 
 logger = logging.get_logger(__name__)
@@ -60,7 +61,7 @@ def train_paraphrasers(
     paraphrasers = [Paraphraser(c, k, decoder=args.paraphraser_decoder) for c, k in widths]
     trainer = ParaphraserTrainer(ParaphraserStack(paraphrasers), teacher, args, output_dir=str(output_dir), **images)
     logger.info(f"Stage 1: training the paraphraser, {args.paraphraser_epochs:g} epochs.")
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    output = trainer.train(ResumePoint(checkpoint) if checkpoint else None)
     # MLflow's callback ends whatever run is active when it is collected: let that be now, not in stage 2.
     trainer.callback_handler.callbacks.clear()
     return paraphrasers, {"train_runtime": output.metrics["train_runtime"], **trainer.reported}

@@ -1,9 +1,14 @@
 """True boxes as COCO's tools take them: in pixels, inside of their image, with an area."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def clean(objects: list[dict], sizes: list[tuple[int, int]], name: str) -> tuple[list[dict], str]:
+def clean(
+    objects: list[dict], sizes: list[tuple[int, int]], name: str, rows: Sequence[int] | None = None
+) -> tuple[list[dict], str]:
     """
     Clip boxes to their images and leave out those without area.
 
@@ -14,6 +19,8 @@ def clean(objects: list[dict], sizes: list[tuple[int, int]], name: str) -> tuple
             (height, width) of each image.
         name (`str`):
             What the split is called.
+        rows (`Sequence[int]`, *optional*):
+            What the images' rows are called. By default their numbers here.
 
     Returns:
         `tuple[list[dict], str]`: the objects that are kept, all with `area` and `iscrowd`; and what was done, empty
@@ -34,7 +41,8 @@ def clean(objects: list[dict], sizes: list[tuple[int, int]], name: str) -> tuple
 
     ```
     """
-    boxes = [_as_array(image, row, name) for row, image in enumerate(objects)]
+    rows = rows or range(len(objects))
+    boxes = [_as_array(image, row, name) for row, image in zip(rows, objects, strict=True)]
     _check_form(boxes, sizes, name)
     kept, clipped, dropped = [], 0, 0
     for image, found, (height, width) in zip(objects, boxes, sizes, strict=True):
@@ -71,15 +79,24 @@ def _as_array(image: dict[str, list], row: int, name: str) -> np.ndarray:
             f"Expected a category for each bbox, got {len(categories)} for {len(boxes)} in row {row} of the {name} "
             "split: mend or remove it."
         )
-    for key in ("area", "iscrowd"):
+    for key, (expected, suits) in _OPTIONAL.items():
         values = image.get(key) or []
-        if values and (len(values) != len(boxes) or None in values):
-            got = f"{len(values)} for {len(boxes)}" if len(values) != len(boxes) else "None"
+        wrong = [f"{value!r}" for value in values if not (isinstance(value, (int, float)) and suits(value))]
+        if values and len(values) != len(boxes):
+            wrong = [f"{len(values)} for {len(boxes)}"]
+        if wrong:
             raise ValueError(
-                f"Expected a number as {key} for each bbox, got {got} in row {row} of the {name} split: mend or "
-                "remove it, or leave that field out."
+                f"Expected {expected} as {key} for each bbox, got {wrong[0]} in row {row} of the {name} split: mend "
+                "or remove it, or leave that field out."
             )
     return array
+
+
+# What COCO's tools take in the fields that may be left out.
+_OPTIONAL = {
+    "area": ("a number of at least 0", lambda value: 0 <= value < math.inf),
+    "iscrowd": ("0 or 1", lambda value: value in (0, 1)),
+}
 
 
 def _check_form(boxes: list[np.ndarray], sizes: list[tuple[int, int]], name: str) -> None:

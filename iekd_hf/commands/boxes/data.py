@@ -1,7 +1,7 @@
 """Images with boxes: where they come from, what is checked, what is left out."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import datasets
@@ -16,7 +16,7 @@ from ..images.source import (
     find_column,
     limit,
     load_source,
-    original_row,
+    original_rows,
     rename_columns,
 )
 from .clean import clean
@@ -107,8 +107,13 @@ def load_annotated(args: DetectionDataArguments, seed: int) -> tuple[dict[str, A
         splits = datasets.DatasetDict({name: make_shapes(n, seed=i) for i, (name, n) in enumerate(_SHAPES.items())})
     for name, split in splits.items():
         image = find_column(split, name, "image", args.image_column_name, datasets.Image)
-        fields_of(split, name, args.objects_column_name)
-        splits[name] = rename_columns(split, {image: "image", args.objects_column_name: "objects"})
+        hidden = name == "test" and split.features.get(args.objects_column_name) in (None, datasets.Value("null"))
+        if hidden:
+            logger.warning("Objects of the test split are hidden, so it is only predicted.")
+            splits[name] = rename_columns(split, {image: "image"})
+        else:
+            fields_of(split, name, args.objects_column_name)
+            splits[name] = rename_columns(split, {image: "image", args.objects_column_name: "objects"})
     check_filled(splits)
     names = _class_names(splits["train"])
     if "validation" not in splits:
@@ -118,9 +123,12 @@ def load_annotated(args: DetectionDataArguments, seed: int) -> tuple[dict[str, A
     annotated, remarks = {}, []
     for name, split in splits.items():
         sizes = check_images(split, name)
-        objects, remark = clean(_labelled(split, name), sizes, name)
+        is_hidden = "objects" not in split.column_names
+        objects = [{"bbox": [], "category": []}] * len(split) if is_hidden else _labelled(split, name)
+        objects, remark = clean(objects, sizes, name, original_rows(split))
         remarks += [remark] if remark else []
-        categories = _codes(objects, fields_of(split, name, "objects")["category"], names, name)
+        kind = None if is_hidden else fields_of(split, name, "objects")["category"]
+        categories = _codes(objects, kind, names, name, original_rows(split))
         if name != "test" and not any(len(image["bbox"]) for image in objects):
             raise ValueError(f"Expected boxes in the {name} split, got none in {len(objects)} images: check its file.")
         columns = {
@@ -180,6 +188,11 @@ def fields_of(split: datasets.Dataset, name: str, column: str) -> dict:
         )
     if fields is feature:  # lists by field: what is in them
         fields = {key: getattr(value, "feature", value) for key, value in fields.items()}
+    if not isinstance(fields["category"], (datasets.ClassLabel, datasets.Value)):
+        raise ValueError(
+            f"Expected one `category` of each object in the {name} split, a name or a number, got the type "
+            f"{fields['category']}: bring the annotations into that form."
+        )
     return fields
 
 
@@ -189,7 +202,13 @@ def _objects(split: datasets.Dataset) -> Iterator[dict[str, list]]:
         objects = example["objects"] or []
         if not isinstance(objects, dict):
             objects = {key: [entry[key] for entry in objects] for key in (objects[0] if objects else ())}
-        yield {"bbox": [], "category": [], **{key: values for key, values in objects.items() if values is not None}}
+        objects = {"bbox": [], "category": [], **{key: each for key, each in objects.items() if each is not None}}
+        # pandas makes floats of integers where one is missing
+        yield {**objects, "category": [_without_point(value) for value in objects["category"]]}
+
+
+def _without_point(category):
+    return int(category) if isinstance(category, float) and category.is_integer() else category
 
 
 def _class_names(split: datasets.Dataset) -> list[str]:
@@ -202,23 +221,23 @@ def _class_names(split: datasets.Dataset) -> list[str]:
 def _labelled(split: datasets.Dataset, name: str) -> list[dict[str, list]]:
     """Return the objects; one without a category is refused, but those of a test split may be hidden and are none."""
     kept = []
-    for row, image in enumerate(_objects(split)):
-        missing = [value for value in image["category"] if is_missing(value)]
+    for row, image in zip(original_rows(split), _objects(split), strict=True):
+        missing = [value for value in image["category"] if is_missing(value) or isinstance(value, float)]
         if missing and name != "test":
             raise ValueError(
-                f"Expected categories of every object in the {name} split, got {missing[0]!r} in row "
-                f"{original_row(split, row)}: name the object's category, or remove it."
+                f"Expected categories of every object in the {name} split, got {missing[0]!r} in row {row}: name the "
+                "object's category, or remove it."
             )
         kept.append({"bbox": [], "category": []} if missing else image)
     return kept
 
 
-def _codes(objects: list[dict], kind, names: list[str], name: str) -> list[list[int]]:
+def _codes(objects: list[dict], kind, names: list[str], name: str, rows: Sequence[int]) -> list[list[int]]:
     """Return the categories as indices of the training split's names."""
     own = kind.names if isinstance(kind, datasets.ClassLabel) else None
     index = {label: code for code, label in enumerate(names)}
     codes = []
-    for row, image in enumerate(objects):
+    for row, image in zip(rows, objects, strict=True):
         for value in image["category"]:
             label = value if own is None else own[value] if 0 <= value < len(own) else None
             if str(label) not in index:

@@ -29,8 +29,9 @@ class CocoDetection(evaluate.Metric):
 
     `compute(predictions=..., references=...)` takes a dictionary for each image, with boxes [x, y, width, height] in
     pixels of the original image; small ones have up to 32x32 and large ones over 96x96. It returns `map`,
-    `map_50`, `map_75`, `map_small` and so on, and with `class_names=[...]` also `map_<name>`. What there are no
-    objects for (small ones, a class) is left out; COCO's tools have -1 there.
+    `map_50`, `map_75`, `map_small` and so on, and with `class_names=[...]` also `map_<name>` (`map_class_<name>` for
+    a class called `50` or `small`, whose name is taken). What there are no objects for (small ones, a class) is left
+    out; COCO's tools have -1 there.
 
     Example:
 
@@ -80,7 +81,9 @@ class CocoDetection(evaluate.Metric):
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
         for index, label in enumerate(evaluation.params.catIds):
             if class_names is not None:
-                result[f"map_{class_names[label]}"] = float(precision[:, :, index].mean())
+                key = f"map_{class_names[label]}"
+                key = f"map_class_{class_names[label]}" if key in SUMMARY else key  # of a class that is called "50"
+                result[key] = float(precision[:, :, index].mean())
         return {name: value for name, value in result.items() if value >= 0}
 
 

@@ -4,6 +4,7 @@ import glob
 import io
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import datasets
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 _VALIDATION = ("validation", "valid", "val", "dev")
 # Who reads a file, by its ending.
 _READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+# An eighth of the range in 8 bits: no pixel of 12 bits in 16 has more.
+_DARK = 32
 # Orientations of EXIF at which a camera has been held upright.
 _TURNED = (5, 6, 7, 8)
 
@@ -251,7 +254,7 @@ def limit(splits: datasets.DatasetDict, args: SourceArguments, seed: int) -> Non
 
 def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
     """Return every image's (height, width); one that cannot be decoded is named now, not in the middle of an epoch."""
-    sizes = []
+    sizes, brightest, mode = [], 0, ""
     raw = split.select_columns("image").cast_column("image", datasets.Image(decode=False))
     for row, example in enumerate(tqdm(raw, desc=f"Checking {name} images", leave=False)):
         image = example["image"]
@@ -262,14 +265,21 @@ def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
                 opened.draft(None, (1, 1))  # a JPEG is read to its end, but its pixels are computed at an eighth
                 opened.load()
                 if opened.mode.startswith(("I", "F")):
-                    to_rgb(opened)  # refuses those that have no range
+                    brightest = max(brightest, to_rgb(opened).getextrema()[0][1])  # refuses those without a range
+                    mode = opened.mode
         except Exception as error:  # decoders raise errors of many kinds
             raise ValueError(
-                explain_undecodable(image, f"row {original_row(split, row)} of the {name} split", error)
+                explain_undecodable(image, f"row {original_rows(split)[row]} of the {name} split", error)
             ) from error
+    if mode and brightest < _DARK:
+        logger.warning(
+            "The images of mode %s in the %s split use less than an eighth of their range, as 12 bits in 16 do, and "
+            "are dark: scale them to the range of the file.",
+            *(mode, name),
+        )
     return sizes
 
 
-def original_row(split: datasets.Dataset, row: int) -> int:
-    """Return the row's number in the data as they were given, before a part was drawn from them."""
-    return row if split._indices is None else split._indices.column(0)[row].as_py()
+def original_rows(split: datasets.Dataset) -> Sequence[int]:
+    """Return the rows' numbers in the data as they were given, before a part was drawn from them."""
+    return range(len(split)) if split._indices is None else split._indices.column(0).to_pylist()

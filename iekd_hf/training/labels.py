@@ -1,0 +1,110 @@
+"""Which images have a label: read from a data set, filled in where a row has none, left out of metrics."""
+
+from collections.abc import Callable, Mapping
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch.utils.data import Dataset
+from transformers import EvalPrediction
+
+from ..data.decoded_images import DecodedImages
+
+
+# The label of an image without one, which cross-entropy leaves out.
+NO_LABEL = -100
+# What a row calls its label; default_data_collator makes `labels` of both.
+_COLUMNS = ("labels", "label")
+
+
+def read_classes(dataset: Dataset, column: str) -> np.ndarray | None:
+    """
+    Return a column of class labels, -100 for those that are missing, or `None` where there are no classes.
+
+    That is read where it is cheap: of a table, of decoded images, of a list in memory.
+    """
+    if isinstance(dataset, list):
+        values = [row.get(column) if isinstance(row, dict) else None for row in dataset]
+        if all(value is None for value in values):
+            return None
+        values = [NO_LABEL if value is None else value for value in values]
+        numbers = all(isinstance(value, (int, np.integer)) or getattr(value, "ndim", 1) == 0 for value in values)
+        labels = np.array([int(value) if float(value).is_integer() else 0.5 for value in values]) if numbers else None
+        return labels if labels is not None and labels.dtype.kind in "iu" else None
+    if isinstance(dataset, DecodedImages):
+        dataset = dataset.table
+    feature = dataset.features.get(column) if isinstance(dataset, datasets.Dataset) else None
+    if isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith("int"):
+        labels = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+        return labels.fill_null(NO_LABEL).to_numpy()
+    return None
+
+
+def read_least_target(dataset: Dataset) -> float | None:
+    """Return the least of all targets of a table with several labels an image, or `None` where there are none."""
+    table = dataset.table if isinstance(dataset, DecodedImages) else dataset
+    for column in _COLUMNS if isinstance(table, datasets.Dataset) else ():
+        if isinstance(table.features.get(column), (datasets.List, datasets.Sequence)):
+            targets = table.select_columns([column]).with_format("arrow")[:].column(column)
+            return pc.min(pc.list_flatten(targets)).as_py()
+    return None
+
+
+def count_labelled(dataset: Dataset | None) -> int | None:
+    """Return how many images have a label, or `None` where that cannot be read."""
+    for column in _COLUMNS:
+        labels = read_classes(dataset, column)
+        if labels is not None:
+            return int((labels != NO_LABEL).sum())
+    if isinstance(dataset, DecodedImages) and "labels" not in dataset.table.column_names:
+        return 0
+    return None
+
+
+class FillLabels:
+    """Collate rows of which some have no label: theirs is -100; a batch where none has one gets no `labels`."""
+
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, rows: list):
+        if isinstance(rows[0], Mapping):
+            for column in _COLUMNS:
+                missing = [row.get(column) is None for row in rows]
+                if all(missing):
+                    rows = [{name: value for name, value in row.items() if name != column} for row in rows]
+                elif any(missing):
+                    filler = _no_label_like(rows[missing.index(False)][column], column)
+                    rows = [{**row, column: filler if row.get(column) is None else row[column]} for row in rows]
+        return self.collate(rows)
+
+
+def _no_label_like(label, column: str) -> int | np.ndarray | torch.Tensor:
+    """Return -100 as another row has its class: a number, or an array or tensor of one."""
+    if isinstance(label, (int, np.integer)):
+        return NO_LABEL
+    if getattr(label, "ndim", 1) == 0 and str(label.dtype).rpartition(".")[2].startswith(("int", "uint8")):
+        return torch.full_like(label, NO_LABEL) if isinstance(label, torch.Tensor) else np.full_like(label, NO_LABEL)
+    raise ValueError(
+        f"Expected {column!r} in every row of a batch, or none, got some without and another of type "
+        f"{type(label).__name__}: rows without a label can be mixed with classes only. Remove them, or leave out "
+        "the labels of all rows."
+    )
+
+
+def measure_labelled(compute_metrics: Callable, prediction: EvalPrediction) -> dict:
+    """Call `compute_metrics` with the images that have a label; without any there is nothing to measure."""
+    labels = prediction.label_ids
+    is_classes = isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu"
+    if not is_classes or (kept := labels != NO_LABEL).all():
+        return compute_metrics(prediction)
+
+    def keep(values):
+        return tuple(map(keep, values)) if isinstance(values, tuple) else values if values is None else values[kept]
+
+    if not kept.any():
+        return {}
+    given = {"inputs": prediction.inputs, "losses": prediction.losses}
+    given = {name: keep(values) for name, values in given.items() if values is not None}
+    return compute_metrics(EvalPrediction(keep(prediction.predictions), labels[kept], **given))

@@ -1,0 +1,181 @@
+r"""The task's own loss \(L_{goal}\), over the images that have a label."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..hub.push import HubTrainer
+from ..method.objective import Objective, logit_loss
+from ..models.adapters import without_adapters
+from ..models.signature import takes_labels
+from .labels import NO_LABEL, FillLabels, count_labelled, measure_labelled
+
+
+class TaskLabels(NamedTuple):
+    """Hold a batch's labels for the task's loss."""
+
+    given: torch.Tensor | None
+    filled: torch.Tensor | None  # as a loss can take them that is NaN without any label
+    weight: torch.Tensor | None  # of that loss
+
+
+class TaskLossTrainer(HubTrainer):
+    r"""
+    Compute \(L_{goal}\) as Trainer does, but over the images that have a label: it is 0 where a batch has none.
+
+    An image without a label has -100, or none at all, as its label; in dense labels each position is what the model's
+    loss ignores. What `compute_loss_func` does about them is left to it.
+    """
+
+    # Set by trainers that weigh several losses.
+    # Not `objective`, which is what a hyperparameter search of Trainer maximises.
+    distillation_objective: Objective | None = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.data_collator = FillLabels(self.data_collator)
+        # None: not known, as it cannot be read cheaply.
+        self.num_labelled = 0
+        if self.takes_labels:
+            self.num_labelled = count_labelled(self.train_dataset) if "labels" in self.label_names else None
+        self._labelled_share: torch.Tensor | None = None  # of a step, where it has several micro-batches or ranks
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the model has a head that takes labels, or a custom loss does."""
+        return self.compute_loss_func is not None or takes_labels(without_adapters(self.model))
+
+    @property
+    def are_all_labelled(self) -> bool:
+        """Whether each training image is known to have a label."""
+        return self.num_labelled is not None and self.num_labelled == len(self.train_dataset)
+
+    def labels_in_words(self) -> str:
+        """Return how many images had a label, as the object of a sentence."""
+        if self.num_labelled == 0:
+            return "no labels"
+        if self.num_labelled is None or self.are_all_labelled:
+            return "the labels of its images"
+        return f"the labels of {self.num_labelled:,} of its {len(self.train_dataset):,} images"
+
+    @property
+    def has_custom_loss(self) -> bool:
+        """Whether a custom loss or label smoothing replaces the model's loss."""
+        return self.compute_loss_func is not None or self.label_smoother is not None
+
+    def take_labels(self, inputs: dict) -> TaskLabels:
+        """Take the labels of a batch; leave the model such as its own loss can take, where it needs them."""
+        given = inputs.get("labels")
+        labels = TaskLabels(given, given, None)
+        config = getattr(without_adapters(self.model), "config", None)
+        problem, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+        is_class = isinstance(given, torch.Tensor) and not given.is_floating_point()
+        is_class = is_class and num_labels != 1 and problem in (None, "single_label_classification")
+        if is_class and not (self.model.training and self.are_all_labelled):
+            share = self._share_of(given)
+            # The mean over no labels is NaN, and so is its gradient: such a batch gets a class, and no weight.
+            filled = torch.where(share > 0, given, 0)
+            total = share if self._labelled_share is None or not self.model.training else self._labelled_share
+            weight = torch.where(share > 0, share / total, 0.0)
+            labels = TaskLabels(given, filled, weight)
+        if given is not None and self.has_custom_loss:
+            del inputs["labels"]
+        elif given is not None:
+            inputs["labels"] = labels.filled
+        return labels
+
+    def _share_of(self, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return the share of a batch's images that have a label."""
+        if not isinstance(labels, torch.Tensor):  # of detectors, each image has its objects
+            return torch.tensor(0.0 if labels is None else 1.0, device=self.args.device)
+        ignored = NO_LABEL if labels.ndim == 1 else ignore_index(self.model)
+        return (labels != ignored).reshape(len(labels), -1).any(dim=1).float().mean()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collect the micro-batches of a step, and how many of their images have a label, on all ranks."""
+        # So that accumulated micro-batches, each of which has the mean over its own labels, make the mean over all.
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._labelled_share = None
+        several = len(samples) > 1 or self.args.world_size > 1
+        if several and self.takes_labels and not self.are_all_labelled:
+            share = torch.stack([self._share_of(batch.get("labels")).to(device) for batch in samples]).mean()
+            self._labelled_share = self.accelerator.reduce(share, "mean")
+        return samples, num_items
+
+    def task_loss(self, model: nn.Module, outputs: dict, labels: TaskLabels) -> torch.Tensor:
+        """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels.given, num_items_in_batch=None)
+        if self.label_smoother is not None and labels.given is not None:
+            loss = self.label_smoother(outputs, labels.filled)
+        elif outputs.get("loss") is not None:
+            loss = outputs["loss"]
+        else:
+            return nothing_of(outputs)
+        return loss if labels.weight is None else loss * labels.weight
+
+    def has_goal(self, model: nn.Module, outputs: dict, sample: dict) -> bool:
+        """Return whether the task has a loss, by what is known of the labels and what the model gives for a sample."""
+        is_labelled = sample.get("labels") is not None
+        if is_labelled and outputs.get("loss") is None and not self.has_custom_loss:
+            self.refuse_no_goal(model, outputs)
+        if self.compute_loss_func is not None or (self.num_labelled and not is_labelled):
+            return True
+        return (outputs.get("loss") is not None or is_labelled) and self.num_labelled != 0
+
+    def refuse_no_goal(self, model: nn.Module, outputs: dict) -> None:
+        """Refuse a training that has no loss, neither the task's nor another one."""
+        raise ValueError(
+            f"Expected {type(model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
+            f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
+        )
+
+    def logit_loss(self, model: nn.Module, logits, teacher_logits, labels: TaskLabels) -> torch.Tensor:
+        """Return the logit term between two models that do the task of `model`."""
+        config = getattr(without_adapters(model), "config", None)
+        multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
+        ignored = ignore_index(model)
+        return logit_loss(logits, teacher_logits, self.args.temperature, labels.given, ignored, multi_label)
+
+    # ---- Where Trainer computes and measures ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the task's loss, as Trainer does."""
+        if self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = self.take_labels(inputs)
+        outputs = model(**inputs)
+        if self.model.training and not self.has_goal(self.model, outputs, {"labels": labels.given}):
+            self.refuse_no_goal(self.model, outputs)
+        loss = self.task_loss(self.model, outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        inputs = super()._prepare_inputs(inputs)
+        if not self.takes_labels:
+            inputs.pop("labels", None)  # of data that have some, for a backbone that takes none
+        return inputs
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Measure on the images that have a label."""
+        compute_metrics = self.compute_metrics
+        if compute_metrics is not None and not self.args.batch_eval_metrics:
+            self.compute_metrics = functools.partial(measure_labelled, compute_metrics)
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.compute_metrics = compute_metrics
+
+
+def ignore_index(model: nn.Module) -> int:
+    """Return the label that leaves a position of dense labels out."""
+    return getattr(getattr(without_adapters(model), "config", None), "semantic_loss_ignore_index", NO_LABEL)
+
+
+def nothing_of(outputs: dict) -> torch.Tensor:
+    """Return 0 with a graph to what a model gives: its logits, or else its maps."""
+    values = [outputs["logits"]] if "logits" in outputs else [*outputs.values()]
+    flat = [x for value in values for x in (value if isinstance(value, (tuple, list)) else [value])]
+    return sum((x * 0).sum() for x in flat if isinstance(x, torch.Tensor) and x.is_floating_point())
