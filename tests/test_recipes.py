@@ -1,10 +1,17 @@
 """Recipes of kornia and Trainer: MixUp and CutMix by soft labels, RandAugment, learning rates by layer."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import make_images, make_resnet, same
+from test_resume import ARGUMENTS, StopAt, everything
+from transformers import default_data_collator
 
-from iekd_hf import BatchAugmentation
+from iekd_hf import BatchAugmentation, DistillationTrainer, Paraphraser
 from iekd_hf.commands.images.recipes import MixedBatches, RandAugmentedBatches
+from iekd_hf.training.task_loss import soft_cross_entropy
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
@@ -61,3 +68,122 @@ def test_rand_augment_changes_training_images_within_their_range():
     torch.testing.assert_close(batches(images, ids, 1), plain)
     with pytest.raises(ValueError, match="Expected --rand_augment between 0 and 30, got 30"):
         RandAugmentedBatches(augmentation, magnitude=30)
+
+
+# ---- Soft labels through every loss ----
+
+
+class WithTheNext(torch.nn.Module):
+    """Mix each image with the next one of the batch, three to one, and keep what was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def forward(self, pixel_values, labels):
+        shares = F.one_hot(labels, 3).float()
+        mixed = tuple(0.75 * x + 0.25 * x.roll(-1, dims=0) for x in (pixel_values, shares))
+        self.made.append(mixed)
+        return mixed
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_soft_cross_entropy_is_torchs_where_all_images_have_a_label(smoothing):
+    logits, shares = torch.randn(6, 4), torch.rand(6, 4).softmax(dim=1)
+    expected = F.cross_entropy(logits, shares, label_smoothing=smoothing)
+    torch.testing.assert_close(soft_cross_entropy(logits, shares, smoothing), expected)
+    unlabelled = torch.cat([shares, torch.zeros(3, 4)])  # which change nothing
+    torch.testing.assert_close(soft_cross_entropy(torch.cat([logits, logits[:3]]), unlabelled, smoothing), expected)
+    assert soft_cross_entropy(logits, torch.zeros(6, 4), smoothing) == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_every_loss_is_of_the_mixed_images(make_trainer, smoothing):
+    mixing, seen = WithTheNext(), []
+    student, teacher = make_resnet(8, seed=1), make_resnet(16, seed=2)
+    trainer = make_trainer(
+        copy.deepcopy(student),
+        teacher,
+        method="ie-ft+kd",
+        mixing=mixing,
+        max_steps=1,
+        learning_rate=0.0,
+        label_smoothing_factor=smoothing,
+        paraphraser=Paraphraser(16, 8),
+    )
+    trainer.teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0]["pixel_values"]))
+    trainer.train()
+    ((pixels, shares),) = mixing.made
+    assert torch.equal(seen[-1], pixels)
+    logits = student.train()(pixels).logits
+    logged = next(logs for logs in trainer.state.log_history if "task_loss" in logs)
+    expected = F.cross_entropy(logits, shares, label_smoothing=smoothing)
+    assert logged["task_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    z_S, z_T = (z / 4 for z in (logits, teacher.eval()(pixels).logits))
+    expected = 16 * F.kl_div(z_S.log_softmax(1), z_T.softmax(1), reduction="batchmean")
+    assert logged["kd_loss"] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_evaluation_is_of_whole_images(make_trainer):
+    mixing, images = WithTheNext(), make_images()
+    trainer = make_trainer(mixing=mixing, eval_dataset=images, compute_metrics=lambda p: {"n": len(p.label_ids)})
+    trainer.train()
+    count = len(mixing.made)
+    assert count == 2
+    assert trainer.evaluate()["eval_n"] == len(images) and len(mixing.made) == count
+
+
+def test_soft_labels_of_a_data_collator(make_trainer):
+    """As torchvision's CutMix makes them; what the student is, its configuration says."""
+
+    def collate(examples):
+        batch = default_data_collator(examples)
+        batch["pixel_values"], batch["labels"] = mixing(batch["pixel_values"], batch["labels"])
+        return batch
+
+    mixing = WithTheNext()
+    arguments = {"max_steps": 1, "data_collator": collate, "method": "plain", "learning_rate": 0.0}
+    student = make_resnet(8, seed=1, problem_type="single_label_classification")
+    trainer = make_trainer(copy.deepcopy(student), **arguments)
+    trainer.train()
+    pixels, shares = mixing.made[1]  # after the example that shapes are found with
+    expected = F.cross_entropy(student.train()(pixels).logits, shares)
+    assert trainer.state.log_history[0]["task_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_mixed_batches_are_drawn_again_where_a_run_goes_on(make_trainer, tmp_path):
+    def run(folder, resume=None, **kwargs):
+        trainer = make_trainer(
+            **ARGUMENTS, output_dir=str(tmp_path / folder), mixing=MixedBatches(3, mixup=0.4, cutmix=0.4), **kwargs
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return everything(trainer)
+
+    straight = run("straight")
+    run("broken", callbacks=[StopAt(5)])
+    assert same(run("broken", resume=True), straight)
+
+
+def test_peers_learn_from_mixed_batches(make_mutual):
+    mixing = WithTheNext()
+    trainer = make_mutual(mixing=mixing, mutual_loss="ie+kl", max_steps=1, learning_rate=0.0)
+    students = copy.deepcopy(trainer.models)
+    trainer.train()
+    ((pixels, shares),) = mixing.made
+    logged = next(logs for logs in trainer.state.log_history if "peer_1/task_loss" in logs)
+    expected = F.cross_entropy(students[0].train()(pixels).logits, shares)
+    assert logged["peer_1/task_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_what_cannot_be_mixed(make_trainer):
+    with pytest.raises(ValueError, match="Expected no mixing with cache_teacher=True"):
+        make_trainer(mixing=WithTheNext(), cache_teacher=True)
+    images = [{**image, "labels": torch.tensor([0.0, 1.0, 1.0])} for image in make_images()]
+    student = make_resnet(8, problem_type="multi_label_classification")
+    trainer = make_trainer(student, trainer_class=plain, train_dataset=images, mixing=WithTheNext())
+    with pytest.raises(ValueError, match=r"Expected a class of each image as labels with mixing, got torch\.Size"):
+        trainer.train()
+
+
+def plain(model, teacher_model, **kwargs):
+    return DistillationTrainer(model=model, **kwargs)

@@ -22,7 +22,7 @@ from .component_log import ComponentLog
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point
 from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
-from .task_loss import TaskLossTrainer, nothing_of
+from .task_loss import TaskLossTrainer, are_soft, nothing_of
 
 
 logger = logging.get_logger(__name__)
@@ -54,6 +54,10 @@ class DistillationTrainer(TaskLossTrainer):
         augmentation (`BatchAugmentation` or another `nn.Module`, *optional*):
             Makes the model's input of raw pixels: in training of `(pixel_values, image_ids, view)`, where the view is
             the epoch, in evaluation of `pixel_values` alone. Needed for [`DecodedImages`].
+        mixing (`nn.Module`, *optional*):
+            Mixes the images of a training batch and their labels (MixUp, CutMix): of `(pixel_values, labels)`, classes
+            of shape `(batch_size,)`, it makes both, the labels as shares of shape `(batch_size, num_labels)`. The
+            teacher sees the mixed images.
         *args, **kwargs:
             As in [`~transformers.Trainer`].
     """
@@ -64,9 +68,15 @@ class DistillationTrainer(TaskLossTrainer):
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, augmentation: nn.Module | None = None, **kwargs):
+    def __init__(self, *args, augmentation: nn.Module | None = None, mixing: nn.Module | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
+        self.mixing = None if mixing is None else mixing.to(self.args.device)
+        if mixing is not None and getattr(self.args, "cache_teacher", False):
+            raise ValueError(
+                "Expected no mixing with cache_teacher=True, got both: a cached teacher has seen each image by "
+                "itself. Set cache_teacher=False, or leave mixing out."
+            )
         self.model_accepts_loss_kwargs = False
         self.components = ComponentLog()
         self.run = ""  # its name, in the manifests of its checkpoints
@@ -104,6 +114,8 @@ class DistillationTrainer(TaskLossTrainer):
         name = self.model.main_input_name
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
+        if are_soft(self.model, batch.get("labels")):  # the model's own loss is probed, which takes classes
+            batch["labels"] = batch["labels"].argmax(dim=1)
         return self._prepare_inputs(batch)
 
     def batch_columns(self) -> list[str]:
@@ -134,7 +146,21 @@ class DistillationTrainer(TaskLossTrainer):
         return int(self.state.epoch or 0)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        inputs = super()._prepare_inputs(inputs)
+        inputs = self._augmented(super()._prepare_inputs(inputs))
+        return self._mixed(inputs) if self.mixing is not None and self.is_in_train and self.model.training else inputs
+
+    def _mixed(self, inputs: dict) -> dict:
+        labels, config = inputs.get("labels"), self.model.config
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
+            raise ValueError(
+                f"Expected a class of each image as labels with mixing, got {getattr(labels, 'shape', labels)}: leave "
+                "mixing out for other tasks than classification."
+            )
+        config.problem_type = "single_label_classification"  # what Transformers finds by itself in such labels
+        pixel_values, labels = self.mixing(inputs["pixel_values"], labels)
+        return {**inputs, "pixel_values": pixel_values, "labels": labels}
+
+    def _augmented(self, inputs: dict) -> dict:
         image_ids = inputs.pop("image_ids", None)
         pixels = inputs.get("pixel_values")
         if pixels is None or pixels.dtype != torch.uint8:

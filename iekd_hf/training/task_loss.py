@@ -19,6 +19,7 @@ class TaskLabels(NamedTuple):
     given: torch.Tensor | None
     filled: torch.Tensor | None  # as a loss can take them that is NaN without any label
     weight: torch.Tensor | None  # of that loss
+    are_soft: bool = False  # shares of the classes, `(batch_size, num_labels)`
 
 
 class TaskLossTrainer(HubTrainer):
@@ -27,6 +28,9 @@ class TaskLossTrainer(HubTrainer):
 
     An image without a label has -100, or none at all, as its label; in dense labels each position is what the model's
     loss ignores. What `compute_loss_func` does about them is left to it.
+
+    Soft labels are shares of the classes, as `mixing` or a data collator makes them for a student whose `problem_type`
+    is `"single_label_classification"`. An image without a label has shares of 0.
     """
 
     # Set by trainers that weigh several losses.
@@ -73,6 +77,12 @@ class TaskLossTrainer(HubTrainer):
         problem, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
         is_class = isinstance(given, torch.Tensor) and not given.is_floating_point()
         is_class = is_class and num_labels != 1 and problem in (None, "single_label_classification")
+        if are_soft(self.model, given):
+            share = given.sum(dim=1).mean()
+            several = self._labelled_share is not None and self.model.training
+            weight = torch.where(share > 0, share / self._labelled_share, 0.0) if several else None
+            del inputs["labels"]  # which the model's own loss does not know
+            return TaskLabels(given, given, weight, are_soft=True)
         if is_class and not (self.model.training and self.are_all_labelled):
             share = self._share_of(given)
             # The mean over no labels is NaN, and so is its gradient: such a batch gets a class, and no weight.
@@ -108,7 +118,9 @@ class TaskLossTrainer(HubTrainer):
         """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
         if self.compute_loss_func is not None:
             return self.compute_loss_func(outputs, labels.given, num_items_in_batch=None)
-        if self.label_smoother is not None and labels.given is not None:
+        if labels.are_soft:
+            loss = soft_cross_entropy(outputs["logits"], labels.given, self.args.label_smoothing_factor)
+        elif self.label_smoother is not None and labels.given is not None:
             loss = self.label_smoother(outputs, labels.filled)
         elif outputs.get("loss") is not None:
             loss = outputs["loss"]
@@ -167,6 +179,48 @@ class TaskLossTrainer(HubTrainer):
             return super().evaluation_loop(*args, **kwargs)
         finally:
             self.compute_metrics = compute_metrics
+
+
+def are_soft(model: nn.Module, labels: torch.Tensor | None) -> bool:
+    """Return whether labels are shares of the classes of which each image has one."""
+    config = getattr(without_adapters(model), "config", None)
+    is_single = getattr(config, "problem_type", None) == "single_label_classification"
+    return is_single and isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim == 2
+
+
+def soft_cross_entropy(logits: torch.Tensor, shares: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    r"""
+    Return the cross entropy of soft labels, the mean over the images by how much of each has a label.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
+            The student's.
+        shares (`torch.Tensor` of shape `(batch_size, num_labels)`):
+            Not negative; a row adds up to the share of its image that has a label, 1 for most.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Share of each row that is spread evenly over the classes.
+
+    Returns:
+        `torch.Tensor`: a scalar; 0 without any label.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from iekd_hf.training.task_loss import soft_cross_entropy
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> soft_cross_entropy(logits, torch.tensor([[1.0, 0.0], [0.25, 0.75]]))  # of (0.1269 + 0.6931) / 2
+    tensor(0.4100)
+    >>> soft_cross_entropy(logits, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))  # the second image has no label
+    tensor(0.1269)
+
+    ```
+    """
+    of_images = shares.sum(dim=1, keepdim=True)
+    shares = torch.lerp(shares, of_images / shares.shape[1], label_smoothing)
+    total = -(shares * logits.float().log_softmax(dim=1)).sum()
+    count = of_images.sum()
+    return total / torch.where(count > 0, count, 1.0)
 
 
 def ignore_index(model: nn.Module) -> int:
