@@ -57,9 +57,8 @@ test-fast: .venv/test  ## run the tests that are not marked slow
 test-minimum: .venv-minimum/test  ## run the fast tests with the lowest versions that setup.cfg allows
 	.venv-minimum/bin/$(PYTEST) -m "not slow"
 
-test-torchvision: .venv-torchvision/test  ## run timm's tests and the fast ones with the newest torch and torchvision
+test-torchvision: .venv-torchvision/test  ## run the fast tests, and torchvision's and timm's, with the newest of each
 	.venv-torchvision/bin/python -c "import timm, torchvision"
-	.venv-torchvision/bin/$(PYTEST) tests/test_timm.py tests/test_foreign_teachers.py
 	.venv-torchvision/bin/$(PYTEST) -m "not slow"
 
 docs: .venv/docs  ## build the documents as a site, in site/

@@ -1,5 +1,6 @@
 """
-Write what the documents take from elsewhere: result tables from JSON files, arguments from the help of their fields.
+Write what is taken from elsewhere: the documents' result tables from JSON files, their arguments from the help of the
+fields, and the texts that `iekd-hf COMMAND --help` shows.
 
     python docs/generate.py          # after new results, or new arguments
     python docs/generate.py --check  # fails where something differs
@@ -9,6 +10,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is 
 
 import argparse
 import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -26,6 +28,8 @@ from comparison_report import accuracies, interval, paired
 from transformers import TrainingArguments
 
 from iekd_hf import METHODS, IEKDTrainingArguments, MutualTrainingArguments
+from iekd_hf.commands.cli import COMMANDS
+from iekd_hf.commands.parser import CommandParser
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -470,6 +474,12 @@ def fill(text: str) -> str:
     return TABLE.sub(replace, text)
 
 
+def help_of(command: str) -> str:
+    """Return what `--help` of a command shows."""
+    module = importlib.import_module(f"iekd_hf.commands.{command}")
+    return CommandParser(module.KINDS, module.__doc__, f"iekd-hf {command}").format_help()
+
+
 def documents() -> list[Path]:
     """Return the files that people read."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -479,18 +489,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="Write nothing; fail where a table differs.")
     check = parser.parse_args().check
-    differing, used = [], set()
-    for path in documents():
-        text = path.read_text()
-        used |= {name for _, name, _ in TABLE.findall(text)}
-        if (filled := fill(text)) != text:
+    differing, texts = [], {path: path.read_text() for path in documents()}
+    used = {name for text in texts.values() for _, name, _ in TABLE.findall(text)}
+    written = {path: fill(text) for path, text in texts.items()}
+    written |= {ROOT / "iekd_hf" / "commands" / "help" / f"{command}.txt": help_of(command) for command in COMMANDS}
+    for path, text in written.items():
+        if not path.is_file() or path.read_text() != text:
             differing.append(str(path.relative_to(ROOT)))
             if not check:
-                path.write_text(filled)
+                path.write_text(text)
     if unused := TABLES.keys() - used:
         sys.exit(f"Expected each table in a document, got none with {', '.join(sorted(unused))}.")
     if check and differing:
-        sys.exit(f"Expected generated tables, got others in {', '.join(differing)}: run python docs/generate.py.")
+        sys.exit(f"Expected generated texts, got others in {', '.join(differing)}: run python docs/generate.py.")
 
 
 if __name__ == "__main__":

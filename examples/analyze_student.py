@@ -6,7 +6,14 @@ Look at what the halves of a distilled student have become: the figures of the I
 The same as `iekd-hf analyze`; --help lists the arguments. Needs pip install "iekd_hf[cli]".
 """
 
-from iekd_hf.commands.analyze import main
+import sys
+
+from iekd_hf.commands.cli import main as iekd_hf
+
+
+def main() -> None:
+    """Run `iekd-hf analyze` with the arguments of the command line."""
+    iekd_hf(["analyze", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

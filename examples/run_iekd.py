@@ -8,7 +8,14 @@ Distil an image classifier by inheritance and exploration.
 The same as `iekd-hf distill`; --help lists the arguments. Needs pip install "iekd_hf[cli]".
 """
 
-from iekd_hf.commands.distill import main
+import sys
+
+from iekd_hf.commands.cli import main as iekd_hf
+
+
+def main() -> None:
+    """Run `iekd-hf distill` with the arguments of the command line."""
+    iekd_hf(["distill", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,14 @@ Distil an object detector by inheritance and exploration.
 The same as `iekd-hf detect`; --help lists the arguments. Needs pip install "iekd_hf[cli]".
 """
 
-from iekd_hf.commands.detect import main
+import sys
+
+from iekd_hf.commands.cli import main as iekd_hf
+
+
+def main() -> None:
+    """Run `iekd-hf detect` with the arguments of the command line."""
+    iekd_hf(["detect", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ Let image classifiers teach each other while they learn: IE-DML, beside DML and 
 The same as `iekd-hf mutual`; --help lists the arguments. Needs pip install "iekd_hf[cli]".
 """
 
-from iekd_hf.commands.mutual import main
+import sys
+
+from iekd_hf.commands.cli import main as iekd_hf
+
+
+def main() -> None:
+    """Run `iekd-hf mutual` with the arguments of the command line."""
+    iekd_hf(["mutual", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
 """Inheritance and exploration knowledge distillation (IE-KD, IE-DML) for vision models, as Hugging Face Trainers."""
 
-from transformers import AutoConfig, AutoModelForImageClassification
+import importlib
+from typing import TYPE_CHECKING
 
-from .arguments import METHODS, IEKDTrainingArguments, MutualTrainingArguments
-from .data.augmentation import BatchAugmentation
-from .data.decoded_images import DecodedImages
-from .features.listing import list_layers
-from .iekd_trainer import IEKDTrainer
-from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
-from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss
-from .models.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
-from .mutual_trainer import MutualTrainer
-from .training.average import EMACallback
-from .training.base_trainer import DistillationTrainer
+from .models.registration import register_cifar_resnets
 
 
-AutoConfig.register(CifarResNetConfig.model_type, CifarResNetConfig)
-AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageClassification)
+if TYPE_CHECKING:
+    from .arguments import METHODS, IEKDTrainingArguments, MutualTrainingArguments
+    from .data.augmentation import BatchAugmentation
+    from .data.decoded_images import DecodedImages
+    from .features.listing import list_layers
+    from .iekd_trainer import IEKDTrainer
+    from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
+    from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss
+    from .models.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+    from .mutual_trainer import MutualTrainer
+    from .training.average import EMACallback
+    from .training.base_trainer import DistillationTrainer
+
 
 __version__ = "0.1.0"
 
@@ -40,3 +42,33 @@ __all__ = [
     "list_layers",
     "reconstruction_loss",
 ]
+
+# Where each name is: imported when it is first asked for, because torch alone takes seconds.
+_FILES = {
+    "arguments": ("METHODS", "IEKDTrainingArguments", "MutualTrainingArguments"),
+    "data.augmentation": ("BatchAugmentation",),
+    "data.decoded_images": ("DecodedImages",),
+    "features.listing": ("list_layers",),
+    "iekd_trainer": ("IEKDTrainer",),
+    "method.factors": ("ChannelSplit", "FactorEncoder", "Paraphraser"),
+    "method.losses": ("exploration_loss", "inheritance_loss", "reconstruction_loss"),
+    "models.modeling_cifar_resnet": ("CifarResNetConfig", "CifarResNetForImageClassification"),
+    "mutual_trainer": ("MutualTrainer",),
+    "training.average": ("EMACallback",),
+    "training.base_trainer": ("DistillationTrainer",),
+}
+_FILE_OF = {name: file for file, names in _FILES.items() for name in names}
+
+
+def __getattr__(name: str):
+    if name not in _FILE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(f".{_FILE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_cifar_resnets()

@@ -145,11 +145,14 @@ def make_mutual(tmp_path):
 
 @pytest.fixture
 def run_example(monkeypatch, capsys):
-    """Call an example's `main` with a command line, and return what it prints."""
+    """Call an example's `main` with a command line, and return what it prints; raise what it says in one line."""
 
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-        module.main()
+        try:
+            module.main()
+        except SystemExit as ended:
+            raise ended.__cause__ or ended from None
         return capsys.readouterr().out
 
     return call

@@ -149,9 +149,16 @@ def test_what_the_logit_term_cannot_use_is_refused(make_trainer, tmp_path):
     make_trainer(teacher_model=TorchvisionResNet(num_classes=5), **layer)  # the feature losses do not mind
 
 
-def test_its_layer_must_be_named_and_can_be_listed(make_trainer, capsys):
-    with pytest.raises(ValueError, match=r"last feature map is known, got TorchvisionResNet: .*list_layers"):
-        make_trainer(teacher_model=TorchvisionResNet())
+class Segmenter(TorchvisionResNet):
+    def forward(self, x):
+        return {"out": F.interpolate(self.layer4(self.layer1(self.conv1(x))), scale_factor=8)}
+
+
+def test_its_layer_is_found_or_named_and_can_be_listed(make_trainer, capsys):
+    for kind in (TorchvisionResNet, WithDictionary, WithTuple):
+        assert make_trainer(teacher_model=kind()).teacher.tap.layers == ["layer4"]
+    with pytest.raises(ValueError, match=r"last feature map is known, got Segmenter: .*list_layers"):
+        make_trainer(teacher_model=Segmenter())
     with pytest.raises(ValueError, match=r"got 'layer3'; close matches: layer[14]"):
         make_trainer(teacher_model=TorchvisionResNet(), teacher_layers=["layer3"])
     assert list_layers(TorchvisionResNet(), 32)["layer4"] == (16, 4, 4)

@@ -147,11 +147,12 @@ def with_hub(hub: HubServer, home: Path) -> dict[str, str]:
 def test_python_blocks_in_order(stand_ins):
     script = "\n".join(block for kind, block in BLOCKS if kind == "python")
     assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (7, 1)
-    assert script.count("from torchvision.models import resnet50\n") == script.count("torchvision.") == 1
+    assert script.count("from torchvision.models import ") == script.count("torchvision.") == 2
     script = script.replace("from torchvision.models import", "from torchvision_stand_in import")
     (stand_ins / "torchvision_stand_in.py").write_text(
         "from test_foreign_teachers import TorchvisionResNet\n\n"
-        "def resnet50(weights):\n    return TorchvisionResNet(num_classes=1000)\n"
+        "def resnet50(weights):\n    return TorchvisionResNet(num_classes=1000)\n\n"
+        "def get_model(name, num_classes):\n    return TorchvisionResNet(num_classes=num_classes)\n"
     )
     with HubServer() as hub:
         environment = with_hub(hub, stand_ins) | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))}

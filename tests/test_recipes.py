@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_images, make_resnet, same
+from conftest import make_images, make_resnet, make_vit, same
 from test_resume import ARGUMENTS, StopAt, everything
 from transformers import default_data_collator
 
 from iekd_hf import BatchAugmentation, DistillationTrainer, Paraphraser
 from iekd_hf.commands.images.recipes import MixedBatches, RandAugmentedBatches
+from iekd_hf.training.layer_rates import layer_rates
 from iekd_hf.training.task_loss import soft_cross_entropy
 
 
@@ -183,6 +184,59 @@ def test_what_cannot_be_mixed(make_trainer):
     trainer = make_trainer(student, trainer_class=plain, train_dataset=images, mixing=WithTheNext())
     with pytest.raises(ValueError, match=r"Expected a class of each image as labels with mixing, got torch\.Size"):
         trainer.train()
+
+
+# ---- Learning rates by layer ----
+
+
+def rates_of(trainer) -> dict[str, float]:
+    """Return the learning rate of each of the student's parameters, and that of the encoders."""
+    groups = trainer.optimizer.param_groups
+    rate_of = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    assert len(rate_of) == sum(len(group["params"]) for group in groups)
+    rates = {name: rate_of.pop(parameter) for name, parameter in trainer.model.named_parameters()}
+    assert len(rate_of) > 0 and len(set(rate_of.values())) == 1
+    return {**rates, "encoders": next(iter(rate_of.values()))}
+
+
+def test_learning_rates_fall_from_the_head_to_the_input(make_trainer):
+    trainer = make_trainer(make_vit(seed=1), layer_decay=0.5, learning_rate=0.8, weight_decay=0.1)
+    trainer.create_optimizer()
+    rates = rates_of(trainer)
+    assert rates["encoders"] == rates["classifier.weight"] == rates["vit.layernorm.weight"] == 0.8
+    by_block = {name: rates[name] for name in rates if ".layers." in name or ".layer." in name}
+    assert {rate for name, rate in by_block.items() if ".1." in name} == {0.4}
+    assert {rate for name, rate in by_block.items() if ".0." in name} == {0.2}
+    assert {rate for name, rate in rates.items() if "embeddings" in name} == {0.1}
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.8  # which is logged
+    decays = {p: group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert decays[trainer.model.vit.layernorm.bias] == 0.0 and decays[trainer.model.classifier.weight] == 0.1
+
+
+def test_the_schedule_holds_for_all_rates_and_a_resumed_run_is_the_same(make_trainer, tmp_path):
+    def run(folder, resume=None, **kwargs):
+        trainer = make_trainer(**ARGUMENTS, layer_decay=0.5, output_dir=str(tmp_path / folder), **kwargs)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = run("straight")
+    run("broken", callbacks=[StopAt(5)])
+    assert same(everything(run("broken", resume=True)), everything(straight))
+    groups = straight.optimizer.param_groups
+    assert {group["initial_lr"] / 0.01 for group in groups} == {1.0, 0.5, 0.25, 0.125}
+    ratios = {round(group["lr"] / group["initial_lr"], 9) for group in groups}
+    assert len(ratios) == 1 and ratios.pop() < 0.1
+
+
+def test_bad_layer_decays(make_trainer):
+    with pytest.raises(ValueError, match=r"Expected layer_decay within \(0, 1\], got 0\.0"):
+        make_trainer(layer_decay=0.0)
+    student = make_resnet(8)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="Expected no optimizer in optimizers with layer_decay"):
+        make_trainer(student, optimizers=(optimizer, None), layer_decay=0.5)
+    with pytest.raises(ValueError, match="Expected a model whose blocks are in a ModuleList for layer_decay"):
+        layer_rates(torch.nn.Linear(1, 1), 0.5)
 
 
 def plain(model, teacher_model, **kwargs):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from comparison_report import interval, paired
 
-from iekd_hf.commands.arguments import parse_arguments
 from iekd_hf.commands.boxes.metrics import SUMMARY
 from iekd_hf.commands.detect import RESULTS
+from iekd_hf.commands.parser import parse_arguments
 
 
 # Titles by the metrics' names; after them come the classes.

@@ -1,4 +1,4 @@
-"""
+r"""
 Compare methods of distillation in one harness: the same networks, images, schedule and seeds, one cell for each.
 
     python examples/benchmarks/compare_methods.py --output_dir comparison \
@@ -23,8 +23,8 @@ from comparison_cells import Comparison, ScheduleArguments
 from comparison_methods import parse_method
 from comparison_report import collect, draw, draw_sweep, markdown
 
-from iekd_hf.commands.arguments import parse_arguments
 from iekd_hf.commands.images.data import DataArguments
+from iekd_hf.commands.parser import parse_arguments
 
 
 @dataclass

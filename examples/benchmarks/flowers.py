@@ -30,7 +30,7 @@ from comparison_report import interval, paired
 from torch import nn
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil, set_seed
 
-from iekd_hf import BatchAugmentation, DecodedImages, IEKDTrainer, IEKDTrainingArguments
+from iekd_hf import METHODS, BatchAugmentation, DecodedImages, IEKDTrainer, IEKDTrainingArguments
 from iekd_hf.commands.arguments import parse_arguments
 from iekd_hf.commands.images.metrics import TopKAccuracy
 from iekd_hf.training.checkpoints import load_weights
@@ -273,9 +273,11 @@ class Flowers:
             metrics = self.measure_teacher(count, parts)
         else:
             student = self.student(seed)
-            for phase in recipe.split(" > "):
-                trainer, note = self.train_or_load(student, phase, count, seed)
-                phases.append(note)
+            *first, last = recipe.split(" > ")
+            for phase in first:
+                phases.append(self.train_or_load(student, phase, count, seed))
+            trainer, note = self.train(student, last, count, seed, self.folder / "unfinished")
+            phases.append(note)
             for part in parts:
                 found = trainer.evaluate(self.parts[part], metric_key_prefix=part)
                 metrics |= {name: value for name, value in found.items() if name.endswith(("accuracy", "loss"))}
@@ -283,20 +285,19 @@ class Flowers:
         cell.parent.mkdir(parents=True, exist_ok=True)
         write(cell, {"labelled": count, "recipe": recipe, "seed": seed, "metrics": metrics, "phases": phases})
 
-    def train_or_load(self, student: PreTrainedModel, phase: str, count: int, seed: int):
-        """Train a student in one phase; what it learns without labels is learnt once and kept."""
-        changes = parse_method(phase)[1]
-        if changes.get("labels") != "none":
-            return self.train(student, phase, count, seed, self.folder / "unfinished")
-        which = "all" if changes.get("images") == "all" else str(count)
-        folder = self.folder / "without_labels" / which / quote(phase, safe=" ,=") / f"seed-{seed}"
+    def train_or_load(self, student: PreTrainedModel, phase: str, count: int, seed: int) -> dict:
+        """Train a student in a phase that others follow; what it learns of all images is learnt once and kept."""
+        method, changes = parse_method(phase)
+        if (changes.get("images"), changes.get("labels")) != ("all", "none") or METHODS[method]["lambda_kd"] > 0:
+            return self.train(student, phase, count, seed, self.folder / "unfinished")[1]
+        folder = self.folder / "without_labels" / quote(phase, safe=" ,=") / f"seed-{seed}"
         if (folder / "note.json").is_file():
             load_weights(student, str(folder))
-            return None, json.loads((folder / "note.json").read_text())
+            return json.loads((folder / "note.json").read_text())
         trainer, note = self.train(student, phase, count, seed, folder)
         trainer.save_model()
         write(folder / "note.json", note)
-        return trainer, note
+        return note
 
     def measure_teacher(self, count: int, parts: list[str]) -> dict[str, float]:
         """Return the accuracy of the teacher with the head that the labelled photographs have made."""

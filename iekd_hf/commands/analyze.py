@@ -1,23 +1,21 @@
 """
 Look at what the halves of a distilled student have become: the figures of the IE-KD paper, from a finished run.
 
-    iekd-hf analyze --run out --teacher out/_teacher --output_dir analysis
+Example:
+  iekd-hf analyze --run out --output_dir analysis
 
 `--run` is the output_dir of an IEKDTrainer (or of `iekd-hf distill`), where the student and, in `_encoders`, its split
 are. The images come as in `iekd-hf distill`; without any, scikit-learn's digits. It writes
-
-- cka.png: linear CKA between the features of teacher, student, both halves, and a student trained without a teacher;
-- active_neurons.png: how many neurons of each respond;
-- relevance.png: where each looks (Grad-CAM of the predicted class) on some images;
-- analysis.json: the numbers.
+  cka.png             linear CKA between the features of teacher, student, both halves, and a plain student
+  active_neurons.png  how many neurons of each respond
+  relevance.png       where each looks (Grad-CAM of the predicted class) on some images
+  analysis.json       the numbers
 
 Where the run compared factors, it also says which share of them differs from image to image: 0 % for an encoder that
 has learnt to say the same of every image, whatever its half of the student does.
 """
 
 import json
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,18 +33,18 @@ from ..data.rgb import to_rgb
 from ..features.tap import FeatureTap
 from ..training.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
 from ..training.manifest import check_undamaged
-from .arguments import parse_arguments
 from .images.data import DataArguments, load_images
 from .images.run import build_processor
 from .packages import require
-
-
-logger = logging.getLogger(__name__)
+from .parser import parse_arguments
+from .terminal import command
 
 
 @dataclass
 class AnalysisArguments:
     """Say which models, and how many images."""
+
+    _argument_group_name = "Analysis"
 
     run: str = field(default="out", metadata={"help": "Folder of a finished run of IEKDTrainer."})
     teacher: str | None = field(
@@ -216,13 +214,16 @@ def load(name: str, role: str) -> PreTrainedModel:
         raise ValueError(f"Expected a model in {role}, got {name!r}, which cannot be loaded: {error}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+KINDS = (AnalysisArguments, DataArguments)
+
+
+@command
+def main(given: list[str]) -> None:
     """Run `iekd-hf analyze`, with the arguments of the command line by default."""
-    analysis, data_args = parse_arguments((AnalysisArguments, DataArguments), __doc__, "analyze", argv)
+    analysis, data_args = parse_arguments(KINDS, __doc__, "iekd-hf analyze", given)
     require("cli", "captum", "matplotlib", "sklearn")
     from .report.analysis import draw_active, draw_cka, draw_relevance
 
-    logging.basicConfig(level=logging.WARNING)
     run, out = Path(analysis.run), Path(analysis.output_dir)
     student_layers, inherits, explores, teacher_layers = read_split(analysis.run)
     student = load(analysis.run, "--run")

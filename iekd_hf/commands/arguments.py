@@ -1,11 +1,8 @@
-"""The arguments that the commands share, and how they are read."""
+"""The arguments that the commands share."""
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import HfArgumentParser
 
 
 # The digits are small and learnt in a few epochs.
@@ -39,11 +36,23 @@ class ScriptArguments:
     save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log the losses."})
     dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "Pin the batches' memory, which serves a GPU only."}
+        default=torch.cuda.is_available(), metadata={"help": "Pin the batches' memory. Default: where there is a GPU."}
     )
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..., or none."})
+    disable_tqdm: bool = field(
+        default=False, metadata={"help": "Write lines in place of a bar, as where the output is no terminal."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: transforms need the images."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
     seed: int = field(default=42, metadata={"help": "Seed of everything."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Go on with the run in output_dir (true), or from this checkpoint."}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the result to the Hub, with a model card."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository to push to. Default: one of output_dir's name, of the user."}
+    )
     license: str | None = field(
         default=None,
         metadata={"help": "Licence of what is pushed, as the Hub names it (mit, ...). Default: the pretrained one's."},
@@ -75,6 +84,8 @@ class ScriptArguments:
 class ModelArguments:
     """Say which teacher and which student, and where they come from."""
 
+    _argument_group_name = "Teacher and student"
+
     teacher: str | None = field(
         default=None,
         metadata={
@@ -103,6 +114,13 @@ class ModelArguments:
     plain_student: bool = field(
         default=True,
         metadata={"help": "Also train the same student without a teacher, on the same schedule, to compare with."},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of a moving average of the distilled student, which is measured beside it and saved in the "
+            "folder `average` of output_dir; 0.999 suits some thousand steps. Default: no average."
+        },
     )
     teacher_revision: str = field(
         default="main", metadata={"help": "Branch, tag or commit of the teacher's repository."}
@@ -135,17 +153,3 @@ class ModelArguments:
         """Return the keyword arguments of `from_pretrained` for the teacher or the student."""
         revision = self.teacher_revision if role == "teacher" else self.student_revision
         return {"revision": revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
-
-
-def parse_arguments(
-    kinds: tuple[type, ...], description: str | None, command: str = "", argv: Sequence[str] | None = None
-) -> tuple:
-    """Read flags, or one JSON or YAML file, by default from the command line of the process."""
-    prog = None if argv is None else f"iekd-hf {command}"
-    parser = HfArgumentParser(kinds, prog=prog, description=description)
-    given = sys.argv[1:] if argv is None else list(argv)
-    if len(given) == 1 and given[0].endswith(".json"):
-        return parser.parse_json_file(given[0])
-    if len(given) == 1 and given[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(given[0])
-    return parser.parse_args_into_dataclasses(given)

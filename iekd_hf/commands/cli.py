@@ -1,14 +1,18 @@
 """
 The console command `iekd-hf`.
 
-A subcommand is imported when it is called, so that this file needs the standard library alone.
+A subcommand is imported when it is called, so that this file needs the standard library alone; the help of each is
+kept as a text (`python docs/generate.py` writes them), because the arguments of Trainer take seconds to import.
 """
 
 import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+
+HELP = Path(__file__).parent / "help"
 
 # By the name of its file: what a subcommand does, and an example.
 COMMANDS = {
@@ -55,12 +59,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="iekd-hf",
         usage="iekd-hf COMMAND [arguments]",
-        description="Knowledge distillation by inheritance and exploration, for image classifiers and detectors.",
+        description="Knowledge distillation by inheritance and exploration, for image classifiers and detectors.\n"
+        "Try it on handwritten digits that come with scikit-learn, in a minute: iekd-hf distill",
         epilog="\n".join(["commands, each with an example:", *lines, "", "All arguments: iekd-hf COMMAND --help"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1]).command
+    if {"-h", "--help"} & {*argv}:
+        print((HELP / f"{command}.txt").read_text(encoding="utf-8"), end="")
+        raise SystemExit(0)
     importlib.import_module(f"iekd_hf.commands.{command}").main(argv[1:])
 
 

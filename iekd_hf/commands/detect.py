@@ -1,20 +1,21 @@
 """
-Distil an object detector by inheritance and exploration.
+Distil an object detector: a small one, the student, learns from a large one, the teacher.
 
-    iekd-hf detect \
-        --teacher PekingU/rtdetr_r50vd --student PekingU/rtdetr_r18vd \
-        --dataset_name rishitdagli/cppe-5 --output_dir out --push_to_hub
+Three arguments matter:
+  --teacher       a detector or a classifier on the Hub or in a folder; left out, one is trained first
+  --student       the detector that you want to have
+  --dataset_name  images on the Hub, each with its objects: bbox [x, y, width, height] in pixels and category
 
-Without a data set it draws images of simple shapes, without a teacher it first trains one: no network is needed.
-Images come with their objects: `bbox` [x, y, width, height] in pixels and `category`, as COCO has them. All arguments
-can also stand in one JSON or YAML file: iekd-hf detect recipe.yaml
+Examples:
+  iekd-hf detect         (drawn images of simple shapes, in some minutes)
+  iekd-hf detect --teacher PekingU/rtdetr_r50vd --student PekingU/rtdetr_r18vd --dataset_name rishitdagli/cppe-5
 
+A recipe, one JSON or YAML file, takes all arguments, too: iekd-hf detect recipe.yaml
 On several GPUs: accelerate launch -m iekd_hf.commands.detect, with the same arguments
 """
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,13 +27,15 @@ from ..arguments import METHODS
 from ..features.layers import is_detector
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import ModelArguments, parse_arguments
+from .arguments import ModelArguments
 from .boxes.data import DetectionDataArguments
 from .boxes.run import PICTURE, DetectionRun, DetectionScriptArguments, build_detector
 from .boxes.tiny_detectors import is_tiny
 from .packages import require
+from .parser import parse_arguments
 from .report.table import Result, detection_table
 from .run import Compared
+from .terminal import command
 
 
 RESULTS = "results.json"
@@ -111,6 +114,7 @@ class DetectRun(DetectionRun):
         else:  # its features teach, whatever its head is for
             teacher = load_model(name, "--teacher", dtype=dtype, **hub)
             processor = find_processor(name, **hub)
+        self.announce(f"Teacher: {name}{'' if epochs else ', as it is'}", epochs)
         result = self.train_teacher(teacher, epochs, processor)
         if self.args.do_eval and is_detector(teacher) and teacher.config.id2label == dict(enumerate(self.names)):
             result.metrics = self.evaluate(teacher, processor)
@@ -159,10 +163,13 @@ class DetectRun(DetectionRun):
         draw_detections(images, sample.truth(range(count)), found, self.names, path)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+KINDS = (DetectorArguments, DetectionDataArguments, RunArguments)
+
+
+@command
+def main(given: list[str]) -> None:
     """Run `iekd-hf detect`, with the arguments of the command line by default."""
-    kinds = (DetectorArguments, DetectionDataArguments, RunArguments)
-    model_args, data_args, args = parse_arguments(kinds, __doc__, "detect", argv)
+    model_args, data_args, args = parse_arguments(KINDS, __doc__, "iekd-hf detect", given)
     require("cli", "matplotlib", "pycocotools")
     run = DetectRun(data_args, args)
     from_scratch = model_args.student_from_scratch or is_tiny(model_args.student)

@@ -1,19 +1,21 @@
 """
-Distil an image classifier by inheritance and exploration.
+Distil an image classifier: a small network, the student, learns from a large one, the teacher.
 
-    iekd-hf distill \
-        --teacher microsoft/resnet-50 --student microsoft/resnet-18 \
-        --dataset_name uoft-cs/cifar10 --output_dir out --push_to_hub
+Three arguments matter:
+  --teacher       a classifier on the Hub or in a folder; left out, one is trained first
+  --student       the network that you want to have
+  --dataset_name  images on the Hub; or --train_dir, a folder with one folder of images for each class
 
-Without a data set it uses scikit-learn's handwritten digits, without a teacher it first trains one: no network is
-needed. All arguments can also stand in one JSON or YAML file: iekd-hf distill recipe.yaml
+Examples:
+  iekd-hf distill        (handwritten digits that come with scikit-learn, in a minute)
+  iekd-hf distill --teacher microsoft/resnet-50 --student microsoft/resnet-18 --dataset_name uoft-cs/cifar10
 
+A recipe, one JSON or YAML file, takes all arguments, too: iekd-hf distill recipe.yaml
 On several GPUs: accelerate launch -m iekd_hf.commands.distill, with the same arguments
 """
 
 import csv
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,12 +26,14 @@ from iekd_hf import IEKDTrainingArguments
 from ..arguments import METHODS
 from ..models.loading import explain_unreachable, find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import ModelArguments, ScriptArguments, parse_arguments
+from .arguments import ModelArguments, ScriptArguments
 from .images.data import DataArguments
 from .images.run import PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
+from .parser import parse_arguments
 from .report.table import Result, table
 from .run import Compared
+from .terminal import command
 
 
 @dataclass
@@ -91,6 +95,7 @@ class DistillRun(ImageRun):
             teacher = load_model(name, "--teacher", dtype=dtype, **hub)
             processor = find_processor(name, **hub)
         self.args.choose_method(own_classes)
+        self.announce(f"Teacher: {name}{'' if epochs else ', as it is'}", epochs)
         result = self.train_teacher(teacher, epochs, processor)
         if own_classes and self.args.do_eval:
             result.metrics = self.evaluate(teacher, processor)
@@ -132,10 +137,13 @@ class DistillRun(ImageRun):
             print(f"Student: {self.args.output_dir}   Picture: {picture}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+KINDS = (ModelArguments, DataArguments, RunArguments)
+
+
+@command
+def main(given: list[str]) -> None:
     """Run `iekd-hf distill`, with the arguments of the command line by default."""
-    kinds = (ModelArguments, DataArguments, RunArguments)
-    model_args, data_args, args = parse_arguments(kinds, __doc__, "distill", argv)
+    model_args, data_args, args = parse_arguments(KINDS, __doc__, "iekd-hf distill", given)
     require("cli", "kornia", "matplotlib", "sklearn")
     run = DistillRun(data_args, args)
     if args.cache_teacher and not data_args.decode_once:

@@ -1,7 +1,8 @@
 """
 Export a saved classifier to ONNX, and compare both runtimes on the CPU.
 
-    iekd-hf export --model out --output student.onnx
+Example:
+  iekd-hf export --model out --output student.onnx
 
 The file takes `pixel_values` of any batch size, as the model's image processor makes them, and gives `logits`. It is
 written only if its logits are the model's own.
@@ -9,7 +10,6 @@ written only if its logits are the model's own.
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,10 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from ..models.loading import explain_unreachable
-from .arguments import parse_arguments
 from .packages import require
+from .parser import parse_arguments
 from .report.latency import median_milliseconds
+from .terminal import command
 
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ TOLERANCE = 1e-4
 @dataclass
 class ExportArguments:
     """Say what to export, and where to."""
+
+    _argument_group_name = "Export"
 
     model: str = field(metadata={"help": "The student: a folder that save_model() has written, or a Hub id."})
     output: str = field(default="student.onnx", metadata={"help": "The file to write."})
@@ -104,9 +107,13 @@ def compare(model: PreTrainedModel, pixels: torch.Tensor, session: "onnxruntime.
     return max(differences)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+KINDS = (ExportArguments,)
+
+
+@command
+def main(given: list[str]) -> None:
     """Run `iekd-hf export`, with the arguments of the command line by default."""
-    (args,) = parse_arguments((ExportArguments,), __doc__, "export", argv)
+    (args,) = parse_arguments(KINDS, __doc__, "iekd-hf export", given)
     require("onnx", "onnx", "onnxruntime", "onnxscript")
     import onnxruntime
 

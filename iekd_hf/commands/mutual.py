@@ -1,33 +1,35 @@
 """
 Let image classifiers teach each other while they learn: IE-DML, beside DML and beside each of them alone.
 
-    iekd-hf mutual \
-        --peers cifar-resnet-32 cifar-resnet-20 --dataset_name uoft-cs/cifar10 --output_dir mutual --push_to_hub
+Three arguments matter:
+  --peers         two or more networks, on the Hub, in folders, or cifar-resnet-<depth>
+  --mutual_loss   what they learn from each other: ie (features), kl (logits), ie+kl (both)
+  --dataset_name  images on the Hub; or --train_dir, a folder with one folder of images for each class
 
-Without a data set it uses scikit-learn's handwritten digits: no network is needed. All arguments can also stand in one
-JSON or YAML file: iekd-hf mutual recipe.yaml
+Examples:
+  iekd-hf mutual         (handwritten digits that come with scikit-learn, in a minute)
+  iekd-hf mutual --peers cifar-resnet-32 cifar-resnet-20 --dataset_name uoft-cs/cifar10
 
+A recipe, one JSON or YAML file, takes all arguments, too: iekd-hf mutual recipe.yaml
 On several GPUs: accelerate launch -m iekd_hf.commands.mutual, with the same arguments
 """
 
 import copy
-import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
 from iekd_hf import MutualTrainer, MutualTrainingArguments
 
-from .arguments import ScriptArguments, parse_arguments
+from .arguments import ScriptArguments
 from .images.data import DataArguments
 from .images.run import PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
+from .parser import parse_arguments
 from .report.table import Result, table
+from .terminal import command
 
-
-logger = logging.getLogger(__name__)
 
 NAMES = {"ie": "IE-DML", "kl": "DML", "ie+kl": "IE-DML with KL"}
 
@@ -35,6 +37,8 @@ NAMES = {"ie": "IE-DML", "kl": "DML", "ie+kl": "IE-DML with KL"}
 @dataclass
 class PeerArguments:
     """Say which peers, and what to compare them with."""
+
+    _argument_group_name = "Peers"
 
     peers: list[str] = field(
         default_factory=lambda: ["cifar-resnet-20", "cifar-resnet-8"],
@@ -76,10 +80,13 @@ def results_of(
     return results
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+KINDS = (PeerArguments, DataArguments, RunArguments)
+
+
+@command
+def main(given: list[str]) -> None:
     """Run `iekd-hf mutual`, with the arguments of the command line by default."""
-    kinds = (PeerArguments, DataArguments, RunArguments)
-    model_args, data_args, args = parse_arguments(kinds, __doc__, "mutual", argv)
+    model_args, data_args, args = parse_arguments(KINDS, __doc__, "iekd-hf mutual", given)
     require("cli", "kornia", "matplotlib", "sklearn")
     run = ImageRun(data_args, args)
     from_scratch = model_args.peers_from_scratch or all(is_shorthand(name) for name in model_args.peers)
@@ -92,13 +99,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     results, epochs = [], args.num_train_epochs
     how = NAMES[args.mutual_loss] if args.do_train else "as given"
 
+    with_dml = model_args.dml and args.mutual_loss != "kl"
+    run.stages = len(peers) * model_args.alone + with_dml + 1
     if args.do_train and model_args.alone:
         for i, model in enumerate(copy.deepcopy(peers), start=1):
+            run.announce(f"Peer {i} alone: {model_args.peers[i - 1]}", epochs)
             seconds, history = run.train_alone(model, f"peer {i} alone", epochs)
             results.append(
                 Result(f"peer {i} alone", model.num_parameters(), run.evaluate(model), {"training": seconds}, history)
             )
-    if args.do_train and model_args.dml and args.mutual_loss != "kl":
+    if args.do_train and with_dml:
 
         def make_trainer(baseline_args):
             baseline_args.mutual_loss = "kl"
@@ -106,17 +116,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         baseline = copy.deepcopy(peers)  # the same start
         folders = {f"peer_{i}": model for i, model in enumerate(baseline, start=1)}
+        run.announce("Peers together, DML", epochs)
         seconds, history = run.train_beside("DML", epochs, folders, make_trainer)
         results += results_of(baseline, [run.evaluate(model) for model in baseline], "DML", seconds, history)
     trainer = MutualTrainer(peers, args=args, **run.common())
     seconds = None
     if args.do_train:
-        logger.warning("Training the peers together (%s) for %g epochs.", how, epochs)
+        run.announce(f"Peers together, {how}", epochs)
+        run.progress.name = how
         output = trainer.train(run.start)
         seconds = output.metrics["train_runtime"]
         trainer.save_model()
         trainer.save_state()
-        trainer.log_metrics("train", output.metrics)
         trainer.save_metrics("train", output.metrics)
     history = list(trainer.state.log_history)
     evaluated = trainer.evaluate()

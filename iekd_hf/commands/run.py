@@ -1,7 +1,6 @@
 """What `distill`, `mutual` and `detect` share: resuming, networks to compare with, and the run of a distillation."""
 
 import copy
-import logging
 import os
 import re
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from pathlib import Path
 import datasets
 import PIL.Image
 import torch
-import transformers
+import transformers.trainer
 from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from iekd_hf import IEKDTrainer
+from iekd_hf import EMACallback, IEKDTrainer
 
 from ..data.rgb import to_rgb
 from ..training.base_trainer import DistillationTrainer
@@ -23,11 +22,14 @@ from ..training.checkpoints import load_weights
 from ..training.manifest import MANIFEST_FILE, find_damage, read_manifest, write_manifest
 from ..training.resume import RUN_FILE, ResumePoint, find_resume_point
 from .arguments import ModelArguments
+from .progress import Progress
 from .report.latency import median_milliseconds
 from .report.table import Result, latencies
+from .terminal import say
 
 
-logger = logging.getLogger(__name__)
+# Where the moving average of a student is saved, in its output_dir.
+AVERAGE_FOLDER = "average"
 
 
 def find_start(args: TrainingArguments) -> ResumePoint | None:
@@ -71,6 +73,8 @@ class CommandRun:
     # Trains what the result is compared with, and what distils.
     trainer_class: type[DistillationTrainer] = DistillationTrainer
     distiller_class: type[IEKDTrainer] = IEKDTrainer
+    # The metric that is shown while a network trains.
+    shown_metric = "accuracy"
     # The images, and the student's image processor, once they are known.
     splits: datasets.DatasetDict
     processor: BaseImageProcessor
@@ -78,14 +82,19 @@ class CommandRun:
     make_distiller: Callable[[PreTrainedModel, BaseImageProcessor | None, TrainingArguments], IEKDTrainer]
 
     def __init__(self, args: TrainingArguments):
-        logging.basicConfig(
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            level=logging.WARNING if args.should_log else logging.ERROR,
-        )
-        transformers.utils.logging.disable_progress_bar()  # those of loading and saving; training keeps its own
         self.args = args
+        self.progress = Progress(self.shown_metric, lines=args.disable_tqdm or None)
+        # All trainers take it, that of stage 1 too, as they take Transformers' own bars in a notebook.
+        args.disable_tqdm, transformers.trainer.DEFAULT_PROGRESS_CALLBACK = False, self.progress
+        self.stages, self.stage = 0, 0
         self.start = find_start(args)
         set_seed(args.seed)
+
+    def announce(self, what: str, epochs: float = 0) -> None:
+        """Write the heading of a stage."""
+        self.stage += 1
+        images = f", {epochs:g} epochs on {len(self.common()['train_dataset']):,} images" if epochs else ""
+        say(f"[{self.stage}/{self.stages}] {what}{images}")
 
     def common(self) -> dict:
         """Return the arguments that every trainer of this command takes."""
@@ -118,15 +127,18 @@ class CommandRun:
     def distil(self, student: PreTrainedModel, model_args: ModelArguments) -> None:
         """Train, measure and report a teacher, the student without it and the student with it; push the last."""
         args, compared, teacher_metrics, metrics = self.args, [], None, None
+        self.stages, self.student_name = 2 + model_args.plain_student, model_args.student
         if args.do_train:
             plain = copy.deepcopy(student)  # the same start as the distilled student's
             paraphraser = model_args.paraphraser
+            average = None if model_args.ema_decay is None else EMACallback(model_args.ema_decay)
             self.make_distiller = lambda teacher, processor, args: self.distiller_class(
                 model=student,
                 teacher_model=teacher,
                 teacher_processor=processor,
                 paraphraser=paraphraser,
                 args=args,
+                callbacks=[] if average is None else [average],
                 **self.common(),
             )
             teacher = self.get_teacher(model_args)
@@ -135,7 +147,8 @@ class CommandRun:
             if model_args.plain_student:
                 compared.append(Compared(self.train_plain(plain), plain))
             trainer = self.make_distiller(teacher.model, teacher.processor, args)
-            compared.append(Compared(self.train_distilled(trainer), student))
+            distilled = Compared(self.train_distilled(trainer), student)
+            compared += [distilled] if average is None else [self.keep_average(average.model), distilled]
         else:
             trainer = self.trainer_class(model=student, args=args, **self.common())
             compared.append(Compared(Result("student", student.num_parameters()), student))
@@ -170,6 +183,7 @@ class CommandRun:
                 )
             for subfolder, model in models.items():
                 load_weights(model, str(folder / subfolder))
+            say("  finished earlier")
             done = read_manifest(folder)
             return done["seconds"], done["log_history"]
         args = copy.copy(self.args)
@@ -177,7 +191,7 @@ class CommandRun:
         args.report_to = []  # trackers would mix it with the run that it is compared with
         args.load_best_model_at_end, args.metric_for_best_model = False, None
         trainer = make_trainer(args)
-        logger.warning("Training the %s for %g epochs.", name, epochs)
+        self.progress.name = name
         if trainer.is_world_process_zero():
             (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of an earlier run
         output = trainer.train(find_resume_point(folder, self.start is not None))
@@ -215,20 +229,21 @@ class CommandRun:
 
     def train_plain(self, student: PreTrainedModel) -> Result:
         """Train the student without a teacher, on the same schedule, and measure it."""
+        self.announce(f"Plain student: {self.student_name}", self.args.num_train_epochs)
         seconds, history = self.train_alone(student, "plain student", self.args.num_train_epochs)
         measured = self.evaluate(student) if self.args.do_eval else {}
         return Result("plain student", student.num_parameters(), measured, {"training": seconds}, history)
 
     def train_distilled(self, trainer: IEKDTrainer) -> Result:
         """Train both stages, and save the student with what is known of the training."""
-        logger.warning("Distilling the student: stage 1 (paraphraser), then stage 2.")
+        self.announce(f"Distilled student: {self.student_name}", self.args.num_train_epochs)
+        self.progress.name = "stage 2"
         metrics = trainer.train(self.start).metrics
         seconds = {"stage 2": metrics["train_runtime"]}
         if "paraphraser_train_runtime" in metrics:
             seconds = {"stage 1": metrics["paraphraser_train_runtime"], **seconds}
         trainer.save_model()
         trainer.save_state()
-        trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         return Result("distilled student", trainer.student.num_parameters(), {}, seconds, trainer.state.log_history)
 
@@ -244,7 +259,15 @@ class CommandRun:
         """Return the first validation image, in RGB."""
         return to_rgb(self.splits["validation"][0]["image"])
 
-    def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
+    def keep_average(self, average: PreTrainedModel) -> Compared:
+        """Save the moving average of the distilled student beside it, and measure it."""
+        if self.args.should_save:
+            for part in (average, self.processor):
+                part.save_pretrained(os.path.join(self.args.output_dir, AVERAGE_FOLDER))
+        measured = self.evaluate(average) if self.args.do_eval else {}
+        return Compared(Result("average of it", average.num_parameters(), measured), average)
+
+    def ask_the_hub(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
         """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""
         pixels = (processor or self.processor)(self.first_image(), return_tensors="pt")["pixel_values"]
         on_cpu = copy.deepcopy(model).to("cpu", torch.float32).eval()

@@ -127,7 +127,7 @@ class TeacherCache:
             initial=sum(lengths[i] for i in mine if done[i]),
             desc=f"Caching the teacher ({size:,.0f} MiB)",
             unit=" images",
-            disable=args.disable_tqdm or not accelerator.is_local_main_process,
+            disable=args.disable_tqdm or not accelerator.is_local_main_process or None,  # None: not into log files
         )
         open_blocks = [i for i in mine if not done[i]]
         batches = [

@@ -99,7 +99,7 @@ class FrozenTeacher(nn.Module):
         """Return the logits and the maps' shapes; raise `ValueError` where the student's batch does not suit it."""
         try:
             outputs, shapes_of_maps = self.tap.probe(self.to_teacher_inputs(sample), not with_logits)
-        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
             shapes = {name: tuple(x.shape) for name, x in sample.items() if isinstance(x, torch.Tensor)}
             raise ValueError(
                 f"Expected {type(self.teacher).__name__} to take the student's batch {shapes}, got: "

@@ -14,11 +14,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from ..models.adapters import is_adapted
+from ..models.adapters import is_adapted, without_adapters
 from .average import averages_among
 from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import is_stream
 from .component_log import ComponentLog
+from .layer_rates import layer_rates, split_by_rate
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point
 from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
@@ -78,6 +79,11 @@ class DistillationTrainer(TaskLossTrainer):
                 "itself. Set cache_teacher=False, or leave mixing out."
             )
         self.model_accepts_loss_kwargs = False
+        if self.optimizer is not None and getattr(self.args, "layer_decay", None) is not None:
+            raise ValueError(
+                "Expected no optimizer in optimizers with layer_decay, got one: give its groups the rates that they "
+                "shall have, and leave layer_decay out."
+            )
         self.components = ComponentLog()
         self.run = ""  # its name, in the manifests of its checkpoints
         self._saving_folder: Path | None = None  # while a checkpoint is being written
@@ -198,6 +204,15 @@ class DistillationTrainer(TaskLossTrainer):
         """Choose the optimizer as Trainer does; SGD updates all parameters in one kernel."""
         optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_cls, {"fused": True, **kwargs} if optimizer_cls is torch.optim.SGD else kwargs
+
+    def create_optimizer(self, model=None):
+        """Make the optimizer as Trainer does, with learning rates by layer if there is a `layer_decay`."""
+        decay = getattr(self.args, "layer_decay", None)
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if decay is not None and is_new:
+            split_by_rate(optimizer, layer_rates(without_adapters(self.model), decay))
+        return optimizer
 
     def floating_point_ops(self, inputs: dict) -> int:
         """Estimate a step's operations as Trainer does, but count the parameters once."""

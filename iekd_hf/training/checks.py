@@ -86,10 +86,21 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
         )
 
 
+def check_is_of_transformers(model: nn.Module, name: str) -> None:
+    """Refuse a module that could not be saved and loaded as a model."""
+    if not isinstance(without_adapters(model), PreTrainedModel):
+        raise ValueError(
+            f"Expected {name} to be a PreTrainedModel, which can be saved and loaded, got {type(model).__name__}: "
+            "wrap a module of torchvision or your own in one, as the guide's page on models shows in a few lines; "
+            "timm's come wrapped as TimmWrapperForImageClassification."
+        )
+
+
 def check_student(
     student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict
 ) -> tuple[list[str], list[str]]:
     """Check the student against teacher, arguments and data; return the layers that are paired."""
+    check_is_of_transformers(student, "model")
     check_adapted(student)
     shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:
@@ -217,6 +228,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
         raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
     owners = {}
     for i, model in enumerate(models):
+        check_is_of_transformers(model, f"models[{i}]")
         for parameter in model.parameters():
             if owners.setdefault(parameter, i) != i:
                 raise ValueError(

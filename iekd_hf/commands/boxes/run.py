@@ -156,6 +156,7 @@ class DetectionRun(CommandRun):
 
     trainer_class = DetectionTrainer
     distiller_class = IEKDDetectionTrainer
+    shown_metric = "map"
 
     def __init__(self, data_args: DetectionDataArguments, args: TrainingArguments):
         super().__init__(args)

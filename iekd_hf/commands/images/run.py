@@ -1,6 +1,5 @@
 """What `distill` and `mutual` share: classifiers by name, images as they take them, and what is measured."""
 
-import logging
 import re
 
 import datasets
@@ -21,10 +20,9 @@ from ..networks import label_maps, load_for_classes
 from ..run import CommandRun
 from .data import DataArguments, load_images
 from .metrics import MacroF1, TopKAccuracy
+from .recipes import MixedBatches
 from .transforms import prepare
 
-
-logger = logging.getLogger(__name__)
 
 PICTURE = "report.png"
 
@@ -71,6 +69,8 @@ class ImageRun(CommandRun):
         self.names = self.splits["train"].features["label"].names
         if data_args.uses_digits:
             args.use_own_epochs()
+        mixing = MixedBatches(len(self.names), data_args.mixup, data_args.cutmix)
+        self.mixing = mixing if data_args.mixup + data_args.cutmix > 0 else None
         self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
 
     def prepare_images(self, network: str, from_scratch: bool, **hub) -> None:
@@ -81,8 +81,6 @@ class ImageRun(CommandRun):
         self.processor = build_processor(network, self.data_args.image_size, first, **hub)
         with self.args.main_process_first(desc="decoding images"):
             self.images, self.augmentation = prepare(self.splits, self.processor, self.data_args, self.args.seed)
-        how = "whole batches of images decoded once" if self.data_args.decode_once else "each image as it is read"
-        logger.warning("Augmenting %s.", how)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return top-1 and top-5 accuracy, and the mean F1 score of the classes."""
@@ -94,6 +92,7 @@ class ImageRun(CommandRun):
             "train_dataset": self.images["train"],
             "eval_dataset": self.images["validation"],
             "augmentation": self.augmentation,
+            "mixing": self.mixing,
             "processing_class": self.processor,
             "compute_metrics": self.compute_metrics,
         }

@@ -32,6 +32,8 @@ _TURNED = (5, 6, 7, 8)
 class SourceArguments:
     """Say where the images come from, whatever they are for."""
 
+    _argument_group_name = "Images"
+
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a folder of one."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with the training images."})
@@ -256,7 +258,7 @@ def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
     """Return every image's (height, width); one that cannot be decoded is named now, not in the middle of an epoch."""
     sizes, brightest, mode = [], 0, ""
     raw = split.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    for row, example in enumerate(tqdm(raw, desc=f"Checking {name} images", leave=False)):
+    for row, example in enumerate(tqdm(raw, desc=f"Checking {name} images", leave=False, disable=None)):
         image = example["image"]
         try:
             with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:

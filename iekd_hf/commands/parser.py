@@ -1,0 +1,159 @@
+"""How the commands read their arguments, and how `--help` shows them."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, get_type_hints
+
+from transformers import HfArgumentParser, TrainingArguments
+
+
+_OF_TRAINER = {field.name for field in dataclasses.fields(TrainingArguments)}
+_TRAINER = "Trainer's own arguments"
+
+
+class CommandParser(HfArgumentParser):
+    """
+    Read the data classes of a command.
+
+    `--help` shows what the command adds to Trainer or wants otherwise; with `--help_all` in the command line Trainer's
+    own arguments, too.
+
+    Args:
+        kinds (`tuple[type, ...]`):
+            The data classes. `_argument_group_name` names the group of one in the help; of a trainer's arguments those
+            are "Method" that this library adds, "Training" those that the command sets.
+        description (`str`):
+            What the help begins with.
+        prog (`str`, *optional*):
+            The command, as it is typed. Default: the script's name.
+        with_trainer (`bool`, *optional*, defaults to `False`):
+            Whether to show Trainer's own arguments.
+
+    Example:
+
+    ```python
+    >>> from iekd_hf.commands.export import ExportArguments
+    >>> parser = CommandParser((ExportArguments,), "Export a model.", "iekd-hf export")
+    >>> parser.read(["--model", "out"])[0].output
+    'student.onnx'
+
+    ```
+    """
+
+    def __init__(self, kinds: tuple[type, ...], description: str, prog: str | None = None, with_trainer: bool = False):
+        self.with_trainer = with_trainer
+        about = {"prog": prog, "usage": "%(prog)s [arguments]", "description": description.strip()}
+        super().__init__(kinds, **about, formatter_class=_HelpFormatter, add_help=False)
+        has_trainer = any(issubclass(kind, TrainingArguments) for kind in kinds)
+        other = self.add_argument_group("Help")
+        other.add_argument("-h", "--help", action="help", help="Show this.")
+        if has_trainer:
+            other.add_argument("--help_all", action="help", help="Show the arguments of Transformers' Trainer, too.")
+        about = "Show all warnings, and the traceback of an error."
+        if has_trainer:  # whose argument of this name takes a value
+            other.add_argument("--debug", nargs="?", const="", default="", metavar="", help=about)
+        else:
+            other.add_argument("--debug", action=_Nothing, nargs=0, dest=argparse.SUPPRESS, help=about)
+
+    def _add_dataclass_arguments(self, dtype):
+        hints, fields = get_type_hints(dtype), {f.name: f for f in dataclasses.fields(dtype) if f.init}
+        if not issubclass(dtype, TrainingArguments):
+            order, groups = fields, {_title(dtype): self.add_argument_group(_title(dtype))}
+        else:  # those of a subclass before those that it inherits
+            order = dict.fromkeys(name for kind in dtype.__mro__ for name in vars(kind).get("__annotations__", ()))
+            groups = {title: self.add_argument_group(title) for title in ("Method", "Training", _TRAINER)}
+            del fields["debug"]
+        for name in order:
+            if name in fields:
+                field, title = fields[name], _title(dtype, name)
+                field.type = hints[name]
+                self._parse_dataclass_field(_Group(groups[title], self.with_trainer or title != _TRAINER), field)
+
+    def read(self, given: Sequence[str]) -> tuple:
+        """Return the data classes as the command line, or the one JSON or YAML file that it names, fills them."""
+        files = [word for word in given if word != "--debug"]
+        if len(files) == 1 and files[0].endswith((".json", ".yaml", ".yml")):
+            read = self.parse_json_file if files[0].endswith(".json") else self.parse_yaml_file
+            return read(files[0])
+        *classes, unknown = self.parse_args_into_dataclasses(list(given), return_remaining_strings=True)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists them."
+            raise ValueError(f"Expected arguments of {self.prog}, got {' '.join(unknown)}: {hint}")
+        return tuple(classes)
+
+    def error(self, message: str) -> NoReturn:
+        """Say in one line what is wrong."""
+        self.exit(2, f"error: {message} ({self.prog} --help lists the arguments)\n")
+
+
+def parse_arguments(
+    kinds: tuple[type, ...], description: str, prog: str | None = None, given: Sequence[str] | None = None
+) -> tuple:
+    """Read flags, or one JSON or YAML file, by default from the command line of the process."""
+    given = sys.argv[1:] if given is None else given
+    return CommandParser(kinds, description, prog, with_trainer="--help_all" in given).read(given)
+
+
+def _title(kind: type, name: str = "") -> str:
+    """Return the group of an argument."""
+    if not issubclass(kind, TrainingArguments):
+        return getattr(kind, "_argument_group_name", "Arguments")
+    declared_in = [base.__module__ for base in kind.__mro__ if name in vars(base).get("__annotations__", ())]
+    if name not in _OF_TRAINER:
+        return "Method" if "iekd_hf.arguments" in declared_in else "Training"
+    return _TRAINER if declared_in[0] in ("iekd_hf.arguments", TrainingArguments.__module__) else "Training"
+
+
+class _Group:
+    """Add arguments to a group of the help; leave out opposites (`--no_...`), whose help would be the argument's."""
+
+    def __init__(self, group: argparse._ArgumentGroup, shown: bool):
+        self.group, self.shown = group, shown
+
+    def add_argument(self, *names: str, **keywords) -> None:
+        if not self.shown or keywords.get("action") == "store_false":
+            keywords["help"] = argparse.SUPPRESS
+        self.group.add_argument(*names, **keywords)
+
+
+class _Nothing(argparse.Action):
+    def __call__(self, *args, **kwargs):
+        pass
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Show each argument by one name, what it takes, and its default once."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=100)  # the same on all terminals, as the texts are kept
+
+    def _format_action_invocation(self, action):
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
+        return f"{action.option_strings[0]} {self._format_args(action, '')}".rstrip()
+
+    def _format_args(self, action, default_metavar):
+        metavar = action.metavar
+        if metavar is None:
+            kind = getattr(action.type, "__name__", "")
+            known = {"string_to_bool": "true|false", "int": "N", "float": "X"}
+            metavar = "NAME" if action.choices else known.get(kind, "TEXT")
+        return f"{metavar} ..." if action.nargs == "+" else metavar
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        choices, default = [str(choice) for choice in action.choices or ()], action.default
+        if choices and not re.search(rf"\b{re.escape(choices[0])}\b", text):
+            text, *own_default = text.partition(" Default:")
+            text = "".join([f"{text} One of {', '.join(choices)}.", *own_default])
+        if action.nargs == 0 or default in (None, "", argparse.SUPPRESS) or "default" in text.lower():
+            return text
+        default = " ".join(map(str, default)) if isinstance(default, list) else default
+        default = str(default).lower() if isinstance(default, bool) else default
+        return f"{text.rstrip()} Default: {default}."
