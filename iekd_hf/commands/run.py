@@ -267,7 +267,7 @@ class CommandRun:
         measured = self.evaluate(average) if self.args.do_eval else {}
         return Compared(Result("average of it", average.num_parameters(), measured), average)
 
-    def ask_the_hub(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
+    def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
         """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""
         pixels = (processor or self.processor)(self.first_image(), return_tensors="pt")["pixel_values"]
         on_cpu = copy.deepcopy(model).to("cpu", torch.float32).eval()
