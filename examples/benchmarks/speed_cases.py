@@ -185,8 +185,8 @@ def photographs() -> Setting:
     return Setting(256, 128, 128, make_teacher=None, make_student=None)
 
 
-def jpeg_files() -> datasets.Dataset:
-    """Make files of mixed sizes, around 500x375, of parts of the two photographs that come with scikit-learn."""
+def jpeg_files(enlarged: int = 1) -> datasets.Dataset:
+    """Make files of mixed sizes, around 500x375, of parts of the two photographs of scikit-learn, perhaps enlarged."""
     from sklearn.datasets import load_sample_images
 
     generator, files = np.random.default_rng(0), []
@@ -195,7 +195,8 @@ def jpeg_files() -> datasets.Dataset:
         width, height = generator.integers(420, 580), generator.integers(315, 427)
         x, y = generator.integers(0, 641 - width), generator.integers(0, 428 - height)
         file = io.BytesIO()
-        photographs[i % 2].crop((x, y, x + width, y + height)).save(file, "JPEG", quality=90)
+        part = photographs[i % 2].crop((x, y, x + width, y + height))
+        part.resize((enlarged * width, enlarged * height)).save(file, "JPEG", quality=90)
         files.append({"bytes": file.getvalue(), "path": None})
     datasets.disable_progress_bars()
     rows = {"image": files, "label": [i % 10 for i in range(len(files))]}

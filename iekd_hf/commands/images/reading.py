@@ -8,6 +8,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import torch
+import torch.nn.functional as F
 
 from ...data.rgb import to_rgb
 
@@ -38,7 +39,7 @@ class RandomResizedCrop:
     >>> PIL.Image.new("RGB", (640, 480), "red").save(file, "PNG")
     >>> pixels = RandomResizedCrop((224, 224), horizontal_flip=True)({"bytes": file.getvalue(), "path": None})
     >>> pixels.shape, pixels[:, 0, 0].tolist()
-    ((3, 224, 224), [255, 0, 0])
+    (torch.Size([3, 224, 224]), [255, 0, 0])
 
     ```
     """
@@ -52,7 +53,7 @@ class RandomResizedCrop:
     ):
         self.size, self.horizontal_flip, self.scale, self.ratio = size, horizontal_flip, scale, ratio
 
-    def __call__(self, image: dict) -> np.ndarray:
+    def __call__(self, image: dict) -> torch.Tensor:
         """
         Read an image.
 
@@ -61,7 +62,7 @@ class RandomResizedCrop:
                 As `datasets` keeps it undecoded: `bytes`, or else `path`.
 
         Returns:
-            `np.ndarray`: uint8, of shape `(3, height, width)`.
+            `torch.Tensor`: uint8, of shape `(3, height, width)`.
         """
         share, shape, left, top, flip = torch.rand(5).tolist()
         with PIL.Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
@@ -69,18 +70,20 @@ class RandomResizedCrop:
                 width, height = self._part(*opened.size, share, shape)
                 needed = (opened.width * self.size[1] / width, opened.height * self.size[0] / height)
                 opened.draft(None, tuple(map(math.ceil, needed)))  # nothing happens where it is no JPEG
-                whole = to_rgb(opened)
+                whole = opened
             else:
-                whole = to_rgb(PIL.ImageOps.exif_transpose(opened))
-        width, height = self._part(*whole.size, share, shape)
-        x, y = left * (whole.width - width), top * (whole.height - height)
-        part = whole.resize(
-            self.size[::-1], PIL.Image.Resampling.BILINEAR, (x, y, x + width, y + height), reducing_gap=2.0
-        )
-        pixels = np.asarray(part)
-        if self.horizontal_flip and flip < 0.5:
-            pixels = pixels[:, ::-1]
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+                whole = PIL.ImageOps.exif_transpose(opened)
+            part = self._cut(whole, share, shape, left, top)
+        # In a third of the time of PIL's resize, to the same bytes but for rounding.
+        pixels = torch.from_numpy(np.array(to_rgb(part))).permute(2, 0, 1)[None]
+        pixels = F.interpolate(pixels, self.size, mode="bilinear", align_corners=False, antialias=True)[0]
+        return pixels.flip(-1) if self.horizontal_flip and flip < 0.5 else pixels
+
+    def _cut(self, whole: PIL.Image.Image, share: float, shape: float, left: float, top: float) -> PIL.Image.Image:
+        """Return the part, in whole pixels, of draws in [0, 1)."""
+        width, height = (max(round(side), 1) for side in self._part(*whole.size, share, shape))
+        x, y = round(left * (whole.width - width)), round(top * (whole.height - height))
+        return whole.crop((x, y, x + width, y + height))
 
     def _part(self, width: int, height: int, share: float, shape: float) -> tuple[float, float]:
         """Return the width and height of a part, in pixels, of draws in [0, 1)."""

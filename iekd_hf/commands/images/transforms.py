@@ -143,7 +143,7 @@ class _Cropped:
         self.crop, self.operations = crop, operations
 
     def __call__(self, images: list[dict]) -> torch.Tensor:
-        pixels = torch.from_numpy(np.stack([self.crop(image) for image in images]))
+        pixels = torch.stack([self.crop(image) for image in images])
         if self.operations is None:
             return pixels
         augmented = torch.cat([self.operations(image[None] / 255) for image in pixels])  # each draws its own
