@@ -20,6 +20,7 @@ from .models.loading import find_processor, load_if_named
 from .teacher.cache import TeacherCache, check_cache_folder, check_cacheable
 from .teacher.frozen import FrozenTeacher, TeacherTargets, fingerprint
 from .teacher.pixels import TeacherPixels
+from .training.base_trainer import DistillationTrainer
 from .training.checkpoints import (
     ENCODERS_FOLDER,
     check_made_by,
@@ -38,22 +39,14 @@ from .training.checks import (
 )
 from .training.given_optimizer import add_what_is_missing
 from .training.gradient_shares import measure_gradient_shares
-from .training.held_out import HeldOutTrainer
+from .training.held_out import HeldOutLosses
 from .training.manifest import written_whole
 from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
-from .training.stage_1 import (
-    MARGIN_BATCHES,
-    get_paraphrasers,
-    measure_margins,
-    remove_checkpoints,
-    split_images,
-    stage_1_settings,
-    train_paraphrasers,
-)
+from .training.stage_1 import get_paraphrasers, make_paraphrasers, remove_checkpoints, stage_1_settings
 from .training.task_loss import TaskLabels
 
 
-class IEKDTrainer(HeldOutTrainer):
+class IEKDTrainer(DistillationTrainer):
     r"""
     Distil a vision model by inheritance and exploration (Huang et al., CVPR 2021, arXiv 2107.00181).
 
@@ -153,6 +146,7 @@ class IEKDTrainer(HeldOutTrainer):
         self.teacher_summary = Network.of("teacher", teacher_model)  # of the given one, not of its fast copy
         self.student_side: StudentWithEncoders | None = None
         self.cache: TeacherCache | None = None
+        self._held_out: HeldOutLosses | None = None  # while images are evaluated
         self.has_given_paraphrasers = paraphraser is not None
         self._fingerprint: str | None = None  # of the paraphrasers, once stage 1 is over
         self._metrics_before: dict[str, float] = {}  # of stage 1, and the gradient shares
@@ -212,7 +206,7 @@ class IEKDTrainer(HeldOutTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
-        labels = self.take_labels(inputs)
+        labels = self.task_loss.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
         losses = self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
@@ -226,7 +220,7 @@ class IEKDTrainer(HeldOutTrainer):
         losses, mask = {"task_loss": self.task_loss(self.model, outputs, labels)}, inputs.get("pixel_mask")
         losses |= factor_losses(F_inh, F_exp, targets.factors, self.args, self.knowledge.normalize, mask)
         if self.args.lambda_kd > 0:
-            losses["kd_loss"] = self.logit_loss(self.model, outputs["logits"], targets.logits, labels)
+            losses["kd_loss"] = self.task_loss.logit_loss(self.model, outputs["logits"], targets.logits, labels)
         return losses
 
     def _teach(self, inputs: dict) -> TeacherTargets:
@@ -315,25 +309,7 @@ class IEKDTrainer(HeldOutTrainer):
         if not checkpoint and self.is_world_process_zero():
             remove_checkpoints(unfinished)
             shutil.rmtree(finished, ignore_errors=True)
-        if self.knowledge.is_trained:
-            train_dataset, held_out = split_images(self.train_dataset, self.eval_dataset, args.seed)
-            paraphrasers, metrics = train_paraphrasers(
-                *(self.teacher, widths, args, unfinished, checkpoint),
-                train_dataset=train_dataset,
-                held_out=held_out,
-                columns=self.batch_columns(),
-                data_collator=self.data_collator,
-                augmentation=self.augmentation,
-            )
-            known = {"teacher": self.teacher_summary.source, **(metrics if len(paraphrasers) == 1 else {})}
-            for paraphraser, layer in zip(paraphrasers, self.teacher.tap.layers, strict=True):
-                paraphraser.facts = {"layer": layer, **known}
-        else:
-            with self.accelerator.autocast():
-                batches = self.some_batches(MARGIN_BATCHES)
-                paraphrasers, metrics = measure_margins(self.teacher, self.teacher_channels, batches)
-            for margin_relu in paraphrasers:
-                self.sync_buffers(margin_relu)
+        paraphrasers, metrics = make_paraphrasers(self, widths, unfinished, checkpoint)
         self.teacher.set_paraphrasers(paraphrasers)
         self._trained_with = settings
         if args.should_save:
@@ -355,11 +331,11 @@ class IEKDTrainer(HeldOutTrainer):
         tap = FeatureTap(self.model, self.student_layers, self.knowledge.before_activation)
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
         check_precision(self.model, sample)
-        outputs, shapes = tap.probe(sample if self.has_custom_loss else self._sample, stop_after_last=False)
+        outputs, shapes = tap.probe(sample if self.task_loss.is_custom else self._sample, stop_after_last=False)
         self.student_shapes = shapes
-        if not self.has_goal(self.model, outputs, self._sample):
+        if not self.task_loss.has_goal(self.model, outputs, self._sample):
             if not self.distillation_objective.weights():
-                self.refuse_no_goal(self.model, outputs)
+                self.task_loss.refuse_no_goal(self.model, outputs)
             tell_of_no_labels(self.model, self.args)
         if self.args.lambda_kd > 0 and "logits" not in outputs:
             raise ValueError(
@@ -388,11 +364,32 @@ class IEKDTrainer(HeldOutTrainer):
     def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Return the student's maps of a batch and the losses on them, by one pass of the bare student's side."""
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
-        labels = self.take_labels(inputs)
+        labels = self.task_loss.take_labels(inputs)
         with self.accelerator.autocast():
             outputs, feature_maps = self.student_side.tap.run(inputs)
             F_inh, F_exp = self.student_side.factors(feature_maps)
         return feature_maps, self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(self, dataloader, description, *args, **kwargs):
+        """Evaluate as Trainer does; images without labels by the losses of distillation."""
+        if description != "Evaluation" or not HeldOutLosses.can_be_measured(self):
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        self._held_out = HeldOutLosses(self, dataloader.dataset)
+        try:
+            with self._held_out.both_sides_ready():
+                output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+                output.metrics.update(self._held_out.metrics(kwargs["metric_key_prefix"]))
+        finally:
+            self._held_out = None
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predict with the bare student; measure the losses where a batch has no labels."""
+        if self._held_out is None or self._held_out.is_labelled(inputs):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return self._held_out.measure(inputs), None, None
 
     # ---- The teacher's cache ----
 
@@ -414,7 +411,7 @@ class IEKDTrainer(HeldOutTrainer):
         """Return the rows of teacher and student, and how the student was taught."""
         self.teacher_summary.metrics = numbers(teacher_metrics or {})
         student = Network.of("student", self.model, metrics)
-        how_trained = distilled(self.args, self.teacher_summary, self.labels_in_words())
+        how_trained = distilled(self.args, self.teacher_summary, self.task_loss.in_words())
         return CardFacts([self.teacher_summary, student], how_trained, ("ie",))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

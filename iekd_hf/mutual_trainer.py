@@ -131,7 +131,7 @@ class MutualTrainer(PeersTrainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        labels, pixel_mask = self.take_labels(inputs), inputs.get("pixel_mask")
+        labels, pixel_mask = self.task_loss.take_labels(inputs), inputs.get("pixel_mask")
         order = [*range(1, len(self.models)), 0]
         losses, objectives, runs, targets = {}, [], {}, {}
 
@@ -172,7 +172,9 @@ class MutualTrainer(PeersTrainer):
         losses |= factor_losses(F_inh, F_exp, F_T, self.args, pixel_mask=inputs.get("pixel_mask"))
         if self.with_logits and self.args.lambda_kl > 0:
             logits = outputs["logits"]
-            divergences = [self.logit_loss(self.models[i], logits, targets.logits, labels) for targets in others]
+            divergences = [
+                self.task_loss.logit_loss(self.models[i], logits, targets.logits, labels) for targets in others
+            ]
             losses["kl_loss"] = torch.stack(divergences).mean()
         return losses
 
@@ -240,16 +242,17 @@ class MutualTrainer(PeersTrainer):
         """Find the peers' channels, split them, and make encoders and paraphrasers."""
         args, self._sample = self.args, self.sample_batch()
         widths = []
-        if self.num_labelled and not self.are_all_labelled:
+        if self.task_loss.num_labelled and not self.task_loss.are_all_labelled:
             warnings.warn(
-                f"{self.num_labelled:,} of {len(self.train_dataset):,} images have a label. Where labels are rare, "
-                "peers that know little yet agree on anything, and may collapse: with a teacher, use IEKDTrainer.",
+                f"{self.task_loss.num_labelled:,} of {len(self.train_dataset):,} images have a label. Where labels "
+                "are rare, peers that know little yet agree on anything, and may collapse: with a teacher, use "
+                "IEKDTrainer.",
                 UserWarning,
                 stacklevel=3,
             )
         for i, tap in enumerate(self.taps):
             outputs, shapes = tap.probe(self.inputs_of(i, self._sample), stop_after_last=False)
-            if not self.has_goal(tap.model, outputs, self._sample):
+            if not self.task_loss.has_goal(tap.model, outputs, self._sample):
                 raise ValueError(
                     f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "
                     f"{', '.join(outputs)} for a batch of {', '.join(self._sample)}: pass a model with a head for the "

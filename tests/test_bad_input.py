@@ -104,7 +104,7 @@ def test_columns_that_a_transform_needs(make_trainer):
 
 
 def test_teacher_that_needs_another_size(make_trainer):
-    with pytest.raises(ValueError, match=r"to take the student's batch.*pass teacher_processor"):
+    with pytest.raises(ValueError, match=r"to take the student's batch.*as teacher_processor"):
         make_trainer(teacher_model=make_vit(image_size=64))
 
 

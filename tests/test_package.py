@@ -10,8 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
 
 import iekd_hf
+from iekd_hf import DistillationTrainer, IEKDTrainer, MutualTrainer
 
 
 ROOT = Path(__file__).parent.parent
@@ -141,3 +143,11 @@ def test_requirements_are_stated():
     stated = config["options"]["install_requires"]
     for package in ("torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface-hub", "safetensors"):
         assert f"\n{package}>=" in stated
+
+
+def test_trainers_are_composed():
+    """A responsibility is a file that a trainer uses, not a class between it and Trainer."""
+    for trainer in (IEKDTrainer, MutualTrainer):
+        between = trainer.__mro__[: trainer.__mro__.index(Trainer)]
+        assert [cls.__name__ for cls in between][-2:] == ["DistillationTrainer", "HubTrainer"] and len(between) <= 4
+    assert IEKDTrainer.__bases__ == (DistillationTrainer,)

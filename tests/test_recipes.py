@@ -12,7 +12,7 @@ from transformers import default_data_collator
 from iekd_hf import BatchAugmentation, DistillationTrainer, Paraphraser
 from iekd_hf.commands.images.recipes import MixedBatches, RandAugmentedBatches
 from iekd_hf.training.layer_rates import layer_rates
-from iekd_hf.training.task_loss import soft_cross_entropy
+from iekd_hf.training.soft_labels import soft_cross_entropy
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

@@ -142,7 +142,7 @@ def test_decoded_images_and_a_cache(make_trainer):
             max_steps=4,
             **IN_ORDER,
         )
-        assert trainer.num_labelled == 3
+        assert trainer.task_loss.num_labelled == 3
         trainer.train()
         courses.append([(logs["task_loss"], logs["inheritance_loss"]) for logs in logs_of(trainer)])
     np.testing.assert_allclose(courses[1], courses[0], rtol=2e-3)

@@ -1,5 +1,6 @@
 """What all trainers share, without any algorithm: component logs, the finite-loss guard, strict loading."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,16 +15,20 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from ..hub.push import HubTrainer
+from ..method.objective import Objective
 from ..models.adapters import is_adapted, without_adapters
 from .average import averages_among
 from .checkpoints import check_training_state, load_weights, read_weights
-from .checks import is_stream
+from .checks import check_recipe, is_stream
 from .component_log import ComponentLog
+from .labels import FillLabels, measure_labelled
 from .layer_rates import layer_rates, split_by_rate
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point
 from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
-from .task_loss import TaskLossTrainer, are_soft, nothing_of
+from .soft_labels import are_soft, mix
+from .task_loss import TaskLoss, nothing_of
 
 
 logger = logging.get_logger(__name__)
@@ -40,7 +45,7 @@ _NOT_PREDICTED_BY_DETECTORS = (
 _NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
 
 
-class DistillationTrainer(TaskLossTrainer):
+class DistillationTrainer(HubTrainer):
     """
     Extend [`~transformers.Trainer`] with what distillation trainers share.
 
@@ -65,6 +70,9 @@ class DistillationTrainer(TaskLossTrainer):
 
     # Put before each name in the logs, by a trainer whose logs trackers may put into one run with another's.
     log_prefix = ""
+    # Set by trainers that weigh several losses.
+    # Not `objective`, which is what a hyperparameter search of Trainer maximises.
+    distillation_objective: Objective | None = None
     # Our losses are means over a micro-batch, whatever keyword the student's forward accepts: Trainer must divide
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
     loss_is_scaled_for_ga = False
@@ -73,17 +81,10 @@ class DistillationTrainer(TaskLossTrainer):
         super().__init__(*args, **kwargs)
         self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
         self.mixing = None if mixing is None else mixing.to(self.args.device)
-        if mixing is not None and getattr(self.args, "cache_teacher", False):
-            raise ValueError(
-                "Expected no mixing with cache_teacher=True, got both: a cached teacher has seen each image by "
-                "itself. Set cache_teacher=False, or leave mixing out."
-            )
+        check_recipe(self.args, mixing, self.optimizer)
         self.model_accepts_loss_kwargs = False
-        if self.optimizer is not None and getattr(self.args, "layer_decay", None) is not None:
-            raise ValueError(
-                "Expected no optimizer in optimizers with layer_decay, got one: give its groups the rates that they "
-                "shall have, and leave layer_decay out."
-            )
+        self.data_collator = FillLabels(self.data_collator)
+        self.task_loss = TaskLoss(self)
         self.components = ComponentLog()
         self.run = ""  # its name, in the manifests of its checkpoints
         self._saving_folder: Path | None = None  # while a checkpoint is being written
@@ -153,18 +154,10 @@ class DistillationTrainer(TaskLossTrainer):
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         inputs = self._augmented(super()._prepare_inputs(inputs))
-        return self._mixed(inputs) if self.mixing is not None and self.is_in_train and self.model.training else inputs
-
-    def _mixed(self, inputs: dict) -> dict:
-        labels, config = inputs.get("labels"), self.model.config
-        if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
-            raise ValueError(
-                f"Expected a class of each image as labels with mixing, got {getattr(labels, 'shape', labels)}: leave "
-                "mixing out for other tasks than classification."
-            )
-        config.problem_type = "single_label_classification"  # what Transformers finds by itself in such labels
-        pixel_values, labels = self.mixing(inputs["pixel_values"], labels)
-        return {**inputs, "pixel_values": pixel_values, "labels": labels}
+        if not self.task_loss.takes_labels:
+            inputs.pop("labels", None)  # of data that have some, for a backbone that takes none
+        is_mixed = self.mixing is not None and self.is_in_train and self.model.training
+        return mix(inputs, self.mixing, self.model.config) if is_mixed else inputs
 
     def _augmented(self, inputs: dict) -> dict:
         image_ids = inputs.pop("image_ids", None)
@@ -181,6 +174,23 @@ class DistillationTrainer(TaskLossTrainer):
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         return _PassBatches(super()._get_collator_with_removed_columns(data_collator, description))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collect the micro-batches of a step."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.task_loss.begin_step(samples, device)
+        return samples, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the task's loss, over the images that have a label."""
+        if self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = self.task_loss.take_labels(inputs)
+        outputs = model(**inputs)
+        if self.model.training and not self.task_loss.has_goal(self.model, outputs, {"labels": labels.given}):
+            self.task_loss.refuse_no_goal(self.model, outputs)
+        loss = self.task_loss(self.model, outputs, labels)
+        return (loss, outputs) if return_outputs else loss
 
     def prepare_to_train(self, module: nn.Module, example: dict) -> nn.Module:
         """Prepare a module whose forward returns the output, F_inh and F_exp first, through Accelerate."""
@@ -376,7 +386,13 @@ class DistillationTrainer(TaskLossTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         self.sync_buffers(self.model)
-        return super().evaluation_loop(*args, **kwargs)
+        compute_metrics = self.compute_metrics
+        if compute_metrics is not None and not self.args.batch_eval_metrics:
+            self.compute_metrics = functools.partial(measure_labelled, compute_metrics)
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.compute_metrics = compute_metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         for average in averages_among(self.callback_handler.callbacks):

@@ -222,6 +222,20 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
     )
 
 
+def check_recipe(args: TrainingArguments, mixing: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse parts of a recipe that do not go together."""
+    if mixing is not None and getattr(args, "cache_teacher", False):
+        raise ValueError(
+            "Expected no mixing with cache_teacher=True, got both: a cached teacher has seen each image by itself. Set "
+            "cache_teacher=False, or leave mixing out."
+        )
+    if optimizer is not None and getattr(args, "layer_decay", None) is not None:
+        raise ValueError(
+            "Expected no optimizer in optimizers with layer_decay, got one: give its groups the rates that they shall "
+            "have, and leave layer_decay out."
+        )
+
+
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
     """Refuse models that cannot be trained together."""
     if len(models) < 2:

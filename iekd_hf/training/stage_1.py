@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Dataset, random_split
-from transformers import set_seed
+from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from ..arguments import IEKDTrainingArguments
@@ -46,6 +46,33 @@ def get_paraphrasers(source, teacher_channels: list[int], args: IEKDTrainingArgu
                 f"{paraphraser.factor_channels}: leave factor_channels at None, or pass another paraphraser."
             )
     return [paraphraser.to(args.device) for paraphraser in paraphrasers]
+
+
+def make_paraphrasers(
+    trainer: Trainer, widths: list[tuple[int, int]], folder: Path, checkpoint: str | None
+) -> tuple[list[nn.Module], dict[str, float]]:
+    """Train the paraphrasers of an [`IEKDTrainer`] in a folder, or measure its margins, by what it compares."""
+    teacher = trainer.teacher
+    if trainer.knowledge.is_trained:
+        train_dataset, held_out = split_images(trainer.train_dataset, trainer.eval_dataset, trainer.args.seed)
+        paraphrasers, metrics = train_paraphrasers(
+            *(teacher, widths, trainer.args, folder, checkpoint),
+            train_dataset=train_dataset,
+            held_out=held_out,
+            columns=trainer.batch_columns(),
+            data_collator=trainer.data_collator,
+            augmentation=trainer.augmentation,
+        )
+        known = {"teacher": trainer.teacher_summary.source, **(metrics if len(paraphrasers) == 1 else {})}
+        for paraphraser, layer in zip(paraphrasers, teacher.tap.layers, strict=True):
+            paraphraser.facts = {"layer": layer, **known}
+    else:
+        with trainer.accelerator.autocast():
+            batches = trainer.some_batches(MARGIN_BATCHES)
+            paraphrasers, metrics = measure_margins(teacher, [channels for channels, _ in widths], batches)
+        for margin_relu in paraphrasers:
+            trainer.sync_buffers(margin_relu)
+    return paraphrasers, metrics
 
 
 def train_paraphrasers(

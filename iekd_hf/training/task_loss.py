@@ -1,16 +1,16 @@
 r"""The task's own loss \(L_{goal}\), over the images that have a label."""
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import Trainer
 
-from ..hub.push import HubTrainer
-from ..method.objective import Objective, logit_loss
+from ..method.objective import logit_loss
 from ..models.adapters import without_adapters
 from ..models.signature import takes_labels
-from .labels import NO_LABEL, FillLabels, count_labelled, measure_labelled
+from .labels import NO_LABEL, count_labelled
+from .soft_labels import are_soft, soft_cross_entropy
 
 
 class TaskLabels(NamedTuple):
@@ -22,7 +22,7 @@ class TaskLabels(NamedTuple):
     are_soft: bool = False  # shares of the classes, `(batch_size, num_labels)`
 
 
-class TaskLossTrainer(HubTrainer):
+class TaskLoss:
     r"""
     Compute \(L_{goal}\) as Trainer does, but over the images that have a label: it is 0 where a batch has none.
 
@@ -33,64 +33,60 @@ class TaskLossTrainer(HubTrainer):
     is `"single_label_classification"`. An image without a label has shares of 0.
     """
 
-    # Set by trainers that weigh several losses.
-    # Not `objective`, which is what a hyperparameter search of Trainer maximises.
-    distillation_objective: Objective | None = None
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.data_collator = FillLabels(self.data_collator)
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
         # None: not known, as it cannot be read cheaply.
         self.num_labelled = 0
         if self.takes_labels:
-            self.num_labelled = count_labelled(self.train_dataset) if "labels" in self.label_names else None
+            has_classes = "labels" in trainer.label_names
+            self.num_labelled = count_labelled(trainer.train_dataset) if has_classes else None
         self._labelled_share: torch.Tensor | None = None  # of a step, where it has several micro-batches or ranks
 
     @property
     def takes_labels(self) -> bool:
         """Whether the model has a head that takes labels, or a custom loss does."""
-        return self.compute_loss_func is not None or takes_labels(without_adapters(self.model))
+        return self.trainer.compute_loss_func is not None or takes_labels(without_adapters(self.trainer.model))
 
     @property
     def are_all_labelled(self) -> bool:
         """Whether each training image is known to have a label."""
-        return self.num_labelled is not None and self.num_labelled == len(self.train_dataset)
+        return self.num_labelled is not None and self.num_labelled == len(self.trainer.train_dataset)
 
-    def labels_in_words(self) -> str:
+    def in_words(self) -> str:
         """Return how many images had a label, as the object of a sentence."""
         if self.num_labelled == 0:
             return "no labels"
         if self.num_labelled is None or self.are_all_labelled:
             return "the labels of its images"
-        return f"the labels of {self.num_labelled:,} of its {len(self.train_dataset):,} images"
+        return f"the labels of {self.num_labelled:,} of its {len(self.trainer.train_dataset):,} images"
 
     @property
-    def has_custom_loss(self) -> bool:
+    def is_custom(self) -> bool:
         """Whether a custom loss or label smoothing replaces the model's loss."""
-        return self.compute_loss_func is not None or self.label_smoother is not None
+        return self.trainer.compute_loss_func is not None or self.trainer.label_smoother is not None
 
     def take_labels(self, inputs: dict) -> TaskLabels:
         """Take the labels of a batch; leave the model such as its own loss can take, where it needs them."""
         given = inputs.get("labels")
         labels = TaskLabels(given, given, None)
-        config = getattr(without_adapters(self.model), "config", None)
+        config = getattr(without_adapters(self.trainer.model), "config", None)
         problem, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
         is_class = isinstance(given, torch.Tensor) and not given.is_floating_point()
         is_class = is_class and num_labels != 1 and problem in (None, "single_label_classification")
-        if are_soft(self.model, given):
+        if are_soft(self.trainer.model, given):
             share = given.sum(dim=1).mean()
-            several = self._labelled_share is not None and self.model.training
+            several = self._labelled_share is not None and self.trainer.model.training
             weight = torch.where(share > 0, share / self._labelled_share, 0.0) if several else None
             del inputs["labels"]  # which the model's own loss does not know
             return TaskLabels(given, given, weight, are_soft=True)
-        if is_class and not (self.model.training and self.are_all_labelled):
+        if is_class and not (self.trainer.model.training and self.are_all_labelled):
             share = self._share_of(given)
             # The mean over no labels is NaN, and so is its gradient: such a batch gets a class, and no weight.
             filled = torch.where(share > 0, given, 0)
-            total = share if self._labelled_share is None or not self.model.training else self._labelled_share
+            total = share if self._labelled_share is None or not self.trainer.model.training else self._labelled_share
             weight = torch.where(share > 0, share / total, 0.0)
             labels = TaskLabels(given, filled, weight)
-        if given is not None and self.has_custom_loss:
+        if given is not None and self.is_custom:
             del inputs["labels"]
         elif given is not None:
             inputs["labels"] = labels.filled
@@ -99,29 +95,27 @@ class TaskLossTrainer(HubTrainer):
     def _share_of(self, labels: torch.Tensor | None) -> torch.Tensor:
         """Return the share of a batch's images that have a label."""
         if not isinstance(labels, torch.Tensor):  # of detectors, each image has its objects
-            return torch.tensor(0.0 if labels is None else 1.0, device=self.args.device)
-        ignored = NO_LABEL if labels.ndim == 1 else ignore_index(self.model)
+            return torch.tensor(0.0 if labels is None else 1.0, device=self.trainer.args.device)
+        ignored = NO_LABEL if labels.ndim == 1 else ignore_index(self.trainer.model)
         return (labels != ignored).reshape(len(labels), -1).any(dim=1).float().mean()
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Collect the micro-batches of a step, and how many of their images have a label, on all ranks."""
+    def begin_step(self, micro_batches: list[dict], device: torch.device) -> None:
+        """Count how many images of a step have a label, on all ranks."""
         # So that accumulated micro-batches, each of which has the mean over its own labels, make the mean over all.
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._labelled_share = None
-        several = len(samples) > 1 or self.args.world_size > 1
+        several = len(micro_batches) > 1 or self.trainer.args.world_size > 1
         if several and self.takes_labels and not self.are_all_labelled:
-            share = torch.stack([self._share_of(batch.get("labels")).to(device) for batch in samples]).mean()
-            self._labelled_share = self.accelerator.reduce(share, "mean")
-        return samples, num_items
+            share = torch.stack([self._share_of(batch.get("labels")).to(device) for batch in micro_batches]).mean()
+            self._labelled_share = self.trainer.accelerator.reduce(share, "mean")
 
-    def task_loss(self, model: nn.Module, outputs: dict, labels: TaskLabels) -> torch.Tensor:
+    def __call__(self, model: nn.Module, outputs: dict, labels: TaskLabels) -> torch.Tensor:
         """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels.given, num_items_in_batch=None)
+        if self.trainer.compute_loss_func is not None:
+            return self.trainer.compute_loss_func(outputs, labels.given, num_items_in_batch=None)
         if labels.are_soft:
-            loss = soft_cross_entropy(outputs["logits"], labels.given, self.args.label_smoothing_factor)
-        elif self.label_smoother is not None and labels.given is not None:
-            loss = self.label_smoother(outputs, labels.filled)
+            loss = soft_cross_entropy(outputs["logits"], labels.given, self.trainer.args.label_smoothing_factor)
+        elif self.trainer.label_smoother is not None and labels.given is not None:
+            loss = self.trainer.label_smoother(outputs, labels.filled)
         elif outputs.get("loss") is not None:
             loss = outputs["loss"]
         else:
@@ -131,9 +125,9 @@ class TaskLossTrainer(HubTrainer):
     def has_goal(self, model: nn.Module, outputs: dict, sample: dict) -> bool:
         """Return whether the task has a loss, by what is known of the labels and what the model gives for a sample."""
         is_labelled = sample.get("labels") is not None
-        if is_labelled and outputs.get("loss") is None and not self.has_custom_loss:
+        if is_labelled and outputs.get("loss") is None and not self.is_custom:
             self.refuse_no_goal(model, outputs)
-        if self.compute_loss_func is not None or (self.num_labelled and not is_labelled):
+        if self.trainer.compute_loss_func is not None or (self.num_labelled and not is_labelled):
             return True
         return (outputs.get("loss") is not None or is_labelled) and self.num_labelled != 0
 
@@ -141,7 +135,7 @@ class TaskLossTrainer(HubTrainer):
         """Refuse a training that has no loss, neither the task's nor another one."""
         raise ValueError(
             f"Expected {type(model).__name__} to return a loss, got only {', '.join(outputs)}: the batch "
-            f"needs {' and '.join(self.label_names) or 'labels'}, or pass compute_loss_func."
+            f"needs {' and '.join(self.trainer.label_names) or 'labels'}, or pass compute_loss_func."
         )
 
     def logit_loss(self, model: nn.Module, logits, teacher_logits, labels: TaskLabels) -> torch.Tensor:
@@ -149,78 +143,7 @@ class TaskLossTrainer(HubTrainer):
         config = getattr(without_adapters(model), "config", None)
         multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
         ignored = ignore_index(model)
-        return logit_loss(logits, teacher_logits, self.args.temperature, labels.given, ignored, multi_label)
-
-    # ---- Where Trainer computes and measures ----
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the task's loss, as Trainer does."""
-        if self.compute_loss_func is not None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = self.take_labels(inputs)
-        outputs = model(**inputs)
-        if self.model.training and not self.has_goal(self.model, outputs, {"labels": labels.given}):
-            self.refuse_no_goal(self.model, outputs)
-        loss = self.task_loss(self.model, outputs, labels)
-        return (loss, outputs) if return_outputs else loss
-
-    def _prepare_inputs(self, inputs: dict) -> dict:
-        inputs = super()._prepare_inputs(inputs)
-        if not self.takes_labels:
-            inputs.pop("labels", None)  # of data that have some, for a backbone that takes none
-        return inputs
-
-    def evaluation_loop(self, *args, **kwargs):
-        """Measure on the images that have a label."""
-        compute_metrics = self.compute_metrics
-        if compute_metrics is not None and not self.args.batch_eval_metrics:
-            self.compute_metrics = functools.partial(measure_labelled, compute_metrics)
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self.compute_metrics = compute_metrics
-
-
-def are_soft(model: nn.Module, labels: torch.Tensor | None) -> bool:
-    """Return whether labels are shares of the classes of which each image has one."""
-    config = getattr(without_adapters(model), "config", None)
-    is_single = getattr(config, "problem_type", None) == "single_label_classification"
-    return is_single and isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim == 2
-
-
-def soft_cross_entropy(logits: torch.Tensor, shares: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    r"""
-    Return the cross entropy of soft labels, the mean over the images by how much of each has a label.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
-            The student's.
-        shares (`torch.Tensor` of shape `(batch_size, num_labels)`):
-            Not negative; a row adds up to the share of its image that has a label, 1 for most.
-        label_smoothing (`float`, *optional*, defaults to 0.0):
-            Share of each row that is spread evenly over the classes.
-
-    Returns:
-        `torch.Tensor`: a scalar; 0 without any label.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from iekd_hf.training.task_loss import soft_cross_entropy
-    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
-    >>> soft_cross_entropy(logits, torch.tensor([[1.0, 0.0], [0.25, 0.75]]))  # of (0.1269 + 0.6931) / 2
-    tensor(0.4100)
-    >>> soft_cross_entropy(logits, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))  # the second image has no label
-    tensor(0.1269)
-
-    ```
-    """
-    of_images = shares.sum(dim=1, keepdim=True)
-    shares = torch.lerp(shares, of_images / shares.shape[1], label_smoothing)
-    total = -(shares * logits.float().log_softmax(dim=1)).sum()
-    count = of_images.sum()
-    return total / torch.where(count > 0, count, 1.0)
+        return logit_loss(logits, teacher_logits, self.trainer.args.temperature, labels.given, ignored, multi_label)
 
 
 def ignore_index(model: nn.Module) -> int:
