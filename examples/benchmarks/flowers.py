@@ -31,8 +31,8 @@ from torch import nn
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil, set_seed
 
 from iekd_hf import METHODS, BatchAugmentation, DecodedImages, IEKDTrainer, IEKDTrainingArguments
-from iekd_hf.commands.arguments import parse_arguments
 from iekd_hf.commands.images.metrics import TopKAccuracy
+from iekd_hf.commands.parser import parse_arguments
 from iekd_hf.training.checkpoints import load_weights
 
 

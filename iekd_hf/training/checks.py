@@ -226,8 +226,8 @@ def check_recipe(args: TrainingArguments, mixing: nn.Module | None, optimizer: t
     """Refuse parts of a recipe that do not go together."""
     if mixing is not None and getattr(args, "cache_teacher", False):
         raise ValueError(
-            "Expected no mixing with cache_teacher=True, got both: a cached teacher has seen each image by itself. Set "
-            "cache_teacher=False, or leave mixing out."
+            "Expected no mixing with cache_teacher=True, got both: a cached teacher has seen each image by itself. "
+            "Set cache_teacher=False, or leave mixing out."
         )
     if optimizer is not None and getattr(args, "layer_decay", None) is not None:
         raise ValueError(
