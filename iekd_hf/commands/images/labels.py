@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable
 
 import datasets
+import numpy as np
 
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,17 @@ def unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     return unified
 
 
+def set_unlabelled_apart(splits: datasets.DatasetDict) -> None:
+    """Make the training images without a label a split of their own, `unlabelled`, in place."""
+    train = splits["train"]
+    missing = np.array([is_missing(value) for value in train["label"][:]])
+    if missing.all():
+        raise ValueError("Expected some training images with a label, got none: a classifier needs its classes.")
+    if missing.any():
+        splits["train"] = train.select(np.flatnonzero(~missing))
+        splits["unlabelled"] = train.select(np.flatnonzero(missing)).remove_columns("label")
+
+
 def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
     """Return the labels of a split; `None` where they are hidden, which those of a test split may be."""
     feature = split.features["label"]
@@ -94,7 +106,8 @@ def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
                 return None
             raise ValueError(
                 f"Expected a label in every row of the {name} split, got {value!r} in row {row}: remove the row, or "
-                "label it. (Labels below 0 count as missing; if they are classes, write them as names.)"
+                "label it; iekd-hf distill takes training images without a label with --unlabelled true. (Labels "
+                "below 0 count as missing; if they are classes, write them as names.)"
             )
         if isinstance(feature, datasets.ClassLabel) and value >= feature.num_classes:
             raise ValueError(

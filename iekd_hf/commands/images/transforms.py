@@ -18,6 +18,10 @@ from .reading import RandomResizedCrop
 from .recipes import RandAugmentedBatches, rand_augment
 
 
+# The splits that networks learn from.
+_LEARNT = ("train", "unlabelled")
+
+
 def prepare(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments, seed: int
 ) -> tuple[dict[str, Dataset], BatchAugmentation | RandAugmentedBatches | None]:
@@ -28,7 +32,7 @@ def prepare(
     kind = crop_kind(args, size)
     images = {}
     for name, split in splits.items():
-        resized = name == "train" and kind == "resized_crop"
+        resized = name in _LEARNT and kind == "resized_crop"
         images[name] = DecodedImages.decode(split, _Fit(args.sizes, size) if resized else _Processed(processor))
     augmentation = BatchAugmentation.from_processor(
         processor,
@@ -92,13 +96,13 @@ def add_transforms(
         on_batches = K.AugmentationSequential(*crop, *flip, data_keys=["input"]) if crop or flip else None
         for_training = _Augmented(processor, on_batches, operations)
         for_evaluation = _Augmented(processor)
-    splits = dict(splits)
-    if kind == "resized_crop" and "train" in splits:
-        splits["train"] = splits["train"].cast_column("image", datasets.Image(decode=False))
-    images = {
-        name: split.with_transform(_Read(for_training if name == "train" else for_evaluation))
-        for name, split in splits.items()
-    }
+    images = {}
+    for name, split in splits.items():
+        if name in _LEARNT:
+            undecoded = split.cast_column("image", datasets.Image(decode=False)) if kind == "resized_crop" else split
+            images[name] = undecoded.with_transform(_Read(for_training))
+        else:
+            images[name] = split.with_transform(_Read(for_evaluation))
     return images, normalisation
 
 
