@@ -76,6 +76,8 @@ class IEKDTrainer(DistillationTrainer):
             A trained paraphraser (one for each pair of layers), or a Hub id or folder: stage 1 is left out.
         augmentation (`BatchAugmentation`, *optional*):
             Makes the student's input of the raw pixels of [`DecodedImages`], on the device.
+        mixing (`nn.Module`, *optional*):
+            Mixes the images and labels of a training batch, as in [`DistillationTrainer`].
         teacher_processor (`BaseImageProcessor`, *optional*):
             The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
             resized for the teacher on the device, a `pixel_mask` along with it. Read from the Hub id or folder if the

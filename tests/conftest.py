@@ -93,6 +93,7 @@ OF_TRAINER = (
     "model_init_kwargs",
     "teacher_model_init_kwargs",
     "augmentation",
+    "mixing",
 )
 
 

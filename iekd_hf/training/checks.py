@@ -17,6 +17,7 @@ from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
 from ..models.kinds import main_input_of, why_no_logits
 from ..models.signature import is_headless, takes_labels
+from .average import averages_among
 from .dense import check_masks_of
 from .labels import NO_LABEL, check_are_classes, read_classes, read_least_target
 
@@ -240,6 +241,20 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
     )
 
 
+def check_recipe(args: TrainingArguments, mixing: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse parts of a recipe that do not go together."""
+    if mixing is not None and getattr(args, "cache_teacher", False):
+        raise ValueError(
+            "Expected no mixing with cache_teacher=True, got both: a cached teacher has seen each image by itself. "
+            "Set cache_teacher=False, or leave mixing out."
+        )
+    if optimizer is not None and getattr(args, "layer_decay", None) is not None:
+        raise ValueError(
+            "Expected no optimizer in optimizers with layer_decay, got one: give its groups the rates that they shall "
+            "have, and leave layer_decay out."
+        )
+
+
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
     """Refuse models that cannot be trained together."""
     if len(models) < 2:
@@ -264,6 +279,11 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
                 "model with a head for the task, or compute_loss_func."
             )
         check_datasets(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    if averages_among(kwargs.get("callbacks") or ()):
+        raise ValueError(
+            "Expected no EMACallback among the callbacks, got one: it averages one model, and here several train. Use "
+            "it with IEKDTrainer, or leave it out."
+        )
     for name in ("model", "model_init", "optimizers"):
         if kwargs.get(name) is not None:
             raise ValueError(
