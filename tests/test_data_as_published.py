@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import datetime
 import json
 import logging
 import pickle
@@ -219,6 +220,47 @@ def test_labels_of_every_kind_become_classes(tmp_path, caplog):
 def test_labels_that_are_no_classes_are_refused(tmp_path, labels, feature, words):
     with pytest.raises(ValueError, match=words):
         load_rows(tmp_path, labels, feature)
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        ([[1, 0], [1, 0], [1]], "as many labels in every row of column 'label', got 1 in row 2 and 2 in row 0"),
+        ([datetime.date(2020, 1, 1)] * 2, r"numbers in column 'label', got values of type date32.*2020-01-01"),
+    ],
+)
+def test_labels_that_are_no_numbers_are_not_decoded(labels, words):
+    with pytest.raises(ValueError, match=words):
+        DecodedImages.decode(rows(labels))
+
+
+def test_what_is_no_data_set_is_not_decoded():
+    for given in ([1, 2], datasets.DatasetDict({"train": rows([0, 1])})):
+        with pytest.raises(ValueError, match=f"one split as a datasets.Dataset, got a {type(given).__name__}: "):
+            DecodedImages.decode(given)
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, words",
+    [
+        (DataArguments, {"max_train_samples": 0}, "max_train_samples of at least 1, or None, got 0"),
+        (DetectionDataArguments, {"max_eval_samples": -5}, "max_eval_samples of at least 1, or None, got -5"),
+        (DataArguments, {"image_size": 0}, "image_size of at least 1, or None, got 0"),
+        (DetectionDataArguments, {"image_square_size": 0}, "image_square_size of at least 1, or None, got 0"),
+    ],
+)
+def test_numbers_that_leave_no_image(kind, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        kind(**arguments)
+
+
+def test_images_that_cannot_be_trained_on_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="images in column 'label' of the train split, got values of type int64"):
+        load_rows(tmp_path, [0, 1] * 4, image_column_name="label")
+    with pytest.raises(ValueError, match="at least 2 images in the train split, got 1: give validation images"):
+        load_rows(tmp_path, [0])
+    with pytest.raises(ValueError, match="at least two classes in the train split, got one, '3'"):
+        load_rows(tmp_path, [3] * 8)
 
 
 @pytest.mark.parametrize("decode_once", [True, False])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
@@ -93,6 +94,11 @@ class DecodedImages(Dataset):
         Raises:
             `ValueError`: images of different sizes, no images, or one that cannot be decoded.
         """
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError(
+                f"Expected one split as a datasets.Dataset, got a {type(dataset).__name__}: pass dataset['train'], or "
+                "make one by datasets.Dataset.from_list."
+            )
         if len(dataset) == 0:
             raise ValueError("Expected images to decode, got an empty dataset: check its file or split.")
         if image_column not in dataset.column_names:
@@ -162,6 +168,20 @@ def check_labels(dataset: datasets.Dataset, column: str) -> None:
             f"Expected numbers in column {column!r}, got strings such as {labels[0].as_py()!r}: make classes of them "
             f"by dataset.class_encode_column({column!r})."
         )
+    kind = labels.type
+    if pyarrow.types.is_temporal(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_struct(kind):
+        raise ValueError(
+            f"Expected numbers in column {column!r}, got values of type {kind}, such as {labels[0].as_py()}: name the "
+            "column of labels in label_column."
+        )
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        lengths = pc.list_value_length(labels).to_numpy()
+        if (lengths != lengths[0]).any():
+            row = int((lengths != lengths[0]).argmax())
+            raise ValueError(
+                f"Expected as many labels in every row of column {column!r}, got {lengths[row]} in row {row} and "
+                f"{lengths[0]} in row 0: write 0 or 1 for each of the labels, not the names of those that apply."
+            )
 
 
 def _as_tensor(labels: datasets.Dataset) -> torch.Tensor:

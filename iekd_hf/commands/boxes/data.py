@@ -63,6 +63,7 @@ class DetectionDataArguments(SourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_counts("image_square_size")
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"Expected image_size to be height and width, got {self.image_size}.")
         if self.image_size is not None and self.image_square_size is not None:

@@ -46,6 +46,7 @@ class DataArguments(SourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_counts("image_size")
         self.uses_digits = not self.is_given
         self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
         if self.horizontal_flip is None:
@@ -64,7 +65,18 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
     splits = datasets.DatasetDict({name: _rename_columns(split, args, name) for name, split in splits.items()})
     check_filled(splits)
     splits = unify_labels(splits)
+    classes = splits["train"].features["label"].names
+    if len(classes) == 1:  # of which Transformers makes a regression
+        raise ValueError(
+            f"Expected at least two classes in the train split, got one, {classes[0]!r}: name another column with "
+            "--label_column_name, or add images of another class."
+        )
     if "validation" not in splits:
+        if len(splits["train"]) < 2:
+            raise ValueError(
+                "Expected at least 2 images in the train split, got 1: give validation images with --validation_file "
+                "or --validation_dir, or more images."
+            )
         try:
             parts = splits["train"].train_test_split(args.train_val_split, seed=seed, stratify_by_column="label")
         except ValueError:  # too few images to hold every class twice

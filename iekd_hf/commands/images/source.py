@@ -24,6 +24,8 @@ _VALIDATION = ("validation", "valid", "val", "dev")
 _READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 # An eighth of the range in 8 bits: no pixel of 12 bits in 16 has more.
 _DARK = 32
+# Types of a column that holds neither images nor paths of some.
+_NO_IMAGES = ("bool", "int", "uint", "float", "date", "time", "duration")
 # Orientations of EXIF at which a camera has been held upright.
 _TURNED = (5, 6, 7, 8)
 
@@ -58,7 +60,14 @@ class SourceArguments:
             raise ValueError(f"Expected one source of training images, got {' and '.join(sources)}: keep one.")
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"Expected train_val_split within (0, 1), got {self.train_val_split}.")
+        self.check_counts("max_train_samples", "max_eval_samples")
         self.is_given = bool(sources)
+
+    def check_counts(self, *names: str) -> None:
+        """Refuse counts below 1."""
+        for name in names:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} of at least 1, or None, got {getattr(self, name)}.")
 
 
 def load_source(args: SourceArguments) -> datasets.DatasetDict:
@@ -184,7 +193,7 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
         `str`
 
     Raises:
-        `ValueError`: there is none.
+        `ValueError`: there is none, or one of numbers where images are wanted.
 
     Example:
 
@@ -207,6 +216,12 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
             f"Expected a column of {role}s in the {name} split, got the columns {', '.join(split.column_names)}"
             + (f", not {given!r}" if given else "")
             + f": name it with --{role}_column_name."
+        )
+    dtype = str(getattr(split.features[column], "dtype", ""))
+    if kind is datasets.Image and dtype.startswith(_NO_IMAGES):
+        raise ValueError(
+            f"Expected images in column {column!r} of the {name} split, got values of type {dtype}: name another "
+            f"column with --{role}_column_name."
         )
     return column
 
