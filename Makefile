@@ -8,6 +8,11 @@ PIP := .venv/$(PIP_WITH) constraints.txt
 COMPARE := $(BIN)/python examples/benchmarks/compare_methods.py --evaluate_on test --seeds 0 1 2
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
+# What `make demo-mutual` adds to its command: peers, what they learn from each other, and ten evaluations.
+PEERS := --peers cifar-resnet-14 cifar-resnet-8 --mutual_loss ie+kl --per_device_train_batch_size 32 \
+	--eval_strategy steps --eval_steps 0.1 --logging_strategy steps --logging_steps 0.1 \
+	--save_strategy steps --save_steps 0.5
+
 # Tests run in this many processes of one thread each.
 WORKERS ?= 2
 PYTEST := python -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -27,9 +32,9 @@ demo: .venv/examples  ## distil a CIFAR ResNet-8 on handwritten digits, offline
 	rm -rf demo
 	$(LAUNCH) examples/run_iekd.py --output_dir demo
 
-demo-mutual: .venv/examples  ## let two networks teach each other on the same digits
+demo-mutual: .venv/examples  ## let two networks teach each other on 100 of the digits
 	rm -rf demo-mutual
-	$(LAUNCH) examples/run_mutual.py --output_dir demo-mutual
+	$(LAUNCH) examples/run_mutual.py --output_dir demo-mutual $(PEERS)
 
 demo-detection: .venv/examples  ## distil a small detector on drawn shapes
 	rm -rf demo-detection
@@ -37,7 +42,7 @@ demo-detection: .venv/examples  ## distil a small detector on drawn shapes
 
 evidence: .venv/examples  ## compare the methods on digits and on CIFAR-10, three seeds each (hours)
 	$(COMPARE) --output_dir evidence/digits --networks cifar-resnet-20:cifar-resnet-8 --held_out 300 \
-		--student_samples 300 --teacher_epochs 20 --paraphraser_epochs 20 --epochs 40 --batch_size 32
+		--train_val_split 0.15 --student_samples 300 --teacher_epochs 20 --paraphraser_epochs 20 --epochs 40 --batch_size 32
 	$(COMPARE) --output_dir evidence/cifar10 --networks cifar-resnet-20:cifar-resnet-8 --held_out 2000 \
 		--max_train_samples 12000 --student_samples 2000 --teacher_epochs 15 --paraphraser_epochs 15 --epochs 30 \
 		$(CIFAR10)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "be
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import average_accuracy
 import average_detection
 import comparison_report
 from comparison_report import accuracies, interval, paired
@@ -445,6 +446,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10": lambda: comparison("cifar10", PAIR),
     "cifar10-small": lambda: comparison("cifar10_small", SMALL),
     "digits": lambda: comparison("digits", SMALL),
+    "few-labels": lambda: average_accuracy.markdown(results("few_labels")),
+    "peers-few-labels": lambda: average_accuracy.markdown(results("peers_few_labels")),
     "claims": claims,
     "larger-student": larger_student,
     "peers": peers,

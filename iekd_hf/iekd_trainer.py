@@ -37,6 +37,7 @@ from .training.checks import (
     check_trainable,
     tell_of_no_labels,
 )
+from .training.dense import check_comparable, probe_with_labels
 from .training.given_optimizer import add_what_is_missing
 from .training.gradient_shares import measure_gradient_shares
 from .training.held_out import HeldOutLosses
@@ -149,6 +150,7 @@ class IEKDTrainer(DistillationTrainer):
         self._fingerprint: str | None = None  # of the paraphrasers, once stage 1 is over
         self._metrics_before: dict[str, float] = {}  # of stage 1, and the gradient shares
         self._trained_with: tuple | None = None  # the settings of a stage 1 that has run here
+        self._teacher_logits: torch.Tensor | None = None  # of the sample
         if self.train_dataset is not None:
             if args.cache_teacher:
                 check_cacheable(self.train_dataset, self.augmentation)
@@ -157,6 +159,7 @@ class IEKDTrainer(DistillationTrainer):
             self.teacher_channels = [shape[0] for shape in shapes]
             if args.lambda_kd > 0:
                 check_logits(self.model, teacher_model, logits)
+                self._teacher_logits = logits
             if args.fast_teacher:
                 dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
                 self.teacher.use_fast_copy(self._sample, dtype, args.compile_teacher, with_logits=args.lambda_kd > 0)
@@ -329,7 +332,9 @@ class IEKDTrainer(DistillationTrainer):
         tap = FeatureTap(self.model, self.student_layers, self.knowledge.before_activation)
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
         check_precision(self.model, sample)
-        outputs, shapes = tap.probe(sample if self.task_loss.is_custom else self._sample, stop_after_last=False)
+        outputs, shapes = probe_with_labels(tap, sample if self.task_loss.is_custom else self._sample)
+        if self._teacher_logits is not None:
+            check_comparable(outputs, self._teacher_logits, "student and teacher", "lambda_kd=0")
         self.student_shapes = shapes
         if not self.task_loss.has_goal(self.model, outputs, self._sample):
             if not self.distillation_objective.weights():

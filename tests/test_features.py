@@ -148,6 +148,26 @@ def test_a_tap_sees_nothing_outside_of_its_run():
     assert not model.resnet._forward_hooks
 
 
+def test_a_map_is_what_its_layer_gave_not_what_was_written_over_it():
+    """DenseNet's last ReLU works in place, after the last layer."""
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+
+        def forward(self, pixel_values):
+            return self.features(pixel_values).relu_().mean(dim=(2, 3))
+
+    model, pixels = Body(), torch.randn(2, 3, 32, 48)
+    tap = FeatureTap(model, ["features"])
+    tap.attach()
+    maps = [tap.run({"pixel_values": pixels}, stop_after_last)[1][0] for stop_after_last in (True, False)]
+    assert maps[0].min() < 0 and torch.equal(*maps)
+    gradient = torch.autograd.grad(maps[1].sum(), model.features.bias)[0]
+    assert torch.equal(gradient, torch.full((8,), 2.0 * 16 * 24))
+
+
 def test_unknown_layer_lists_close_matches():
     with pytest.raises(ValueError, match=r"got 'resnet.encoder.stage.1'; close matches: .*resnet.encoder.stages.1\b"):
         FeatureTap(make_resnet(8), ["resnet.encoder.stage.1"])

@@ -1,6 +1,8 @@
 """Models without a head (`AutoModel`, `AutoBackbone`): the default map is what the model itself returns."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +103,12 @@ def test_the_default_map_is_the_models_own_output(name):
         own = own[:, extra_tokens:].transpose(1, 2).unflatten(2, grid)
     feature_map = default_map(model, inputs)
     assert feature_map.shape[2:] == grid and torch.equal(feature_map, own)
+
+
+def test_the_guide_lists_them():
+    guide = (Path(__file__).parent.parent / "docs" / "guide" / "models.md").read_text()
+    listed = re.search(r"the model's own output:\n\n(.+?)\n\n", guide, re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == {*MODELS, *BACKBONES}
 
 
 @pytest.mark.parametrize("family", ["CLIP", "Siglip", "Siglip2", "Sam"])
@@ -298,9 +306,15 @@ def test_models_of_no_single_images(make_trainer, name, config, kwargs, message)
         make_trainer(teacher_model=make(name, config, **kwargs))
 
 
+def test_a_student_of_patches(make_trainer):
+    student = make("Siglip2ForImageClassification", "Siglip2Config", **TOWERS | {"vision_config": NAFLEX})
+    with pytest.raises(ValueError, match=r"model to take whole images, got Siglip2ForImageClassification, .* patches"):
+        make_trainer(student)
+
+
 def test_videos(make_trainer):
     videos = [{"pixel_values": torch.randn(4, 3, 32, 32), "labels": 0} for _ in range(4)]
-    with pytest.raises(ValueError, match=r"images \(batch_size, .*\), got .*\(1, 4, 3, 32, 32\).*: a video has no"):
+    with pytest.raises(ValueError, match=r"images \(batch_size, .*\), got .*\(1, 4, 3, 32, 32\).*neither a video"):
         make_trainer(teacher_model=make_dinov2(), train_dataset=videos)
 
 

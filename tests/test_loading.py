@@ -172,6 +172,14 @@ def test_code_of_a_repository_runs_only_if_asked(make_trainer, tmp_path, with_co
     assert type(trainer.teacher.teacher).__name__ == "OwnModel"
 
 
+def test_code_of_a_model_without_a_head(with_code):
+    """It is known to `AutoModel` alone."""
+    config = json.loads((with_code / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = config["auto_map"].pop("AutoModelForImageClassification")
+    (with_code / "config.json").write_text(json.dumps(config))
+    assert type(load_model(str(with_code), "teacher_model", trust_remote_code=True)).__name__ == "OwnModel"
+
+
 def test_code_in_the_script(run_example, tmp_path, with_code):
     import run_iekd
 

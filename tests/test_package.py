@@ -48,6 +48,15 @@ def imports_of(path: Path) -> set[str]:
 def test_everything_exported_exists():
     assert all(hasattr(iekd_hf, name) for name in iekd_hf.__all__)
     assert len(set(iekd_hf.__all__)) == len(iekd_hf.__all__)  # ruff keeps them in order
+    assert set(iekd_hf.__all__) <= set(dir(iekd_hf)) and not hasattr(iekd_hf, "Trainer")
+
+
+def test_type_checkers_see_what_is_imported_late():
+    tree = ast.parse(FILES["__init__"].read_text())
+    (seen,) = (node for node in tree.body if isinstance(node, ast.If))
+    files = {node.module: {alias.name for alias in node.names} for node in seen.body}
+    assert files == {file: set(names) for file, names in iekd_hf._FILES.items()}
+    assert set().union(*files.values()) == set(iekd_hf.__all__)
 
 
 @pytest.mark.parametrize("optional", ["torchvision", "timm", "kornia", "matplotlib", "sklearn", "evaluate"])

@@ -146,7 +146,7 @@ def with_hub(hub: HubServer, home: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_python_blocks_in_order(stand_ins):
     script = "\n".join(block for kind, block in BLOCKS if kind == "python")
-    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (7, 1)
+    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (8, 1)
     assert script.count("from torchvision.models import ") == script.count("torchvision.") == 2
     script = script.replace("from torchvision.models import", "from torchvision_stand_in import")
     (stand_ins / "torchvision_stand_in.py").write_text(
@@ -246,7 +246,7 @@ def test_the_console_command(stand_ins):
     "target, rows",
     [
         ("demo", ["teacher", "plain student", "distilled student"]),
-        ("demo-mutual", [f"peer {i}{how}" for how in (" alone", ", DML", ", IE-DML") for i in (1, 2)]),
+        ("demo-mutual", [f"peer {i}{how}" for how in (" alone", ", DML", ", IE-DML with KL") for i in (1, 2)]),
     ],
 )
 def test_make_demo(tmp_path, target, rows):
@@ -303,10 +303,9 @@ def test_every_command_is_one_of_those_run():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        with_tests = [
-            f"benchmarks/{name}.py" for name in ("average_detection", "compare_methods", "mutual_step", "speed")
-        ]
-        with_tests += ["analyze_student.py", "export_onnx.py", "run_iekd_detection.py"]  # of their own
+        benchmarks = ("average_accuracy", "average_detection", "compare_methods", "mutual_step", "speed")
+        with_tests = [f"benchmarks/{name}.py" for name in benchmarks]
+        with_tests += ["analyze_student.py", "export_onnx.py", "run_iekd_detection.py", "run_iekd.py"]  # of their own
         known = {"make": targets, "python": [f"examples/{script}" for script in with_tests]}
         assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip", "iekd-hf"), command
     # `make test` is what runs this file, and installs by the line that the README shows.

@@ -15,8 +15,8 @@ from pathlib import Path
 from comparison_report import interval, paired
 
 from iekd_hf.commands.boxes.metrics import SUMMARY
-from iekd_hf.commands.detect import RESULTS
 from iekd_hf.commands.parser import parse_arguments
+from iekd_hf.commands.report.results import RESULTS
 
 
 # Titles by the metrics' names; after them come the classes.

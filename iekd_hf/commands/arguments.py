@@ -6,7 +6,8 @@ import torch
 
 
 # The digits are small and learnt in a few epochs.
-DIGITS_EPOCHS = {"num_train_epochs": 6.0, "paraphraser_epochs": 4.0}
+DIGITS_EPOCHS = {"num_train_epochs": 10.0, "paraphraser_epochs": 3.0}
+DIGITS_TEACHER_EPOCHS = 8.0
 OTHER_EPOCHS = 30.0
 
 
@@ -17,7 +18,7 @@ class ScriptArguments:
     output_dir: str | None = field(default="out", metadata={"help": "Where the results and checkpoints go."})
     do_train: bool = field(default=True, metadata={"help": "Train; otherwise measure the models as they are."})
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs. Default: 6 for the digits, otherwise 30."}
+        default=None, metadata={"help": "Epochs. Default: 10 for the digits, otherwise 30."}
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size of each device."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Batch size of each device in evaluation."})
@@ -108,7 +109,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Epochs to train the teacher on the data first. Default: num_train_epochs for a teacher without "
-            "weights, otherwise 0."
+            "weights (8 for the digits), otherwise 0."
         },
     )
     plain_student: bool = field(

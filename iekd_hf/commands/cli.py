@@ -28,6 +28,10 @@ COMMANDS = {
         "distil an object detector from a teacher",
         "--teacher PekingU/rtdetr_r50vd --student PekingU/rtdetr_r18vd --dataset_name rishitdagli/cppe-5",
     ),
+    "segment": (
+        "distil a semantic segmenter from a teacher",
+        "--teacher nvidia/mit-b3 --student nvidia/mit-b0 --dataset_name segments/sidewalk-semantic",
+    ),
     "export": ("write a saved classifier as ONNX and compare both", "--model out --output student.onnx"),
     "analyze": ("draw what the halves of a distilled student have learnt", "--run out --output_dir analysis"),
 }
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="iekd-hf",
         usage="iekd-hf COMMAND [arguments]",
-        description="Knowledge distillation by inheritance and exploration, for image classifiers and detectors.\n"
+        description="Distillation by inheritance and exploration, for image classifiers, detectors and segmenters.\n"
         "Try it on handwritten digits that come with scikit-learn, in a minute: iekd-hf distill",
         epilog="\n".join(["commands, each with an example:", *lines, "", "All arguments: iekd-hf COMMAND --help"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -33,12 +33,10 @@ from .boxes.run import PICTURE, DetectionRun, DetectionScriptArguments, build_de
 from .boxes.tiny_detectors import is_tiny
 from .packages import require
 from .parser import parse_arguments
+from .report.results import write_results
 from .report.table import Result, detection_table
 from .run import Compared
 from .terminal import command
-
-
-RESULTS = "results.json"
 
 
 @dataclass
@@ -81,22 +79,6 @@ class RunArguments(DetectionScriptArguments, IEKDTrainingArguments):
     )
     picture_images: int = field(default=6, metadata={"help": "How many validation images the picture shows."})
     picture_threshold: float = field(default=0.4, metadata={"help": "Least score of the boxes in the picture."})
-
-
-def write_results(results: list[Result], args: RunArguments) -> None:
-    """Write what was measured of each model, so that runs of several seeds can be put together."""
-    content = {
-        result.name: {
-            "parameters": result.parameters,
-            "metrics": result.metrics,
-            "seconds": result.seconds,
-            "images_per_second": None if result.latency is None else 1000 / result.latency,
-        }
-        for result in results
-    }
-    settings = ("seed", "method", "lambda_inh", "lambda_exp", "num_train_epochs", "learning_rate")
-    content = {"settings": {name: getattr(args, name) for name in settings}, "models": content}
-    Path(args.output_dir, RESULTS).write_text(json.dumps(content, indent=2) + "\n")
 
 
 class DetectRun(DetectionRun):
@@ -142,7 +124,8 @@ class DetectRun(DetectionRun):
     def report(self, compared: list[Compared]) -> None:
         """Write results.json, print the table, and draw what the students find."""
         results = [row.result for row in compared]
-        write_results(results, self.args)
+        settings = ("seed", "method", "lambda_inh", "lambda_exp", "num_train_epochs", "learning_rate")
+        write_results(results, {name: getattr(self.args, name) for name in settings}, self.args.output_dir)
         print("\n" + detection_table(results) + "\n")
         if self.args.do_eval:
             print("mAP: COCO's, in percent; images/s: one image at a time, CPU, 1 thread, float32, median")

@@ -15,10 +15,11 @@ On several GPUs: accelerate launch -m iekd_hf.commands.distill, with the same ar
 """
 
 import csv
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers import AutoConfig, PreTrainedModel
 
 from iekd_hf import IEKDTrainingArguments
@@ -26,14 +27,32 @@ from iekd_hf import IEKDTrainingArguments
 from ..arguments import METHODS
 from ..models.loading import explain_unreachable, find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import ModelArguments, ScriptArguments
-from .images.data import DataArguments
-from .images.run import PICTURE, ImageRun, build_model, is_shorthand
+from .arguments import DIGITS_TEACHER_EPOCHS, ModelArguments, ScriptArguments
+from .images.few_labels import StudentDataArguments
+from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
 from .parser import parse_arguments
-from .report.table import Result, table
+from .report.results import write_results
+from .report.table import Result, gain, table
 from .run import Compared
 from .terminal import command
+
+
+if TYPE_CHECKING:
+    from .report.curves import Examples
+
+
+@dataclass
+class ImageArguments(StudentDataArguments):
+    """Add what the distilled student sees of the images whose labels it does not know."""
+
+    unlabelled: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Give the distilled student the images that labelled_samples leaves out, without their labels, "
+            "and training images whose label is missing in the data. Default: the former; the latter are refused."
+        },
+    )
 
 
 @dataclass
@@ -55,7 +74,7 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
         metadata={"help": "Write predictions.csv for the test split, or else for the validation images."},
     )
     paraphraser_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of stage 1. Default: 4 for the digits, otherwise 30."}
+        default=None, metadata={"help": "Epochs of stage 1. Default: 3 for the digits, otherwise 30."}
     )
 
     def __post_init__(self):
@@ -86,7 +105,9 @@ class DistillRun(ImageRun):
         name, epochs = model_args.teacher or "cifar-resnet-20", model_args.teacher_epochs
         hub, dtype = model_args.hub("teacher"), model_args.dtype
         if epochs is None:
-            epochs = self.args.num_train_epochs if is_shorthand(name) else 0
+            own = self.data_args.uses_digits and "num_train_epochs" in self.args.undecided
+            epochs = DIGITS_TEACHER_EPOCHS if own else self.args.num_train_epochs
+            epochs = epochs if is_shorthand(name) else 0
         own_classes = is_shorthand(name) or epochs > 0 or has_classes(name, self.names, **hub)
         processor = None
         if is_shorthand(name) or epochs > 0:
@@ -104,6 +125,7 @@ class DistillRun(ImageRun):
     def measure_student(self, trainer: DistillationTrainer, result: Result) -> dict[str, float]:
         """Save the metrics with the accuracy of each class, which are the row's, and return those without."""
         prediction = trainer.predict(self.images["validation"], metric_key_prefix="eval")
+        self.predicted[trainer.model] = prediction.predictions.argmax(axis=1)
         result.metrics = self.metric.compute(
             predictions=prediction.predictions, references=prediction.label_ids, class_names=self.names
         )
@@ -126,18 +148,37 @@ class DistillRun(ImageRun):
         if not (self.args.do_train or self.args.do_eval):
             return
         results = [row.result for row in compared]
+        settings = ("seed", "method", "lambda_inh", "lambda_exp", "lambda_kd", "num_train_epochs", "learning_rate")
+        settings = {name: getattr(self.args, name) for name in settings}
+        settings["labelled_samples"] = self.data_args.labelled_samples
+        settings["unlabelled"] = self.data_args.unlabelled is not False
+        write_results(results, settings, self.args.output_dir)
         print("\n" + table(results) + "\n")
         if self.args.do_eval:
             print("latency: one image, CPU, 1 thread, float32, median")
+            if sentence := gain(results, len(self.splits["validation"])):
+                print(sentence)
         if self.args.do_train:
-            from .report.curves import draw
+            from .report.curves import draw_gain, draw_losses
 
-            picture = os.path.join(self.args.output_dir, PICTURE)
-            draw(results, picture)
-            print(f"Student: {self.args.output_dir}   Picture: {picture}")
+            folder = Path(self.args.output_dir)
+            draw_gain(results, folder / PICTURE, len(self.splits["validation"]), self.examples(compared))
+            draw_losses(results[-1], folder / LOSSES)
+            print(f"Student: {folder}   Picture: {folder / PICTURE}")
+
+    def examples(self, compared: list[Compared]) -> "Examples | None":
+        """Return what the plain and the distilled student take the validation images for, where both are there."""
+        from .report.curves import Examples
+
+        students = {row.result.name: row.model for row in compared if row.model in self.predicted}
+        if not {"plain student", "distilled student"} <= students.keys():
+            return None
+        before, after = (self.predicted[students[name]] for name in ("plain student", "distilled student"))
+        validation = self.splits["validation"]
+        return Examples(validation["image"], np.array(validation["label"]), before, after, self.names)
 
 
-KINDS = (ModelArguments, DataArguments, RunArguments)
+KINDS = (ModelArguments, ImageArguments, RunArguments)
 
 
 @command

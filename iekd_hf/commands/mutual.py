@@ -23,15 +23,20 @@ from transformers import PreTrainedModel
 from iekd_hf import MutualTrainer, MutualTrainingArguments
 
 from .arguments import ScriptArguments
-from .images.data import DataArguments
-from .images.run import PICTURE, ImageRun, build_model, is_shorthand
+from .images.few_labels import StudentDataArguments
+from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
 from .parser import parse_arguments
+from .report.results import write_results
 from .report.table import Result, table
 from .terminal import command
 
 
 NAMES = {"ie": "IE-DML", "kl": "DML", "ie+kl": "IE-DML with KL"}
+
+
+# Of 100 digits.
+PEERS_EPOCHS = {"num_train_epochs": 60.0}
 
 
 @dataclass
@@ -59,8 +64,29 @@ class PeerArguments:
 
 
 @dataclass
+class ImageArguments(StudentDataArguments):
+    """Choose how many of the digits the peers know."""
+
+    labelled_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on this many images, of each class alike, drawn by seed. Default: 100 of the digits, "
+            "otherwise all."
+        },
+    )
+
+    digits_labelled = 100
+
+
+@dataclass
 class RunArguments(ScriptArguments, MutualTrainingArguments):
     """Add the arguments of mutual learning to those that the commands share."""
+
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs. Default: 60 for the digits, otherwise 30."}
+    )
+
+    own_epochs = PEERS_EPOCHS
 
 
 def of_peer(i: int, logs: dict) -> dict:
@@ -80,7 +106,7 @@ def results_of(
     return results
 
 
-KINDS = (PeerArguments, DataArguments, RunArguments)
+KINDS = (PeerArguments, ImageArguments, RunArguments)
 
 
 @command
@@ -95,7 +121,7 @@ def main(given: list[str]) -> None:
         for name in model_args.peers
     ]
     run.prepare_images(model_args.peers[0], from_scratch)
-    run.check(lambda args: MutualTrainer(peers, args=args, **run.common()))
+    run.check(lambda args: MutualTrainer(peers, args=args, **run.common("peers")))
     results, epochs = [], args.num_train_epochs
     how = NAMES[args.mutual_loss] if args.do_train else "as given"
 
@@ -103,7 +129,7 @@ def main(given: list[str]) -> None:
     run.stages = len(peers) * model_args.alone + with_dml + 1
     if args.do_train and model_args.alone:
         for i, model in enumerate(copy.deepcopy(peers), start=1):
-            run.announce(f"Peer {i} alone: {model_args.peers[i - 1]}", epochs)
+            run.announce(f"Peer {i} alone: {model_args.peers[i - 1]}", epochs, "peers")
             seconds, history = run.train_alone(model, f"peer {i} alone", epochs)
             results.append(
                 Result(f"peer {i} alone", model.num_parameters(), run.evaluate(model), {"training": seconds}, history)
@@ -112,17 +138,17 @@ def main(given: list[str]) -> None:
 
         def make_trainer(baseline_args):
             baseline_args.mutual_loss = "kl"
-            return MutualTrainer(baseline, args=baseline_args, **run.common())
+            return MutualTrainer(baseline, args=baseline_args, **run.common("peers"))
 
         baseline = copy.deepcopy(peers)  # the same start
         folders = {f"peer_{i}": model for i, model in enumerate(baseline, start=1)}
-        run.announce("Peers together, DML", epochs)
+        run.announce("Peers together, DML", epochs, "peers")
         seconds, history = run.train_beside("DML", epochs, folders, make_trainer)
         results += results_of(baseline, [run.evaluate(model) for model in baseline], "DML", seconds, history)
-    trainer = MutualTrainer(peers, args=args, **run.common())
+    trainer = MutualTrainer(peers, args=args, **run.common("peers"))
     seconds = None
     if args.do_train:
-        run.announce(f"Peers together, {how}", epochs)
+        run.announce(f"Peers together, {how}", epochs, "peers")
         run.progress.name = how
         output = trainer.train(run.start)
         seconds = output.metrics["train_runtime"]
@@ -137,12 +163,16 @@ def main(given: list[str]) -> None:
     results += results_of(peers, metrics, how, seconds, history)
 
     if trainer.is_world_process_zero():
+        settings = {"seed": args.seed, "method": args.mutual_loss, "num_train_epochs": args.num_train_epochs}
+        settings |= {"labelled_samples": data_args.labelled_samples, "learning_rate": args.learning_rate}
+        write_results(results, settings, args.output_dir)
         print("\n" + table(results) + "\n")
         if args.do_train:
-            from .report.curves import draw
+            from .report.curves import draw_losses, draw_peers
 
             picture = os.path.join(args.output_dir, PICTURE)
-            draw(results, picture)
+            draw_peers(results, picture)
+            draw_losses(results[-1], os.path.join(args.output_dir, LOSSES))
             folders = " ".join(os.path.join(args.output_dir, name) for name in trainer.named_peers())
             print(f"Peers: {folders}   Picture: {picture}")
     if args.push_to_hub:

@@ -1,6 +1,7 @@
 """What `distill`, `mutual` and `detect` share: resuming, networks to compare with, and the run of a distillation."""
 
 import copy
+import math
 import os
 import re
 from collections.abc import Callable
@@ -86,15 +87,29 @@ class CommandRun:
         self.start = find_start(args)
         set_seed(args.seed)
 
-    def announce(self, what: str, epochs: float = 0) -> None:
+    def announce(self, what: str, epochs: float = 0, learner: str = "teacher") -> None:
         """Write the heading of a stage."""
         self.stage += 1
-        images = f", {epochs:g} epochs on {len(self.common()['train_dataset']):,} images" if epochs else ""
-        say(f"[{self.stage}/{self.stages}] {what}{images}")
+        images, steps = len(self.common(learner)["train_dataset"]), self.steps_per_epoch(learner)
+        schedule = f"{epochs:g} epochs" if steps is None else f"{round(steps * epochs)} steps"
+        say(f"[{self.stage}/{self.stages}] {what}{f', {schedule} on {images:,} images' if epochs else ''}")
 
-    def common(self) -> dict:
-        """Return the arguments that every trainer of this command takes."""
+    def common(self, learner: str = "teacher") -> dict:
+        """Return the arguments that every trainer of this command takes, with the images that one learns from."""
         raise NotImplementedError
+
+    def trained_on(self, learner: str) -> str:
+        """Return what a network learns from, for the table."""
+        return ""
+
+    def steps_per_epoch(self, learner: str) -> int | None:
+        """Return the steps of the distilled student's epochs for one that learns from fewer images, in as many."""
+        own, most = (len(self.common(name)["train_dataset"]) for name in (learner, "distilled student"))
+        if learner != "plain student" or own == most or self.args.max_steps > 0:
+            return None
+        batches = most / (self.args.train_batch_size * self.args.world_size)
+        batches = int(batches) if self.args.dataloader_drop_last else math.ceil(batches)
+        return max(batches // self.args.gradient_accumulation_steps, 1)
 
     def evaluate(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> dict[str, float]:
         """Return a model's metrics on the validation images, as its own processor makes them if it has another."""
@@ -133,7 +148,7 @@ class CommandRun:
                 teacher_processor=processor,
                 paraphraser=paraphraser,
                 args=args,
-                **self.common(),
+                **self.common("distilled student"),
             )
             teacher = self.get_teacher(model_args)
             compared.append(teacher)
@@ -183,6 +198,12 @@ class CommandRun:
         args.output_dir, args.num_train_epochs, args.push_to_hub = str(folder), epochs, False
         args.report_to = []  # trackers would mix it with the run that it is compared with
         args.load_best_model_at_end, args.metric_for_best_model = False, None
+        if steps := self.steps_per_epoch(name):
+            args.max_steps = round(steps * epochs)
+            for kind in ("eval", "logging", "save"):  # after as many steps as the one that it is compared with
+                if getattr(args, f"{kind}_strategy") == "epoch":
+                    setattr(args, f"{kind}_strategy", type(getattr(args, f"{kind}_strategy"))("steps"))
+                    setattr(args, f"{kind}_steps", steps)
         trainer = make_trainer(args)
         self.progress.name = name
         if trainer.is_world_process_zero():
@@ -198,14 +219,18 @@ class CommandRun:
     def train_alone(self, model: PreTrainedModel, name: str, epochs: float) -> tuple[float, list[dict]]:
         """Train a model on its own loss, as [`train_beside`]."""
         return self.train_beside(
-            name, epochs, {"": model}, lambda args: self.trainer_class(model=model, args=args, **self.common())
+            name, epochs, {"": model}, lambda args: self.trainer_class(model=model, args=args, **self.common(name))
         )
+
+    def measuring_trainer(self, model: PreTrainedModel, **common) -> DistillationTrainer:
+        """Return a trainer that measures a model, and nothing else."""
+        args = copy.copy(self.args)
+        args.push_to_hub, args.report_to = False, []
+        return self.trainer_class(model=model, args=args, **common)
 
     def measure(self, model: PreTrainedModel, **common) -> dict[str, float]:
         """Return a model's metrics, by the arguments of a trainer."""
-        args = copy.copy(self.args)
-        args.push_to_hub, args.report_to = False, []
-        metrics = self.trainer_class(model=model, args=args, **common).evaluate()
+        metrics = self.measuring_trainer(model, **common).evaluate()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
     def train_teacher(
@@ -216,20 +241,22 @@ class CommandRun:
         result = Result("teacher", teacher.num_parameters())
         if epochs > 0:
             seconds, result.log_history = self.train_alone(teacher, "teacher", epochs)
-            result.seconds = {"training": seconds}
+            result.seconds, result.trained_on = {"training": seconds}, self.trained_on("teacher")
             teacher.config.name_or_path = ""  # no longer the model of that name
         return result
 
     def train_plain(self, student: PreTrainedModel) -> Result:
         """Train the student without a teacher, on the same schedule, and measure it."""
-        self.announce(f"Plain student: {self.student_name}", self.args.num_train_epochs)
+        self.announce(f"Plain student: {self.student_name}", self.args.num_train_epochs, "plain student")
         seconds, history = self.train_alone(student, "plain student", self.args.num_train_epochs)
         measured = self.evaluate(student) if self.args.do_eval else {}
-        return Result("plain student", student.num_parameters(), measured, {"training": seconds}, history)
+        result = Result("plain student", student.num_parameters(), measured, {"training": seconds}, history)
+        result.trained_on = self.trained_on("plain student")
+        return result
 
     def train_distilled(self, trainer: IEKDTrainer) -> Result:
         """Train both stages, and save the student with what is known of the training."""
-        self.announce(f"Distilled student: {self.student_name}", self.args.num_train_epochs)
+        self.announce(f"Distilled student: {self.student_name}", self.args.num_train_epochs, "distilled student")
         self.progress.name = "stage 2"
         metrics = trainer.train(self.start).metrics
         seconds = {"stage 2": metrics["train_runtime"]}
@@ -238,7 +265,11 @@ class CommandRun:
         trainer.save_model()
         trainer.save_state()
         trainer.save_metrics("train", metrics)
-        return Result("distilled student", trainer.student.num_parameters(), {}, seconds, trainer.state.log_history)
+        end, history = "_loss_gradient_share", trainer.state.log_history
+        shares = {name.removesuffix(end): value for name, value in metrics.items() if name.endswith(end)}
+        result = Result("distilled student", trainer.student.num_parameters(), {}, seconds, history)
+        result.gradient_shares, result.trained_on = shares, self.trained_on("distilled student")
+        return result
 
     def check(self, make_trainer: Callable) -> None:
         """Let a trainer, or the Hub, refuse now what it refuses, and not after other networks are trained."""

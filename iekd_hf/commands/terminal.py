@@ -83,5 +83,5 @@ def _show_messages(debug: bool) -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bar()
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", module=r"iekd_hf\.")
+    warnings.filterwarnings("default", module=r"iekd_hf\.|__main__$")
     warnings.showwarning = lambda message, *_, **__: logger.warning(message)

@@ -96,8 +96,8 @@ class DecodedImages(Dataset):
         """
         if not isinstance(dataset, datasets.Dataset):
             raise ValueError(
-                f"Expected one split as a datasets.Dataset, got a {type(dataset).__name__}: pass dataset['train'], or "
-                "make one by datasets.Dataset.from_list."
+                f"Expected a datasets.Dataset to decode, got {type(dataset).__name__}: pass a split of a DatasetDict, "
+                "or make one by datasets.Dataset.from_list."
             )
         if len(dataset) == 0:
             raise ValueError("Expected images to decode, got an empty dataset: check its file or split.")
@@ -163,25 +163,21 @@ def check_labels(dataset: datasets.Dataset, column: str) -> None:
             f"Expected a label in every row, got none in row {row} of column {column!r} ({labels.null_count} of "
             f"{len(labels)} rows): remove these rows, or give them the label -100, which no loss counts."
         )
+    numbers = labels.type
+    if pyarrow.types.is_list(numbers) or pyarrow.types.is_large_list(numbers):
+        numbers, lengths = numbers.value_type, set(pc.list_value_length(labels).unique().to_pylist())
+        if len(lengths) > 1:
+            raise ValueError(
+                f"Expected as many labels in every row of column {column!r}, 0 or 1 for each, got {min(lengths)} to "
+                f"{max(lengths)}."
+            )
+    if pyarrow.types.is_temporal(numbers):
+        raise ValueError(f"Expected numbers in column {column!r}, got {numbers}: leave it out, or make classes of it.")
     if pyarrow.types.is_string(labels.type) or pyarrow.types.is_large_string(labels.type):
         raise ValueError(
             f"Expected numbers in column {column!r}, got strings such as {labels[0].as_py()!r}: make classes of them "
             f"by dataset.class_encode_column({column!r})."
         )
-    kind = labels.type
-    if pyarrow.types.is_temporal(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_struct(kind):
-        raise ValueError(
-            f"Expected numbers in column {column!r}, got values of type {kind}, such as {labels[0].as_py()}: name the "
-            "column of labels in label_column."
-        )
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-        lengths = pc.list_value_length(labels).to_numpy()
-        if (lengths != lengths[0]).any():
-            row = int((lengths != lengths[0]).argmax())
-            raise ValueError(
-                f"Expected as many labels in every row of column {column!r}, got {lengths[row]} in row {row} and "
-                f"{lengths[0]} in row 0: write 0 or 1 for each of the labels, not the names of those that apply."
-            )
 
 
 def _as_tensor(labels: datasets.Dataset) -> torch.Tensor:

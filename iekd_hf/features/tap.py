@@ -180,7 +180,7 @@ def _image_size(inputs: dict, model: nn.Module) -> tuple[int, int]:
     if pixels is None or pixels.ndim != 4:
         raise ValueError(
             "Expected images (batch_size, channels, height, width), got "
-            f"{ {name: tuple(value.shape) for name, value in tensors.items()} }: a video has no single grid for its "
-            "tokens; give one image for each example."
+            f"{ {name: tuple(value.shape) for name, value in tensors.items()} }: give one whole image for each "
+            "example, neither a video nor patches."
         )
     return tuple(pixels.shape[-2:])

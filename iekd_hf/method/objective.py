@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .losses import exploration_loss, inheritance_loss, kd_loss
 from .padding import mask_at, match_sizes
@@ -126,8 +127,12 @@ def logit_loss(
     if multi_label:  # the softmax over (z, 0) is the sigmoid of z
         logits = (student_logits, teacher_logits)
         student_logits, teacher_logits = (torch.stack([z, torch.zeros_like(z)], dim=1) for z in logits)
-    elif student_logits.ndim > 2 and labels is not None:
-        labelled = labels != ignore_index
-        labelled = labelled | ~labelled.flatten(1).any(dim=1).view(-1, 1, 1)
-        mask = mask_at(labelled, student_logits.shape[2:])
+    elif student_logits.ndim > 2:
+        size = student_logits.shape[2:]
+        if teacher_logits.shape[2:] != size:
+            teacher_logits = F.interpolate(teacher_logits.float(), size=size, mode="bilinear", antialias=True)
+        if labels is not None:
+            labelled = labels != ignore_index
+            labelled = labelled | ~labelled.flatten(1).any(dim=1).view(-1, 1, 1)
+            mask = mask_at(labelled, size)
     return kd_loss(student_logits, teacher_logits, temperature, mask)

@@ -21,7 +21,7 @@ from ..models.adapters import is_adapted
 from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import is_stream
 from .component_log import ComponentLog
-from .labels import FillLabels, measure_labelled
+from .labels import FillLabels, describe_rows, measure_labelled
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point
 from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
@@ -389,4 +389,14 @@ class _PassBatches:
         self.collate = collate
 
     def __call__(self, examples):
-        return examples if isinstance(examples, Mapping) else self.collate(examples)
+        if isinstance(examples, Mapping):
+            return examples
+        try:
+            return self.collate(examples)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if str(error).startswith("Expected "):
+                raise
+            raise ValueError(
+                f"Expected examples that make one batch, got {describe_rows(examples)} ({error}): let the data set's "
+                "transform bring images to tensors of one size and labels to numbers, or pass data_collator."
+            ) from error

@@ -11,11 +11,14 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.backbone_utils import BackboneMixin
 from transformers.utils import find_labels, logging
 
-from ..features.layers import check_layers, is_detector, pair_layers
+from ..features.layers import check_layers, pair_layers
+from ..features.patches import patch_size_of
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
+from ..models.kinds import why_no_logits
 from ..models.signature import is_headless, takes_labels
-from .labels import NO_LABEL, read_classes, read_least_target
+from .dense import check_masks_of
+from .labels import NO_LABEL, check_are_classes, read_classes, read_least_target
 
 
 logger = logging.get_logger(__name__)
@@ -29,9 +32,11 @@ def is_stream(dataset: Dataset) -> bool:
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
     """Check all given datasets."""
     for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        for dataset in given.values() if isinstance(given, dict) else [given]:
+        several = isinstance(given, dict) and name == "eval_dataset"
+        for dataset in given.values() if several else [given]:
             if dataset is not None:
                 check_dataset(dataset, name, model)
+                check_masks_of(model, dataset)
 
 
 def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
@@ -41,6 +46,9 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
     Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
     [`DecodedImages`].
     """
+    if isinstance(dataset, (str, dict)) or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        remedy = "pass one of its splits" if isinstance(dataset, dict) else "load it first (datasets.load_dataset)"
+        raise ValueError(f"Expected {name} as a data set, got {type(dataset).__name__}: {remedy}.")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
@@ -57,6 +65,8 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
     if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
         return  # targets, not classes
     for column in ("labels", "label"):
+        if type(without_adapters(model)).__name__.endswith("ForImageClassification"):
+            check_are_classes(dataset, column, name)
         labels = read_classes(dataset, column)
         if labels is None:
             continue
@@ -85,13 +95,18 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
         )
 
 
-def check_is_of_transformers(model: nn.Module, name: str) -> None:
-    """Refuse a module that could not be saved and loaded as a model."""
+def check_can_be_student(model: nn.Module, name: str) -> None:
+    """Refuse a module that could not be saved and loaded as a model, or that does not take whole images."""
     if not isinstance(without_adapters(model), PreTrainedModel):
         raise ValueError(
             f"Expected {name} to be a PreTrainedModel, which can be saved and loaded, got {type(model).__name__}: "
             "wrap a module of torchvision or your own in one, as the guide's page on models shows in a few lines; "
             "timm's come wrapped as TimmWrapperForImageClassification."
+        )
+    if patch_size_of(model) is not None:
+        raise ValueError(
+            f"Expected {name} to take whole images, got {type(model).__name__}, which takes patches of them: pass a "
+            "model of one image size, such as SiglipForImageClassification, or take it as the teacher."
         )
 
 
@@ -99,7 +114,11 @@ def check_student(
     student: PreTrainedModel, teacher: nn.Module, args: TrainingArguments, kwargs: dict
 ) -> tuple[list[str], list[str]]:
     """Check the student against teacher, arguments and data; return the layers that are paired."""
-    check_is_of_transformers(student, "model")
+    check_can_be_student(student, "model")
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(
+            f"Expected a teacher_model, got {type(teacher).__name__}: pass a model, a Hub id or a folder."
+        )
     check_adapted(student)
     shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:
@@ -138,12 +157,12 @@ def tell_of_no_labels(student: PreTrainedModel, args: TrainingArguments) -> None
 
 
 def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> None:
-    """Refuse a term between the logits of detectors."""
-    for model in map(without_adapters, models):
-        if is_detector(model):
+    """Refuse a term between the logits of models that have none."""
+    for model in models:
+        if found := why_no_logits(model):
+            what, why = found
             raise ValueError(
-                f"Expected no {term} with a detector, got it with {type(model).__name__}: the queries of two "
-                "detectors do not correspond, so there are no logits to compare. "
+                f"Expected no {term} with {what}, got it with {type(without_adapters(model)).__name__}: {why}. "
                 f"{remedy}; the feature losses do not need it."
             )
 
@@ -208,7 +227,7 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
     labels = label_map(student)
     if label_map(teacher) is not None or labels is None:
         return
-    if logits.ndim != 2 or logits.shape[1] != len(labels):
+    if logits.ndim not in (2, 4) or logits.shape[1] != len(labels):
         raise ValueError(
             f"Expected {len(labels)} logits of the teacher for lambda_kd > 0, one for each class of the student, got "
             f"the shape {tuple(logits.shape)} of {type(teacher).__name__}: give the student these classes, or set "
@@ -227,7 +246,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
         raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
     owners = {}
     for i, model in enumerate(models):
-        check_is_of_transformers(model, f"models[{i}]")
+        check_can_be_student(model, f"models[{i}]")
         for parameter in model.parameters():
             if owners.setdefault(parameter, i) != i:
                 raise ValueError(

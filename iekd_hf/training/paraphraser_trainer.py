@@ -120,7 +120,7 @@ class ParaphraserTrainer(DistillationTrainer):
                 f"{ours:.4g} against {trivial:.4g} of the mean map. Its factors say little about the teacher: raise "
                 "paraphraser_epochs or factor_channels, or change paraphraser_learning_rate.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,  # not the decorator's frame
             )
         return {"reconstruction_loss": ours, "mean_map_loss": trivial}
 

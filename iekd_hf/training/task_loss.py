@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from ..method.objective import logit_loss
 from ..models.adapters import without_adapters
+from ..models.kinds import ignore_index_of
 from ..models.signature import takes_labels
 from .labels import NO_LABEL, count_labelled
 
@@ -85,7 +86,7 @@ class TaskLoss:
         """Return the share of a batch's images that have a label."""
         if not isinstance(labels, torch.Tensor):  # of detectors, each image has its objects
             return torch.tensor(0.0 if labels is None else 1.0, device=self.trainer.args.device)
-        ignored = NO_LABEL if labels.ndim == 1 else ignore_index(self.trainer.model)
+        ignored = NO_LABEL if labels.ndim == 1 else ignore_index_of(self.trainer.model)
         return (labels != ignored).reshape(len(labels), -1).any(dim=1).float().mean()
 
     def begin_step(self, micro_batches: list[dict], device: torch.device) -> None:
@@ -129,13 +130,8 @@ class TaskLoss:
         """Return the logit term between two models that do the task of `model`."""
         config = getattr(without_adapters(model), "config", None)
         multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
-        ignored = ignore_index(model)
+        ignored = ignore_index_of(model)
         return logit_loss(logits, teacher_logits, self.trainer.args.temperature, labels.given, ignored, multi_label)
-
-
-def ignore_index(model: nn.Module) -> int:
-    """Return the label that leaves a position of dense labels out."""
-    return getattr(getattr(without_adapters(model), "config", None), "semantic_loss_ignore_index", NO_LABEL)
 
 
 def nothing_of(outputs: dict) -> torch.Tensor:

@@ -8,9 +8,9 @@ import datasets
 import PIL.Image
 
 from ...data.rgb import to_rgb
+from ..images.jitter import JitteredArguments
 from ..images.labels import is_missing, name_classes
 from ..images.source import (
-    SourceArguments,
     check_filled,
     check_images,
     find_column,
@@ -30,7 +30,7 @@ _SHAPES = {"train": 1000, "validation": 200}
 
 
 @dataclass
-class DetectionDataArguments(SourceArguments):
+class DetectionDataArguments(JitteredArguments):
     """Say where images and boxes come from. With none of it, images of simple shapes are drawn."""
 
     train_dir: str | None = field(
@@ -41,37 +41,17 @@ class DetectionDataArguments(SourceArguments):
         default="objects",
         metadata={"help": "Column of the objects: `bbox` [x, y, width, height] in pixels, and `category`."},
     )
-    image_size: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Height and width in pixels that images are resized to. Default: the pretrained student's way, or "
-            "else the first image's own size."
-        },
-    )
     image_square_size: int | None = field(
         default=None,
         metadata={"help": "Resize the longer side to this many pixels and pad to a square, instead of --image_size."},
     )
-    horizontal_flip: bool = field(default=True, metadata={"help": "Flip training images at random."})
-    scale_jitter: float | None = field(
-        default=None,
-        metadata={
-            "help": "Zoom training images in (a crop) or out (with a border) by up to this factor at random; 1 for "
-            "neither. Default: 1.5, but 1 for the shapes."
-        },
-    )
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_counts("image_square_size")
-        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
-            raise ValueError(f"Expected image_size to be height and width, got {self.image_size}.")
         if self.image_size is not None and self.image_square_size is not None:
             raise ValueError("Expected image_size or image_square_size, got both: keep one.")
-        if self.scale_jitter is None:
-            self.scale_jitter = 1.5 if self.is_given else 1.0
-        if not self.scale_jitter >= 1:
-            raise ValueError(f"Expected scale_jitter of at least 1, got {self.scale_jitter}.")
+        if self.image_square_size is not None and self.image_square_size < 1:
+            raise ValueError(f"Expected image_square_size of at least 1 pixel, got {self.image_square_size}.")
 
 
 @dataclass

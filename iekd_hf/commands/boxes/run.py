@@ -188,7 +188,7 @@ class DetectionRun(CommandRun):
                 "tiny-rt-detr."
             ) from error
 
-    def common(self) -> dict:
+    def common(self, learner: str = "teacher") -> dict:
         """Return the arguments that every trainer of this command takes."""
         return {"train_dataset": self.train_images, "data_collator": collate, **self.of_evaluation(self.processor)}
 

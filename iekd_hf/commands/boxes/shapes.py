@@ -1,5 +1,7 @@
 """Draw images of simple shapes with exact boxes: something to detect where there is no network."""
 
+from collections.abc import Callable
+
 import datasets
 import numpy as np
 import PIL.Image
@@ -76,6 +78,42 @@ def draw_image(generator: np.random.Generator, size: int) -> tuple[PIL.Image.Ima
 
     ```
     """
+    image, drawn = draw_scene(generator, size)
+    objects = {"bbox": [box_of(pixels) for pixels, _ in drawn], "category": [category for _, category in drawn]}
+    objects["area"] = [width * height for _, _, width, height in objects["bbox"]]
+    return image, objects
+
+
+def draw_scene(
+    generator: np.random.Generator, size: int, colour_of: Callable | None = None
+) -> tuple[PIL.Image.Image, list[tuple[np.ndarray, int]]]:
+    """
+    Draw one image, and say which pixels each shape covers.
+
+    Args:
+        generator (`np.random.Generator`):
+            Draws what is drawn.
+        size (`int`):
+            Height and width in pixels.
+        colour_of (`Callable`, *optional*):
+            Draws the red, green and blue of a shape, from 0 to 255, by the generator and its category. Colours that
+            are too near to the background's are drawn again. By default any colour.
+
+    Returns:
+        `tuple`: the image, and of each shape, those below first, its pixels `(size, size)` and its category.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from iekd_hf.commands.boxes.shapes import draw_scene
+    >>> image, drawn = draw_scene(np.random.default_rng(0), size=64)
+    >>> pixels, category = drawn[0]
+    >>> pixels.shape, pixels.dtype, category
+    ((64, 64), dtype('bool'), 3)
+
+    ```
+    """
     background = generator.integers(0, 256, 3)
     image = PIL.Image.new("RGB", (size, size), tuple(map(int, background)))
     pen = PIL.ImageDraw.Draw(image)
@@ -96,14 +134,13 @@ def draw_image(generator: np.random.Generator, size: int) -> tuple[PIL.Image.Ima
         pixels = np.asarray(mask) > 0
         if any((seen & ~pixels).sum() < _VISIBLE * whole.sum() for whole, seen, _ in drawn):
             continue
-        image.paste(_contrasting(generator, background), mask=mask)
+        image.paste(_contrasting(generator, background, colour_of or _any_colour, category), mask=mask)
         drawn = [(whole, seen & ~pixels, kind) for whole, seen, kind in drawn] + [(pixels, pixels, category)]
         if len(drawn) == wanted:
             break
     noisy = np.asarray(image) + generator.normal(0, generator.uniform(2, 10), (size, size, 3))
-    objects = {"bbox": [box_of(whole) for whole, _, _ in drawn], "category": [kind for _, _, kind in drawn]}
-    objects["area"] = [width * height for _, _, width, height in objects["bbox"]]
-    return PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), objects
+    image = PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    return image, [(whole, category) for whole, _, category in drawn]
 
 
 def draw_mask(category: int, generator: np.random.Generator, size: int) -> PIL.Image.Image:
@@ -187,8 +224,14 @@ def box_of(pixels: np.ndarray) -> list[float]:
     ]
 
 
-def _contrasting(generator: np.random.Generator, background: np.ndarray) -> tuple[int, ...]:
+def _any_colour(generator: np.random.Generator, category: int) -> np.ndarray:
+    return generator.integers(0, 256, 3)
+
+
+def _contrasting(
+    generator: np.random.Generator, background: np.ndarray, colour_of: Callable, category: int
+) -> tuple[int, ...]:
     while True:
-        colour = generator.integers(0, 256, 3)
+        colour = colour_of(generator, category)
         if np.abs(colour - background).max() > 80:
             return tuple(map(int, colour))

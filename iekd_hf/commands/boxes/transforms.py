@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
+from ..images.jitter import GREY, window
 from .data import Annotated
 
 
@@ -82,22 +83,17 @@ def zoom(
 
     ```
     """
-    size = np.array([image.width, image.height])
-    window = size / factor  # what is seen of the image, in its pixels
-    start = (size - window) * np.array(place)
-    extent = (*start, *(start + window))
+    extent = window(image.size, factor, place)
     seen = image.transform(
-        image.size, PIL.Image.Transform.EXTENT, extent, PIL.Image.Resampling.BILINEAR, fillcolor=_GREY
+        image.size, PIL.Image.Transform.EXTENT, extent, PIL.Image.Resampling.BILINEAR, fillcolor=GREY
     )
+    start = extent[:2]
     corners = np.concatenate([boxes[:, :2] - start, boxes[:, :2] + boxes[:, 2:] - start], axis=1) * factor
-    inside = corners.clip(0, np.tile(size, 2))
+    inside = corners.clip(0, np.tile(image.size, 2))
     inside = np.concatenate([inside[:, :2], inside[:, 2:] - inside[:, :2]], axis=1)
     whole = (corners[:, 2:] - corners[:, :2]).prod(axis=1)
     kept = np.flatnonzero(inside[:, 2:].prod(axis=1) >= MIN_VISIBLE * whole)
     return seen, inside[kept], kept
-
-
-_GREY = (114, 114, 114)
 
 
 class DetectionImages(Dataset):

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
-from .labels import unify_labels
+from .labels import set_unlabelled_apart, unify_labels
 from .source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
 
 
@@ -17,6 +17,13 @@ class DataArguments(SourceArguments):
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images for each class."})
     train_file: str | None = field(
         default=None, metadata={"help": "Parquet, CSV or JSON file with images, or their paths, and labels."}
+    )
+    train_val_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training split to validate on, where there is no validation split. Default: a third "
+            "of the digits, otherwise 0.15."
+        },
     )
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the labels. Default: the one that holds class labels, or `label`."}
@@ -44,11 +51,18 @@ class DataArguments(SourceArguments):
         },
     )
 
+    # Whether training images without a label are taken; `distill` makes an argument of it.
+    unlabelled = None
+
     def __post_init__(self):
+        is_given = any(source is not None for source in (self.dataset_name, self.train_dir, self.train_file))
+        if self.train_val_split is None:
+            self.train_val_split = 0.15 if is_given else 1 / 3
         super().__post_init__()
-        self.check_counts("image_size")
         self.uses_digits = not self.is_given
         self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"Expected image_size of at least 1 pixel, got {self.image_size}.")
         if self.horizontal_flip is None:
             self.horizontal_flip = not self.uses_digits
 
@@ -64,19 +78,10 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
         args.image_size = args.image_size or 16  # 8x8 scans leave no room for three stages
     splits = datasets.DatasetDict({name: _rename_columns(split, args, name) for name, split in splits.items()})
     check_filled(splits)
+    if args.unlabelled:
+        set_unlabelled_apart(splits)
     splits = unify_labels(splits)
-    classes = splits["train"].features["label"].names
-    if len(classes) == 1:  # of which Transformers makes a regression
-        raise ValueError(
-            f"Expected at least two classes in the train split, got one, {classes[0]!r}: name another column with "
-            "--label_column_name, or add images of another class."
-        )
     if "validation" not in splits:
-        if len(splits["train"]) < 2:
-            raise ValueError(
-                "Expected at least 2 images in the train split, got 1: give validation images with --validation_file "
-                "or --validation_dir, or more images."
-            )
         try:
             parts = splits["train"].train_test_split(args.train_val_split, seed=seed, stratify_by_column="label")
         except ValueError:  # too few images to hold every class twice

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable
 
 import datasets
+import numpy as np
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ def unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     feature = splits["train"].features["label"]
     if not isinstance(feature, datasets.ClassLabel):
         feature = datasets.ClassLabel(names=name_classes(values["train"]))
+    if feature.num_classes < 2:
+        raise ValueError(
+            f"Expected images of two classes or more, got the label {', '.join(feature.names)} alone: check the file, "
+            "or name another column with --label_column_name."
+        )
     unified = datasets.DatasetDict()
     for name, split in splits.items():
         own = split.features.get("label")
@@ -75,6 +81,17 @@ def unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     return unified
 
 
+def set_unlabelled_apart(splits: datasets.DatasetDict) -> None:
+    """Make the training images without a label a split of their own, `unlabelled`, in place."""
+    train = splits["train"]
+    missing = np.array([is_missing(value) for value in train["label"][:]])
+    if missing.all():
+        raise ValueError("Expected some training images with a label, got none: a classifier needs its classes.")
+    if missing.any():
+        splits["train"] = train.select(np.flatnonzero(~missing))
+        splits["unlabelled"] = train.select(np.flatnonzero(missing)).remove_columns("label")
+
+
 def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
     """Return the labels of a split; `None` where they are hidden, which those of a test split may be."""
     feature = split.features["label"]
@@ -94,7 +111,8 @@ def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
                 return None
             raise ValueError(
                 f"Expected a label in every row of the {name} split, got {value!r} in row {row}: remove the row, or "
-                "label it. (Labels below 0 count as missing; if they are classes, write them as names.)"
+                "label it; iekd-hf distill takes training images without a label with --unlabelled true. (Labels "
+                "below 0 count as missing; if they are classes, write them as names.)"
             )
         if isinstance(feature, datasets.ClassLabel) and value >= feature.num_classes:
             raise ValueError(

@@ -24,8 +24,6 @@ _VALIDATION = ("validation", "valid", "val", "dev")
 _READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 # An eighth of the range in 8 bits: no pixel of 12 bits in 16 has more.
 _DARK = 32
-# Types of a column that holds neither images nor paths of some.
-_NO_IMAGES = ("bool", "int", "uint", "float", "date", "time", "duration")
 # Orientations of EXIF at which a camera has been held upright.
 _TURNED = (5, 6, 7, 8)
 
@@ -58,16 +56,12 @@ class SourceArguments:
         sources = [name for name in ("dataset_name", "train_dir", "train_file") if getattr(self, name) is not None]
         if len(sources) > 1:
             raise ValueError(f"Expected one source of training images, got {' and '.join(sources)}: keep one.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} of at least 1, or None for all, got {getattr(self, name)}.")
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"Expected train_val_split within (0, 1), got {self.train_val_split}.")
-        self.check_counts("max_train_samples", "max_eval_samples")
         self.is_given = bool(sources)
-
-    def check_counts(self, *names: str) -> None:
-        """Refuse counts below 1."""
-        for name in names:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"Expected {name} of at least 1, or None, got {getattr(self, name)}.")
 
 
 def load_source(args: SourceArguments) -> datasets.DatasetDict:
@@ -193,7 +187,7 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
         `str`
 
     Raises:
-        `ValueError`: there is none, or one of numbers where images are wanted.
+        `ValueError`: there is none.
 
     Example:
 
@@ -217,11 +211,11 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
             + (f", not {given!r}" if given else "")
             + f": name it with --{role}_column_name."
         )
-    dtype = str(getattr(split.features[column], "dtype", ""))
-    if kind is datasets.Image and dtype.startswith(_NO_IMAGES):
+    feature = split.features[column]
+    if role == "image" and getattr(feature, "dtype", "").startswith(("int", "uint", "float", "bool", "date")):
         raise ValueError(
-            f"Expected images in column {column!r} of the {name} split, got values of type {dtype}: name another "
-            f"column with --{role}_column_name."
+            f"Expected images, or their paths, in column {column!r} of the {name} split, got {feature}: name another "
+            "with --image_column_name."
         )
     return column
 
@@ -260,6 +254,11 @@ def check_filled(splits: datasets.DatasetDict) -> None:
     for name, split in splits.items():
         if len(split) == 0:
             raise ValueError(f"Expected images in the {name} split, got an empty one: check its file or folder.")
+    if "validation" not in splits and len(splits["train"]) < 2:
+        raise ValueError(
+            "Expected two images or more in the train split, as a part of it validates, got one: add images, or give "
+            "--validation_file or --validation_dir."
+        )
 
 
 def limit(splits: datasets.DatasetDict, args: SourceArguments, seed: int) -> None:

@@ -14,6 +14,10 @@ from ...data.rgb import to_rgb
 from .data import DataArguments
 
 
+# The splits that networks learn from.
+_LEARNT = ("train", "unlabelled")
+
+
 def prepare(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments, seed: int
 ) -> tuple[dict[str, Dataset], BatchAugmentation | None]:
@@ -24,7 +28,7 @@ def prepare(
     kind = crop_kind(args, size)
     images = {}
     for name, split in splits.items():
-        resized = name == "train" and kind == "resized_crop"
+        resized = name in _LEARNT and kind == "resized_crop"
         images[name] = DecodedImages.decode(split, _Fit(args.sizes, size) if resized else _Processed(processor))
     augmentation = BatchAugmentation.from_processor(
         processor,
@@ -81,7 +85,7 @@ def add_transforms(
     for_training = _ForTraining(processor, on_batches, resized_crop)
     for_evaluation = _ForEvaluation(processor)
     return {
-        name: split.with_transform(for_training if name == "train" else for_evaluation)
+        name: split.with_transform(for_training if name in _LEARNT else for_evaluation)
         for name, split in splits.items()
     }
 

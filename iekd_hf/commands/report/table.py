@@ -13,6 +13,8 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     log_history: list[dict] = field(default_factory=list)
     latency: float | None = None  # milliseconds for one image
+    gradient_shares: dict[str, float] = field(default_factory=dict)  # of each loss, relative to the task's
+    trained_on: str = ""
 
 
 def table(results: list[Result]) -> str:
@@ -24,8 +26,8 @@ def table(results: list[Result]) -> str:
             A row each.
 
     Returns:
-        `str`: aligned columns: model, parameters, accuracy, top-5 and latency where there is one, seconds of each
-        stage.
+        `str`: aligned columns: model, what it was trained on where that is said, parameters, accuracy, top-5 and
+        latency where there is one, seconds of each stage.
 
     Example:
 
@@ -40,7 +42,8 @@ def table(results: list[Result]) -> str:
     with_top5 = any("top5_accuracy" in result.metrics for result in results)
     with_latency = any(result.latency is not None for result in results)
     optional = [name for name, wanted in (("top-5", with_top5), ("latency", with_latency)) if wanted]
-    rows = [["model", "parameters", "accuracy", *optional, "seconds"]]
+    with_images = any(result.trained_on for result in results)
+    rows = [["model", "parameters", "accuracy", *optional, *(["trained on"] if with_images else []), "seconds"]]
     for result in results:
         percentages = [result.metrics.get(name) for name in ("accuracy", "top5_accuracy")[: 1 + with_top5]]
         rows.append(
@@ -49,10 +52,44 @@ def table(results: list[Result]) -> str:
                 f"{result.parameters:,}",
                 *("-" if value is None else f"{value:.2%}" for value in percentages),
                 *(["-" if result.latency is None else f"{result.latency:.2f} ms"] if with_latency else []),
+                *([result.trained_on or "-"] if with_images else []),
                 ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()) or "-",
             ]
         )
     return align(rows)
+
+
+def gain(results: list[Result], num_images: int, metric: str = "accuracy", unit: str = "points") -> str:
+    """
+    Say in a sentence what the teacher has added to the student.
+
+    Args:
+        results (`list[Result]`):
+            Those of the table.
+        num_images (`int`):
+            How many images they were measured on.
+        metric (`str`, *optional*, defaults to `"accuracy"`), unit (`str`, *optional*, defaults to `"points"`):
+            By which metric, and what its hundredths are called.
+
+    Returns:
+        `str`: the sentence, empty where a plain and a distilled student were not both measured.
+
+    Example:
+
+    ```python
+    >>> plain, distilled = ({"accuracy": value} for value in (0.883, 0.96))
+    >>> gain([Result("plain student", 10, plain), Result("distilled student", 10, distilled)], 599)
+    'The teacher adds 7.7 points to the same network, on 599 images that none was trained on.'
+
+    ```
+    """
+    measured = {result.name: 100 * result.metrics[metric] for result in results if metric in result.metrics}
+    if not {"plain student", "distilled student"} <= measured.keys():
+        return ""
+    points = measured["distilled student"] - measured["plain student"]
+    verb = "adds {:.1f} {} to" if points > 0 else "takes {:.1f} {} from" if points < 0 else "adds nothing to"
+    what = verb.format(abs(points), unit)
+    return f"The teacher {what} the same network, on {num_images:,} images that none was trained on."
 
 
 def detection_table(results: list[Result]) -> str:
@@ -78,15 +115,49 @@ def detection_table(results: list[Result]) -> str:
 
     ```
     """
-    rows = [["model", "parameters", "mAP", "mAP50", "images/s", "seconds"]]
+    return _table(results, {"mAP": "map", "mAP50": "map_50"})
+
+
+def segmentation_table(results: list[Result]) -> str:
+    """
+    Lay the results of segmenters out as a text table.
+
+    Args:
+        results (`list[Result]`):
+            A row each.
+
+    Returns:
+        `str`: aligned columns: model, parameters, mean IoU and accuracy of pixels in percent, images a second, seconds
+        of each stage.
+
+    Example:
+
+    ```python
+    >>> from iekd_hf.commands.report.table import Result, segmentation_table
+    >>> metrics = {"mean_iou": 0.5, "overall_accuracy": 0.75}
+    >>> print(segmentation_table([Result("teacher", 1000, metrics, {"training": 3.21}, latency=4.0)]))
+    model    parameters  mIoU  pixels  images/s  seconds
+    -------  ----------  ----  ------  --------  ------------
+    teacher       1,000  50.0    75.0       250  training 3.2
+
+    ```
+    """
+    return _table(results, {"mIoU": "mean_iou", "pixels": "overall_accuracy"})
+
+
+def _table(results: list[Result], columns: dict[str, str]) -> str:
+    """Lay results out with metrics in percent, by their titles, and images a second."""
+    with_images = any(result.trained_on for result in results)
+    rows = [["model", "parameters", *columns, "images/s", *(["trained on"] if with_images else []), "seconds"]]
     for result in results:
-        measured = [result.metrics.get(name) for name in ("map", "map_50")]
+        measured = [result.metrics.get(name) for name in columns.values()]
         rows.append(
             [
                 result.name,
                 f"{result.parameters:,}",
                 *("-" if value is None else f"{100 * value:.1f}" for value in measured),
                 "-" if result.latency is None else f"{1000 / result.latency:.0f}",
+                *([result.trained_on or "-"] if with_images else []),
                 ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items()) or "-",
             ]
         )

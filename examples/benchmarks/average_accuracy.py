@@ -1,0 +1,101 @@
+"""
+Average runs of image classifiers over their seeds: a table in Markdown, with differences within the same seed.
+
+    python examples/benchmarks/average_accuracy.py --runs few-* --output_file few_labels.json
+
+Each folder is an --output_dir of run_iekd.py, or each one of run_mutual.py.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from average_detection import PLAIN, read_runs
+from comparison_report import interval, paired
+
+from iekd_hf.commands.parser import parse_arguments
+
+
+@dataclass
+class AverageArguments:
+    """Say which runs."""
+
+    runs: list[str] = field(default_factory=list, metadata={"help": "Output folders of finished runs."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for what all runs have measured."})
+
+
+def accuracies(runs: list[dict]) -> dict[str, dict[int, float]]:
+    """
+    Sort accuracies by model and seed.
+
+    Args:
+        runs (`list[dict]`):
+            What [`read_runs`] gave.
+
+    Returns:
+        `dict[str, dict[int, float]]`: percent, by name, a distilled student's with its method, and by seed.
+
+    Example:
+
+    ```python
+    >>> models = {"teacher": {"metrics": {"accuracy": 0.5}}, "distilled student": {"metrics": {"accuracy": 0.25}}}
+    >>> accuracies([{"settings": {"seed": 1, "method": "kd"}, "models": models}])
+    {'teacher': {1: 50.0}, 'kd': {1: 25.0}}
+
+    ```
+    """
+    found = defaultdict(dict)
+    for run in runs:
+        settings = run["settings"]
+        for name, model in run["models"].items():
+            title = name
+            if name == "distilled student":
+                title = settings["method"] + ("" if settings.get("unlabelled", True) else ", labelled images alone")
+            found[title][settings["seed"]] = 100 * model["metrics"]["accuracy"]
+    return dict(found)
+
+
+def markdown(runs: list[dict]) -> str:
+    """
+    Write the table.
+
+    Args:
+        runs (`list[dict]`):
+            What [`read_runs`] gave.
+
+    Returns:
+        `str`: Markdown, accuracies in percent; after a plus-minus half of a 95 % interval. Differences are from the
+        plain student and from `kd`, or from the same peer alone and under DML, and the least of the first is there.
+    """
+    values = accuracies(runs)
+    others = ("alone", "DML") if any(name.startswith("peer ") for name in values) else (PLAIN, "kd")
+    titles = ["model", "seeds", "accuracy", *(f"- {other}" for other in others), f"least - {others[0]}"]
+    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    for name, own in values.items():
+        mean, _, half = interval(list(own.values()))
+        row = [name, str(len(own)), f"{mean:.1f} \u00b1 {half:.1f}" if len(own) > 1 else f"{mean:.1f}"]
+        peer = name[: len("peer 1")] if others[0] == "alone" else ""
+        against = [{"alone": f"{peer} alone", "DML": f"{peer}, DML"}.get(other, other) for other in others]
+        for other in against:
+            is_compared = name not in (other, "teacher") and values.get(other, {}).keys() & own.keys()
+            row.append(paired(own, values[other]) if is_compared else "")
+        first = values.get(against[0], {})
+        gains = [own[seed] - first[seed] for seed in own.keys() & first.keys()]
+        row.append(f"{min(gains):+.1f}" if gains and row[3] else "")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    (args,) = parse_arguments((AverageArguments,), __doc__)
+    if not args.runs:
+        raise ValueError("Expected --runs with output folders of run_iekd.py or run_mutual.py, got none.")
+    runs = read_runs(args.runs)
+    print(markdown(runs))
+    if args.output_file:
+        Path(args.output_file).write_text(json.dumps(runs, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Semantic segmentation: images with masks, augmentation that moves both, small networks, mean IoU."""

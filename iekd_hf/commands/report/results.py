@@ -1,0 +1,44 @@
+"""What a run has measured, as a file, so that runs of several seeds can be put together."""
+
+import json
+from pathlib import Path
+
+from .table import Result
+
+
+RESULTS = "results.json"
+
+
+def write_results(results: list[Result], settings: dict, folder: str) -> None:
+    """
+    Write `results.json`.
+
+    Args:
+        results (`list[Result]`):
+            Those of the table.
+        settings (`dict`):
+            What tells the run from others.
+        folder (`str`):
+            Where it goes.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_results([Result("teacher", 9, {"accuracy": 0.5})], {"seed": 1}, folder)
+    ...     json.loads(Path(folder, RESULTS).read_text())["models"]["teacher"]["metrics"]
+    {'accuracy': 0.5}
+
+    ```
+    """
+    models = {
+        result.name: {
+            "parameters": result.parameters,
+            "metrics": result.metrics,
+            "seconds": result.seconds,
+            "images_per_second": None if result.latency is None else 1000 / result.latency,
+        }
+        for result in results
+    }
+    Path(folder, RESULTS).write_text(json.dumps({"settings": settings, "models": models}, indent=2) + "\n")

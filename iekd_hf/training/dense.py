@@ -1,0 +1,69 @@
+"""Checks of dense tasks before training: labels of pixels, logits that can be compared, depth without a loss."""
+
+import torch
+from torch import nn
+
+from ..features.tap import FeatureTap
+from ..models.adapters import without_adapters
+from ..models.kinds import ignore_index_of, is_semantic_segmenter
+from .labels import describe_rows
+
+
+def check_masks(model: nn.Module, batch: dict) -> None:
+    """Refuse labels of a segmenter that are not of the images' size, or are neither a class nor ignored."""
+    labels, pixels = batch.get("labels"), batch.get("pixel_values")
+    if not is_semantic_segmenter(model) or labels is None or pixels is None:
+        return
+    if labels.ndim != 3 or labels.shape[-2:] != pixels.shape[-2:]:
+        raise ValueError(
+            f"Expected labels {(len(pixels), *pixels.shape[-2:])}, one for each pixel of pixel_values, got "
+            f"{tuple(labels.shape)}: give both to the image processor, or resize the masks by their nearest pixels."
+        )
+    num_labels, ignore_index = model.config.num_labels, ignore_index_of(model)
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= max(num_labels, 2)))
+    if outside.any():
+        raise ValueError(
+            f"Expected labels of pixels within 0 and {num_labels - 1}, the model's {num_labels} classes, or "
+            f"{ignore_index}, which it ignores, got {int(labels[outside][0])}: mend the masks, load the model with "
+            "more num_labels, or set the label that its configuration ignores."
+        )
+
+
+def check_masks_of(model: nn.Module, dataset) -> None:
+    """Check all rows of a list in memory, which is cheap."""
+    for row in dataset if isinstance(dataset, list) else ():
+        batch = {name: row.get(name) for name in ("labels", "pixel_values")} if isinstance(row, dict) else {}
+        if all(isinstance(value, torch.Tensor) for value in batch.values()):
+            check_masks(model, {name: value[None] for name, value in batch.items()})
+
+
+def probe_with_labels(tap: FeatureTap, batch: dict) -> tuple[dict, list[torch.Size]]:
+    """Run a model once, its loss too; refuse labels that it cannot take, and a task that it does not train for."""
+    check_masks(tap.model, batch)
+    try:
+        return tap.probe(batch, stop_after_last=False)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Expected a model that computes its loss, got {type(tap.model).__name__}, whose training Transformers "
+            f'does not implement ("{error}"): pass compute_loss_func, such as a distance between '
+            "outputs['predicted_depth'] and the labels."
+        ) from error
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if str(error).startswith("Expected "):
+            raise
+        raise ValueError(
+            f"Expected a first example that {type(without_adapters(tap.model)).__name__} takes, got "
+            f"{describe_rows([batch])} ({error}): mend the data set's transform, or load the model for such images "
+            "and labels (num_labels, problem_type)."
+        ) from error
+
+
+def check_comparable(outputs: dict, others: torch.Tensor, who: str, remedy: str) -> None:
+    """Refuse logits of images beside logits of pixels, and a model without any."""
+    logits = outputs.get("logits")
+    if logits is None or logits.ndim != others.ndim or logits.shape[1] != others.shape[1]:
+        got = "none" if logits is None else tuple(logits.shape)
+        raise ValueError(
+            f"Expected logits of one kind, for images or for pixels, of {who}, got {got} and {tuple(others.shape)}: "
+            f"let models of one task teach each other's logits, or set {remedy}; the feature losses do not need them."
+        )

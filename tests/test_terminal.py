@@ -1,0 +1,261 @@
+"""What a command writes to the terminal: its help, one-line errors, and progress instead of logs."""
+
+import json
+import logging
+import re
+import warnings
+
+import numpy as np
+import pytest
+import transformers.trainer
+from conftest import make_images
+from transformers import TrainingArguments
+
+from iekd_hf.commands import cli, detect, distill, export, mutual
+from iekd_hf.commands.parser import CommandParser
+from iekd_hf.commands.progress import Progress
+from iekd_hf.commands.terminal import command
+
+
+# ---- Help ----
+
+
+def help_of(module, **kwargs) -> str:
+    return CommandParser(module.KINDS, module.__doc__, "iekd-hf x", **kwargs).format_help()
+
+
+@pytest.mark.parametrize("module", [distill, mutual, detect])
+def test_the_help_begins_with_what_matters(module):
+    """What the command does, three arguments and two examples, before the first group; Trainer's are left out."""
+    text = help_of(module)
+    opening, groups = text.split("\n\nTeacher and student:\n" if module is not mutual else "\n\nPeers:\n")
+    assert len(opening.splitlines()) <= 16
+    assert len(re.findall(r"^  --\w+ ", opening, flags=re.MULTILINE)) == 3
+    assert len(re.findall(r"^  iekd-hf ", opening, flags=re.MULTILINE)) == 2
+    assert re.findall(r"^(\w.*):$", groups, flags=re.MULTILINE) == ["Images", "Method", "Training", "Help"]
+    assert "--adam_beta1" not in text and "--adam_beta1" in help_of(module, with_trainer=True)
+
+
+@pytest.mark.parametrize("module", [distill, mutual, detect, export])
+def test_no_default_is_told_twice_and_no_opposite_is_shown(module):
+    text = help_of(module)
+    arguments = re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]
+    assert [argument for argument in arguments if argument.count("Default:") > 1 or "(default" in argument] == []
+    assert "--no_" not in text
+    everywhere = help_of(module, with_trainer=True)
+    names = re.findall(r"^  (--\w+)", everywhere.split("\n\nHelp:")[0], flags=re.MULTILINE)
+    parser = CommandParser(module.KINDS, "", "x")
+    known = {
+        action.option_strings[0] for action in parser._actions if not action.option_strings[0].startswith("--no_")
+    }
+    assert known <= {*names, "-h", "--help_all", "--debug"}
+
+
+def test_opposites_and_abbreviations_still_work(tmp_path):
+    read = CommandParser(distill.KINDS, "", "x").read
+    model_args, _, args = read(["--no_plain_student", "--lambda-inh", "3", "--output_dir", str(tmp_path)])
+    assert model_args.plain_student is False and args.lambda_inh == 3
+    assert read(["--debug", "--output_dir", "out"])[2].debug == []
+    assert [option.value for option in read(["--debug", "underflow_overflow"])[2].debug] == ["underflow_overflow"]
+    (tmp_path / "recipe.json").write_text(json.dumps({"output_dir": "elsewhere"}))
+    assert read([str(tmp_path / "recipe.json"), "--debug"])[2].output_dir == "elsewhere"
+
+
+# ---- Errors ----
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["distill", "--lamda_inh", "3"], "error: Expected arguments of iekd-hf distill, got --lamda_inh 3: did you"),
+        (["distill", "--lambda_inh", "-1"], "error: Expected lambda_inh to be a finite weight"),
+        (["mutual", "--lambda_kl", "-1"], "error: Expected lambda_kl to be a finite weight"),
+        (["detect", "--train_val_split", "2"], "error: Expected train_val_split within"),
+        (["export", "--model", "nobody/nothing"], "error: Expected --model to be a folder"),
+        (["analyze", "--run", "nothing"], "error: Expected a finished run of IEKDTrainer in --run, got 'nothing'"),
+    ],
+)
+def test_a_refusal_is_one_line_and_with_debug_a_traceback(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    # Python prints this code to stderr, and ends with 1.
+    assert ended.value.code.startswith(said) and "\n" not in ended.value.code
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=re.escape(said.removeprefix("error: "))):
+        cli.main([*argv, "--debug"])
+
+
+def test_what_argparse_refuses_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["distill", "--lambda_inh", "much"])
+    assert re.fullmatch(
+        r"error: argument --lambda_inh\S*: invalid float value: 'much' \(.*\)\n", capsys.readouterr().err
+    )
+
+
+def test_only_other_errors_show_where(monkeypatch):
+    """Errors of this library say what to do; of other ones it may help to know where; bugs keep their traceback."""
+
+    def ended_by(error):
+        def main(given):
+            raise error
+
+        try:
+            command(main)([])
+        except BaseException as raised:
+            return raised
+
+    assert ended_by(OSError("no space\nleft")).code == "error: no space left (--debug shows where)"
+    assert ended_by(FloatingPointError("Expected finite losses")).code == "error: Expected finite losses"
+    bug = KeyError("a bug")
+    assert ended_by(bug) is bug
+    monkeypatch.setenv("RANK", "1")  # the other processes of a launcher are silent, but end alike
+    assert ended_by(ValueError("Expected")).code == 1
+    assert ended_by(OSError("of this process")).code.startswith("error: of this process")
+
+
+def test_a_process_gets_its_settings_back():
+    """Warnings of this library are shown, others are not; who calls a command from Python keeps what was set."""
+    before = transformers.logging.get_verbosity(), transformers.trainer.DEFAULT_PROGRESS_CALLBACK, warnings.filters[:]
+    seen = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logging.getLogger("iekd_hf").addHandler(handler)
+
+    @command
+    def main(given):
+        transformers.trainer.DEFAULT_PROGRESS_CALLBACK = Progress("accuracy", lines=True)
+        for module in ("torch.nn", "iekd_hf.training.gradient_shares"):
+            warnings.warn_explicit(f"from {module}", UserWarning, "file.py", 1, module)
+
+    try:
+        main([])
+    finally:
+        logging.getLogger("iekd_hf").removeHandler(handler)
+    assert seen == ["from iekd_hf.training.gradient_shares"]
+    after = transformers.logging.get_verbosity(), transformers.trainer.DEFAULT_PROGRESS_CALLBACK, warnings.filters[:]
+    assert after == before
+
+
+# ---- Progress ----
+
+
+def train(make_trainer, progress, monkeypatch, **kwargs) -> None:
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", progress)
+    progress.name = "stage 2"
+    accuracy = {"compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())}}
+    make_trainer(disable_tqdm=False, eval_dataset=make_images(8), **accuracy, **kwargs).train()
+
+
+def test_lines_where_there_is_no_terminal(make_trainer, monkeypatch, capsys):
+    """Stage 1 in fifths; stage 2 at its evaluations, which are not told apart from the steps between; no logs."""
+    steps = {"max_steps": 10, "paraphraser_max_steps": 10, "eval_strategy": "steps", "eval_steps": 5}
+    train(make_trainer, Progress("accuracy", lines=True), monkeypatch, **steps)
+    written = capsys.readouterr()
+    assert written.out == "" and "\r" not in written.err
+    lines = [re.sub(r"[\d.]+ %", "x %", line).split() for line in written.err.splitlines()]
+    shown = [(" ".join(words[:2]), words[2].split("/")[0], len(words) > 4) for words in lines]
+    assert shown == [
+        *(("stage 1", str(step), False) for step in (2, 4, 6, 8, 10)),
+        *(("stage 2", str(step), step in (5, 10)) for step in (2, 4, 5, 7, 9, 10)),
+    ]
+
+
+def test_one_bar_a_stage(make_trainer, monkeypatch, capsys):
+    """With its name, what is left and the last accuracy; evaluations have none of their own."""
+    steps = {"max_steps": 4, "paraphraser_max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    train(make_trainer, Progress("accuracy", lines=False), monkeypatch, **steps)
+    written = capsys.readouterr()
+    drawn = [line for line in re.split(r"[\r\n]", written.err) if line.strip()]
+    assert written.out == "" and {line.split("%")[0][:9].strip() for line in drawn} == {"stage 1", "stage 2"}
+    assert re.search(r"stage 2 .*100%.* 4/4 steps, .* gone, .* left, accuracy \d+\.\d %", drawn[-1]), drawn[-1]
+
+
+def test_a_bar_that_is_broken_off_is_closed():
+    progress = Progress("accuracy", lines=False)
+
+    @command
+    def main(given):
+        transformers.trainer.DEFAULT_PROGRESS_CALLBACK = progress
+        state = transformers.TrainerState(max_steps=3, is_world_process_zero=True)
+        progress.on_train_begin(TrainingArguments("out"), state, None)
+        raise ValueError("Expected more")
+
+    with pytest.raises(SystemExit):
+        main([])
+    assert progress.bar is None
+
+
+# ---- Pictures ----
+
+
+def history(count: int = 3) -> list[dict]:
+    logs = [{"step": s, "epoch": s, "eval_accuracy": s / 10} for s in range(1, count + 1)]
+    return [*logs, {"step": 1, "epoch": 1, "task_loss": 1.0, "exploration_loss": -0.1}]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Return the figures that are saved, by their file's name."""
+    from matplotlib.figure import Figure
+
+    figures, save = {}, Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **kw: (figures.update({path.name: self}), save(self, path, **kw))
+    )
+    return figures
+
+
+def texts(figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text")))
+
+
+def test_the_picture_of_a_gain(drawn, tmp_path):
+    """Its title is the gain; lines have names and final values; what is newly right is shown with its two labels."""
+    import PIL.Image
+
+    from iekd_hf.commands.report.curves import Examples, draw_gain, draw_losses
+    from iekd_hf.commands.report.table import Result
+
+    rows = [
+        Result("teacher", 30, {"accuracy": 0.9}, log_history=history()),
+        Result("plain student", 10, {"accuracy": 0.5}, log_history=history()),
+        Result(
+            "distilled student", 10, {"accuracy": 0.75}, log_history=history(), gradient_shares={"inheritance": 4.0}
+        ),
+    ]
+    images = [PIL.Image.new(mode, size) for mode, size in (("L", (8, 8)), ("RGB", (400, 300)), ("RGB", (9, 50)))]
+    names = ["cat", "a name that is long beyond reason"]
+    examples = Examples(
+        [*images, images[0]], np.array([0, 1, 1, 0]), np.array([0, 0, 0, 0]), np.array([1, 1, 1, 0]), names
+    )
+    draw_gain(rows, tmp_path / "report.png", 4, examples)
+    draw_losses(rows[-1], tmp_path / "losses.png")
+    shown = texts(drawn["report.png"])
+    assert "The teacher adds 25.0 points to the same network, on 4 images that none was trained on." in shown
+    assert "now right: 2, now wrong: 1" in shown and shown.count("plain: cat") == 2 and "it is a name that i…" in shown
+    for label in ("teacher 90.0 %", "plain student 50.0 %", "distilled student 75.0 %", "inheriting"):
+        assert label in shown
+    assert {"task loss", "exploration loss"} <= set(texts(drawn["losses.png"]).splitlines())
+    assert all((tmp_path / name).stat().st_size > 5_000 for name in ("report.png", "losses.png"))
+
+
+def test_pictures_of_less(drawn, tmp_path):
+    """Without a plain student, without a measured teacher, without any measurement, and of peers."""
+    from iekd_hf.commands.report.curves import draw_gain, draw_losses, draw_peers
+    from iekd_hf.commands.report.table import Result
+
+    teacher, alone = Result("teacher", 30), Result("distilled student", 10, {"accuracy": 0.75}, log_history=history())
+    draw_gain([teacher, alone], tmp_path / "a.png", 4)
+    assert "The distilled student has 75.0 % on 4 images that none was trained on." in texts(drawn["a.png"])
+    draw_gain([teacher, Result("distilled student", 10)], tmp_path / "b.png", 4)
+    assert "How the distilled student has learnt" in texts(drawn["b.png"])
+    draw_losses(Result("peer 1", 10), tmp_path / "none.png")
+    assert "none.png" not in drawn
+    ways = {"peer 1 alone": 0.5, "peer 2 alone": 0.6, "peer 1, IE-DML": 0.75, "peer 2, IE-DML": 0.55}
+    rows = [Result(name, 10, {"accuracy": value}, log_history=history()) for name, value in ways.items()]
+    draw_peers(rows, tmp_path / "peers.png")
+    shown = texts(drawn["peers.png"])
+    assert "peer 1 75.0 % (+25.0 points over alone), peer 2 55.0 % (-5.0 points over alone)" in shown
+    assert "alone 60.0 %" in shown and "IE-DML 55.0 %" in shown
