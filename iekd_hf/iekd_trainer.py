@@ -130,6 +130,11 @@ class IEKDTrainer(DistillationTrainer):
             raise ValueError(f"Expected args to be IEKDTrainingArguments, got {type(args).__name__}: pass args=...")
         if teacher_model is None:
             raise ValueError("Expected a teacher_model, got None: pass a model, a Hub id or a folder.")
+        if isinstance(teacher_processor, str):
+            raise ValueError(
+                f"Expected teacher_processor as an image processor, got {teacher_processor!r}: load it by "
+                "AutoImageProcessor.from_pretrained."
+            )
         name = teacher_model
         teacher_model = load_if_named(teacher_model, "teacher_model", teacher_model_init_kwargs, dtype="auto")
         if isinstance(name, str):

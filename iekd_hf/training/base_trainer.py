@@ -79,6 +79,11 @@ class DistillationTrainer(HubTrainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, *args, augmentation: nn.Module | None = None, mixing: nn.Module | None = None, **kwargs):
+        if augmentation is not None and not isinstance(augmentation, nn.Module):
+            raise ValueError(
+                f"Expected augmentation as a torch.nn.Module, got {type(augmentation).__name__}: pass a "
+                "BatchAugmentation, or put the function into a module's forward."
+            )
         super().__init__(*args, **kwargs)
         self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
         self.mixing = None if mixing is None else mixing.to(self.args.device)
