@@ -3,10 +3,12 @@
 PYTHON ?= python3
 PYTHON_MINIMUM ?= python3.11
 BIN := .venv/bin
-PIP_WITH := bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c
+# Errors are shown, warnings are not.
+PIP_WITH := bin/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check -c
 PIP := .venv/$(PIP_WITH) constraints.txt
 COMPARE := $(BIN)/python examples/benchmarks/compare_methods.py --evaluate_on test --seeds 0 1 2
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Of what a command says in one line, accelerate would show the traceback of its own.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 # What `make demo-mutual` adds to its command: peers, what they learn from each other, and ten evaluations.
 PEERS := --peers cifar-resnet-14 cifar-resnet-8 --mutual_loss ie+kl --per_device_train_batch_size 32 \
@@ -82,13 +84,14 @@ quality: .venv/test  ## check style and format
 	$(BIN)/ruff format --check .
 
 .venv/torch: constraints.txt
-	$(PYTHON) -m venv .venv
-	$(PIP) torch
-	touch $@
+	@echo "Installing into .venv (once, about a minute and a download of torch) ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@touch $@
 
 .venv/examples: .venv/torch setup.cfg
-	$(PIP) -e ".[cli]"
-	touch $@
+	@$(PIP) -e ".[cli]"
+	@touch $@
 
 .venv/test: .venv/torch setup.cfg
 	$(PIP) -e ".[test,quality]"

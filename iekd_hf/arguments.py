@@ -160,6 +160,11 @@ class IETrainingArguments(TrainingArguments):
         if not 0 <= self.lambda_warmup_ratio < 1:
             raise ValueError(f"Expected lambda_warmup_ratio within [0, 1), got {self.lambda_warmup_ratio}.")
         self.check_positive("temperature", "paraphraser_learning_rate")
+        self.check_positive("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        if self.num_train_epochs < 0:
+            raise ValueError(f"Expected num_train_epochs of at least 0, got {self.num_train_epochs}.")
+        if not -(2**63) <= self.split_seed < 2**63:
+            raise ValueError(f"Expected split_seed within 64 bits, got {self.split_seed}.")
         if self.factor_channels is not None and self.factor_channels < 1:
             raise ValueError(f"Expected factor_channels of at least 1, or None, got {self.factor_channels}.")
 
@@ -171,7 +176,9 @@ class IETrainingArguments(TrainingArguments):
             kinds, value = get_args(types[f.name]) or (types[f.name],), getattr(self, f.name)
             if f.name in _FIELDS_OF_TRAINER or any(_is_a(value, kind) for kind in kinds):
                 continue
-            names = " or ".join(getattr(kind, "__name__", str(kind)).replace("NoneType", "None") for kind in kinds)
+            # A list by what is in it: list[str].
+            names = " or ".join(str(kind) if get_args(kind) else kind.__name__ for kind in kinds)
+            names = names.replace("NoneType", "None")
             raise ValueError(f"Expected {f.name} of type {names}, got {value!r} of type {type(value).__name__}.")
 
     def check_choice(self, name: str, known) -> None:
@@ -214,11 +221,16 @@ class IETrainingArguments(TrainingArguments):
         return lambda_scale(progress, self.lambda_schedule, self.lambda_warmup_ratio)
 
 
-_FIELDS_OF_TRAINER = {f.name for f in fields(TrainingArguments)}
+# Of Trainer's own arguments, those whose types it does not look at itself until it fails.
+_NUMBERS_OF_TRAINER = {"learning_rate", "max_steps", "num_train_epochs", "gradient_accumulation_steps", "seed"}
+_NUMBERS_OF_TRAINER |= {"per_device_train_batch_size", "per_device_eval_batch_size"}
+_FIELDS_OF_TRAINER = {f.name for f in fields(TrainingArguments)} - _NUMBERS_OF_TRAINER
 
 
 def _is_a(value, kind: type) -> bool:
     """Return whether a value is of a field's type; an int is a float, a bool is neither."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
     kind = get_origin(kind) or kind
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
@@ -279,6 +291,9 @@ class IEKDTrainingArguments(IETrainingArguments):
             Epochs of stage 1, when no paraphraser is given; its learning rate falls along a cosine.
         paraphraser_max_steps (`int`, *optional*):
             Steps of stage 1, in place of its epochs. By default `max_steps` for a stream, whose length is not known.
+        layer_decay (`float`, *optional*):
+            Factor, in (0, 1], on the learning rate from a block of the student to the one before it, for a student
+            that is pretrained. Its head and the encoders have the whole rate. By default all have.
         fast_teacher (`bool`, *optional*, defaults to `True`):
             Whether to run a copy of the teacher with BatchNorm folded into its convolutions and, if it is
             convolutional, in the channels-last format; its maps are the same to rounding. The given one is not
@@ -337,6 +352,13 @@ class IEKDTrainingArguments(IETrainingArguments):
         default=None,
         metadata={"help": "Steps of stage 1, in place of its epochs. Default: max_steps for data without a length."},
     )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor on the learning rate from a block of a pretrained student to the one before it. "
+            "Default: none."
+        },
+    )
     fast_teacher: bool = field(
         default=True, metadata={"help": "Run a faster copy of the teacher, with the same maps to rounding."}
     )
@@ -371,6 +393,8 @@ class IEKDTrainingArguments(IETrainingArguments):
         self.check_positive("paraphraser_epochs", "cache_views")
         if self.paraphraser_max_steps is not None:
             self.check_positive("paraphraser_max_steps")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"Expected layer_decay within (0, 1], got {self.layer_decay}.")
         if self.teacher_dtype is not None:
             self.check_choice("teacher_dtype", TEACHER_DTYPES)
         if not self.fast_teacher and (self.teacher_dtype is not None or self.compile_teacher):

@@ -76,6 +76,8 @@ class IEKDTrainer(DistillationTrainer):
             A trained paraphraser (one for each pair of layers), or a Hub id or folder: stage 1 is left out.
         augmentation (`BatchAugmentation`, *optional*):
             Makes the student's input of the raw pixels of [`DecodedImages`], on the device.
+        mixing (`nn.Module`, *optional*):
+            Mixes the images and labels of a training batch, as in [`DistillationTrainer`].
         teacher_processor (`BaseImageProcessor`, *optional*):
             The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
             resized for the teacher on the device, a `pixel_mask` along with it. Read from the Hub id or folder if the
@@ -128,6 +130,11 @@ class IEKDTrainer(DistillationTrainer):
             raise ValueError(f"Expected args to be IEKDTrainingArguments, got {type(args).__name__}: pass args=...")
         if teacher_model is None:
             raise ValueError("Expected a teacher_model, got None: pass a model, a Hub id or a folder.")
+        if isinstance(teacher_processor, str):
+            raise ValueError(
+                f"Expected teacher_processor as an image processor, got {teacher_processor!r}: load it by "
+                "AutoImageProcessor.from_pretrained."
+            )
         name = teacher_model
         teacher_model = load_if_named(teacher_model, "teacher_model", teacher_model_init_kwargs, dtype="auto")
         if isinstance(name, str):

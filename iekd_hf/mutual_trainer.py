@@ -19,7 +19,7 @@ from .method.trainable import PeerGroup, drawn_from, frozen_statistics
 from .models.loading import load_if_named
 from .teacher.frozen import TeacherTargets
 from .training.checkpoints import check_made_by, load_encoders, read_encoders, save_encoders
-from .training.checks import check_models, check_trainable
+from .training.checks import check_batches_of_one, check_models, check_precision, check_trainable
 from .training.dense import probe_with_labels
 from .training.partwise_optimizer import PartwiseOptimizer
 from .training.peers_trainer import PeersTrainer
@@ -252,6 +252,7 @@ class MutualTrainer(PeersTrainer):
                 stacklevel=3,
             )
         for i, tap in enumerate(self.taps):
+            check_precision(tap.model, self._sample)
             outputs, shapes = probe_with_labels(tap, self.inputs_of(i, self._sample))
             if not self.task_loss.has_goal(tap.model, outputs, self._sample):
                 raise ValueError(
@@ -260,6 +261,7 @@ class MutualTrainer(PeersTrainer):
                     "task, or compute_loss_func."
                 )
             check_trainable(tap, self.inputs_of(i, self._sample))
+            check_batches_of_one(self.train_dataset, args, shapes)
             widths.append(shapes[0][0] if shapes else 0)
         with drawn_from(args.seed):
             self.group = PeerGroup(self.taps, widths, args).to(args.device, memory_format=args.memory_format)

@@ -20,6 +20,7 @@ from transformers import ViTImageProcessorPil
 from iekd_hf import DecodedImages
 from iekd_hf.commands.boxes.data import DetectionDataArguments, load_annotated
 from iekd_hf.commands.images.data import DataArguments, load_images
+from iekd_hf.commands.images.source import check_filled
 from iekd_hf.commands.images.transforms import prepare
 from iekd_hf.data.rgb import to_rgb
 from iekd_hf.features.tap import FeatureTap
@@ -213,12 +214,25 @@ def test_labels_of_every_kind_become_classes(tmp_path, caplog):
         ([0, 1, 1, -100] * 3, None, "got -100 in row 3"),
         (["a", "", "b", "b"] * 3, None, "got '' in row 1"),
         ([0.0, 1.7] * 6, None, r"Expected classes as labels of the train split, got 1\.7 in row 1"),
+        ([3] * 12, None, "images of two classes or more, got the label 3 alone"),
         ([[1, 0, 1], [0, 1, 0]] * 6, None, "one class as the label of each image in the train split, got the type"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(tmp_path, labels, feature, words):
     with pytest.raises(ValueError, match=words):
         load_rows(tmp_path, labels, feature)
+
+
+def test_numbers_and_columns_of_the_command_that_cannot_be_meant(tmp_path):
+    for argument, value in (("max_train_samples", 0), ("max_eval_samples", -5), ("image_size", 0)):
+        with pytest.raises(ValueError, match=f"Expected {argument} of at least 1.*got {value}"):
+            DataArguments(**{argument: value})
+    with pytest.raises(ValueError, match="image_square_size of at least 1 pixel, got 0"):
+        DetectionDataArguments(image_square_size=0)
+    with pytest.raises(ValueError, match=r"images, or their paths, in column 'label' of the train split, got Value"):
+        load_rows(tmp_path, [0, 1] * 6, image_column_name="label")
+    with pytest.raises(ValueError, match="two images or more in the train split, as a part of it validates"):
+        check_filled(datasets.DatasetDict({"train": rows([0])}))
 
 
 @pytest.mark.parametrize("decode_once", [True, False])
@@ -334,9 +348,11 @@ def test_the_card_shows_names_from_outside_as_they_are(make_trainer, tmp_path):
         model=make_resnet(8, **maps), eval_dataset=make_images(), compute_metrics=per_class, eval_strategy="epoch"
     )
     trainer.train()
-    trainer.create_model_card(dataset="mine\n\n# <b>")
+    trainer.args.optim_args = "momentum=0.9<img src=x>\n# shouted"
+    trainer.create_model_card(dataset="mine\n---\n# <b>", dataset_args="one\n---\n# two")
     card = (tmp_path / "out" / "README.md").read_text()
     text = card.partition("\n---\n")[2]
+    assert "<img" not in text and "# shouted" not in text.splitlines()
     assert "# heading" not in text.splitlines() and "\n---" not in text
     assert "<script>" not in text and "<b>" not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "![image]" not in text and r"!\[image\](https://example.org/x.png) \| \`b\` \*c\*" in text

@@ -21,6 +21,8 @@ import torch
 from conftest import make_resnet
 from hub_server import HubServer
 from transformers import (
+    Dinov2Config,
+    Dinov2Model,
     SegformerConfig,
     SegformerForImageClassification,
     SegformerImageProcessorPil,
@@ -143,6 +145,14 @@ def stand_ins(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     make_masked_shapes(12, seed=0).rename_column("image", "pixel_values").to_parquet(folder / "train.parquet")
     (folder / "id2label.json").write_text(json.dumps(dict(enumerate(CLASSES))))
+    torch.manual_seed(0)
+    dinov2 = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=16, image_size=32)
+    Dinov2Model(dinov2).save_pretrained(tmp_path / "facebook" / "dinov2-small")
+    processor.save_pretrained(tmp_path / "facebook" / "dinov2-small")
+    (tmp_path / "photographs").mkdir()
+    for i in range(8):
+        pixels = generator.integers(0, 255, (40 + i, 50 - i, 3)).astype(np.uint8)
+        PIL.Image.fromarray(pixels).save(tmp_path / "photographs" / f"{i}.png")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -164,7 +174,7 @@ def with_hub(hub: HubServer, home: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_python_blocks_in_order(stand_ins):
     script = "\n".join(block for kind, block in BLOCKS if kind == "python")
-    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (9, 1)
+    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (10, 1)
     assert script.count("from torchvision.models import ") == script.count("torchvision.") == 2
     script = script.replace("from torchvision.models import", "from torchvision_stand_in import")
     (stand_ins / "torchvision_stand_in.py").write_text(
@@ -287,7 +297,7 @@ def test_make_demo(tmp_path, target, rows):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     accuracies = dict(re.findall(r"^(\S.*\S) +[\d,]+ +([\d.]+)% ", done.stdout, re.MULTILINE))
-    assert list(accuracies) == rows and all(float(value) > 85 for value in accuracies.values()), done.stdout
+    assert list(accuracies) == rows and all(float(value) > 80 for value in accuracies.values()), done.stdout
     assert (tmp_path / "copy" / target / "report.png").is_file()
 
 
@@ -323,7 +333,7 @@ def test_every_command_is_one_of_those_run():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        benchmarks = ("average_accuracy", "average_detection", "compare_methods", "mutual_step", "speed")
+        benchmarks = ("average_accuracy", "average_detection", "compare_methods", "flowers", "mutual_step", "speed")
         with_tests = [f"benchmarks/{name}.py" for name in benchmarks]
         with_tests += ["analyze_student.py", "export_onnx.py"]
         with_tests += [f"run_iekd{task}.py" for task in ("", "_detection", "_segmentation")]  # of their own

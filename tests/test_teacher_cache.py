@@ -196,6 +196,16 @@ def test_blocks_that_have_changed_are_made_anew(make, images_seen, monkeypatch, 
     assert ("1 of 4 blocks are made anew, view 1 of the images from 8 on" in caplog.text) == complete
 
 
+@pytest.mark.parametrize("name", ["factors_0.npy", "done.npy"])
+def test_an_emptied_file_is_made_anew(make, images_seen, tmp_path, name, caplog):
+    expected = course(make())
+    (folder,) = (path for path in (tmp_path / "out" / "_teacher_cache").iterdir() if path.is_dir())
+    (folder / name).write_bytes(b"")
+    images_seen.clear()
+    assert course(make()) == expected and images_seen["images"] == 1 + 2 * 16
+    assert "is damaged and made anew" in caplog.text
+
+
 def test_files_without_a_note_of_what_is_done_count_for_nothing(make, images_seen, tmp_path):
     first = make()
     first.train()

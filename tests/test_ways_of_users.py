@@ -1,6 +1,7 @@
 """What users of Trainer bring: their optimizers, collators, streams, tasks; it trains as they expect or is refused."""
 
 import copy
+import datetime
 
 import datasets
 import PIL.Image
@@ -84,6 +85,12 @@ def test_a_parameter_that_was_left_out_of_it_stays_out(make_trainer):
     make_trainer(student, optimizers=(torch.optim.SGD(student.resnet.parameters(), lr=0.01), None)).train()
     for parameter, same in zip(head, make_resnet(8, seed=1).classifier.parameters(), strict=True):
         assert torch.equal(parameter, same)
+
+
+def test_an_optimizer_of_another_model_is_refused(make_trainer):
+    optimizer = torch.optim.SGD(make_resnet(8, seed=1).parameters(), lr=0.01)
+    with pytest.raises(ValueError, match="Expected an optimizer of the student's weights in optimizers, got one"):
+        make_trainer(make_resnet(8, seed=1), optimizers=(optimizer, None))
 
 
 def test_a_student_in_half_precision_is_refused(make_trainer):
@@ -217,6 +224,23 @@ def test_a_missing_label_is_named_by_its_row():
         decoded([0, 1, None, 1])
 
 
+def test_labels_that_are_no_numbers():
+    with pytest.raises(ValueError, match=r"as many labels in every row of column 'label'.*got 1 to 2"):
+        decoded([[1, 0], [1]])
+    with pytest.raises(ValueError, match="numbers in column 'label', got date32"):
+        decoded([datetime.date(2020, 1, 1)] * 2)
+    with pytest.raises(ValueError, match=r"a datasets\.Dataset to decode, got list"):
+        DecodedImages.decode([1, 2])
+
+
+def test_peers_in_half_precision_or_on_maps_of_one_position(make_mutual):
+    with pytest.raises(ValueError, match=r'got one in float16.*dtype="float32"'):
+        make_mutual([make_resnet(8).half(), make_resnet(12).half()])
+    nine = {"train_dataset": make_images(9, size=(4, 4)), "max_steps": -1, "num_train_epochs": 1}
+    with pytest.raises(ValueError, match=r"single image.*9 images in batches of 4.*dataloader_drop_last=True"):
+        make_mutual([make_resnet(8), make_resnet(12)], **nine)
+
+
 def test_strings_are_no_labels():
     with pytest.raises(ValueError, match=r"strings such as 'cat'.*class_encode_column"):
         decoded(["cat", "dog"])
@@ -268,6 +292,66 @@ def test_a_label_outside_the_classes_is_refused_in_a_list_too(make_trainer, make
     make_trainer(train_dataset=images)
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"labels": 1.7}, r"number of a class as 'labels' in every row of train_dataset, got 1\.7 in row 3"),
+        ({"labels": "cat"}, "got 'cat' in row 3"),
+        ({"labels": float("nan")}, "got nan in row 3"),
+        ({"labels": [1, 0, 0]}, r"got \[1, 0, 0\] in row 3"),
+    ],
+)
+def test_a_label_that_is_no_class_is_named_by_its_row(make_trainer, row, words):
+    images = make_images()
+    images[3] = {**images[3], **row}
+    with pytest.raises(ValueError, match=words):
+        make_trainer(train_dataset=images)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["a", "b"] * 2, r"numbers of classes in column 'labels' of train_dataset, got strings.*class_encode_column"),
+        ([0, 1, None, 1], r"Expected -100 for images without a label.*got 1 missing values.*'torch'.*write -100"),
+        (
+            [0.5, 1.5] * 2,
+            r"a first example that ResNetFor\w+ takes, got .*labels: float32 of shape \(1,\)",
+        ),
+        ([True, False] * 2, r"a first example that ResNetFor.*num_labels, problem_type"),
+    ],
+)
+def test_labels_of_a_table_that_are_no_classes(make_trainer, labels, words):
+    rows = [
+        {"pixel_values": r["pixel_values"].numpy(), "labels": v} for r, v in zip(make_images(4), labels, strict=True)
+    ]
+    with pytest.raises(ValueError, match=words):
+        make_trainer(train_dataset=datasets.Dataset.from_list(rows).with_format("torch"))
+
+
+def test_what_is_no_data_set_model_or_paraphraser_is_refused(make_trainer):
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"labels": [0]})})
+    for given, words in ((3, "got int: load it first"), ("cifar10", "got str"), (splits, "DatasetDict: pass one of")):
+        with pytest.raises(ValueError, match=f"Expected train_dataset as a data set, .*{words}"):
+            make_trainer(train_dataset=given)
+    with pytest.raises(ValueError, match="Expected a teacher_model, got int"):
+        make_trainer(teacher_model=3)
+    with pytest.raises(ValueError, match="Expected a Paraphraser for this knowledge, got a int"):
+        make_trainer(paraphraser=3)
+
+
+def test_images_that_make_no_batch_are_described(make_trainer):
+    images = make_images()
+    images[3]["pixel_values"] = torch.zeros(3, 24, 24)
+    trainer = make_trainer(train_dataset=images)
+    with pytest.raises(
+        ValueError, match=r"make one batch, got pixel_values: float32 of shape \(3, \d+, \d+\) and float32 of shape"
+    ):
+        trainer.train()
+    images[0]["pixel_values"] = PIL.Image.new("RGB", (32, 32))
+    with pytest.raises(ValueError, match="make one batch, got pixel_values: Image, labels: int"):
+        make_trainer(train_dataset=images)
+
+
 # ---- Arguments ----
 
 
@@ -279,7 +363,14 @@ def test_a_label_outside_the_classes_is_refused_in_a_list_too(make_trainer, make
         (IEKDTrainingArguments, {"factor_channels": 2.5}, "factor_channels of type int or None"),
         (IEKDTrainingArguments, {"split_seed": 0.5}, "split_seed of type int"),
         (IEKDTrainingArguments, {"method": ["ft"]}, "method of type str"),
-        (IEKDTrainingArguments, {"teacher_layers": "layer4"}, "teacher_layers of type list or None"),
+        (IEKDTrainingArguments, {"teacher_layers": "layer4"}, r"teacher_layers of type list\[str\] or None"),
+        (IEKDTrainingArguments, {"teacher_layers": [3]}, r"teacher_layers of type list\[str\] or None, got \[3\]"),
+        (IEKDTrainingArguments, {"split_seed": 2**70}, "split_seed within 64 bits"),
+        (IEKDTrainingArguments, {"learning_rate": "1e-3"}, "learning_rate of type float, got '1e-3' of type str"),
+        (IEKDTrainingArguments, {"max_steps": 2.5}, "max_steps of type int, got 2.5"),
+        (IEKDTrainingArguments, {"per_device_train_batch_size": 0}, "per_device_train_batch_size above 0, got 0"),
+        (MutualTrainingArguments, {"num_train_epochs": -3}, "num_train_epochs of at least 0, got -3"),
+        (MutualTrainingArguments, {"seed": "a"}, "seed of type int, got 'a'"),
         (IEKDTrainingArguments, {"paraphraser_epochs": float("inf")}, "paraphraser_epochs above 0, got inf"),
         (IEKDTrainingArguments, {"paraphraser_max_steps": 0}, "paraphraser_max_steps above 0"),
         (MutualTrainingArguments, {"lambda_kl": "1"}, "lambda_kl of type float"),

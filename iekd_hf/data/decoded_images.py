@@ -5,6 +5,7 @@ from collections.abc import Callable
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
@@ -93,6 +94,11 @@ class DecodedImages(Dataset):
         Raises:
             `ValueError`: images of different sizes, no images, or one that cannot be decoded.
         """
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError(
+                f"Expected a datasets.Dataset to decode, got {type(dataset).__name__}: pass a split of a DatasetDict, "
+                "or make one by datasets.Dataset.from_list."
+            )
         if len(dataset) == 0:
             raise ValueError("Expected images to decode, got an empty dataset: check its file or split.")
         if image_column not in dataset.column_names:
@@ -157,6 +163,16 @@ def check_labels(dataset: datasets.Dataset, column: str) -> None:
             f"Expected a label in every row, got none in row {row} of column {column!r} ({labels.null_count} of "
             f"{len(labels)} rows): remove these rows, or give them the label -100, which no loss counts."
         )
+    numbers = labels.type
+    if pyarrow.types.is_list(numbers) or pyarrow.types.is_large_list(numbers):
+        numbers, lengths = numbers.value_type, set(pc.list_value_length(labels).unique().to_pylist())
+        if len(lengths) > 1:
+            raise ValueError(
+                f"Expected as many labels in every row of column {column!r}, 0 or 1 for each, got {min(lengths)} to "
+                f"{max(lengths)}."
+            )
+    if pyarrow.types.is_temporal(numbers):
+        raise ValueError(f"Expected numbers in column {column!r}, got {numbers}: leave it out, or make classes of it.")
     if pyarrow.types.is_string(labels.type) or pyarrow.types.is_large_string(labels.type):
         raise ValueError(
             f"Expected numbers in column {column!r}, got strings such as {labels[0].as_py()!r}: make classes of them "

@@ -159,7 +159,7 @@ def recipe(args: TrainingArguments) -> list[tuple[str, str, str]]:
     ours = {name for cls in type(args).__mro__ if cls.__module__.startswith("iekd_hf.") for name in vars(cls)}
     values = args.to_dict()
     return [
-        (f.name, str(values[f.name]), f.metadata.get("help", "").replace(" Default: the method's.", "").rstrip("."))
+        (f.name, plain(values[f.name]), f.metadata.get("help", "").replace(" Default: the method's.", "").rstrip("."))
         for f in fields(args)
         if f.name in ours - known - _ONLY_SPEED and values[f.name] is not None
     ] + [("seed", str(args.seed), "Seed of the encoders, the data's order and augmentation")]

@@ -101,8 +101,8 @@ def write_card(
         EvalResult(
             task_type=task,
             dataset_type=ids[0] if ids else "custom",
-            dataset_name=named[0] if named else "not on the Hub",
-            dataset_config=next(iter(_listed(summary.dataset_args)), None),
+            dataset_name=" ".join(named[0].split()) if named else "not on the Hub",
+            dataset_config=next((" ".join(name.split()) for name in _listed(summary.dataset_args)), None),
             metric_type=" ".join(name.split()),
             metric_name=" ".join(name.split()) if len(own) == 1 else f"{' '.join(name.split())} of {network.role}",
             metric_value=value,
@@ -140,7 +140,9 @@ def write_card(
         how_to_load=how_to_load or _how_to_load(trainer, task),
         brings_code=getattr(model, "_auto_class", None) is not None,
         recipe=recipe(trainer.args) if facts.how_trained else [],
-        hyperparameters=summary.hyperparameters if trainer.state.log_history else {},
+        hyperparameters={
+            name: plain(value) for name, value in (summary.hyperparameters or {}).items() if trainer.state.log_history
+        },
         curve=curve(trainer.state.log_history),
         picture=picture,
         versions=_versions("iekd_hf", "transformers", "torch", "datasets"),

@@ -207,7 +207,7 @@ class TeacherCache:
                 array = np.load(self.folder / name, mmap_mode="r")
                 if array.dtype != dtype or array.shape[: len(shape)] != shape or not array.flags.c_contiguous:
                     raise ValueError(f"{name} is of another cache")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             logger.warning(f"The teacher's cache in {self.folder} is damaged and made anew: {error}")
             return False
         return True

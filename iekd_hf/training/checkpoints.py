@@ -142,7 +142,7 @@ def load_paraphrasers(
             ) from error
         except (OSError, RuntimeError, SafetensorError, HFValidationError) as error:
             raise ValueError(explain_unreachable(name, "paraphraser", error)) from error
-    paraphrasers = [source] if isinstance(source, nn.Module) else list(source)
+    paraphrasers = list(source) if isinstance(source, (list, tuple, nn.ModuleList)) else [source]
     for paraphraser in paraphrasers:
         if not isinstance(paraphraser, kind):
             raise ValueError(f"Expected a {kind.__name__} for this knowledge, got a {type(paraphraser).__name__}.")

@@ -17,8 +17,9 @@ from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
 from ..models.kinds import main_input_of, why_no_logits
 from ..models.signature import is_headless, takes_labels
+from .average import averages_among
 from .dense import check_masks_of
-from .labels import NO_LABEL, read_classes, read_least_target
+from .labels import NO_LABEL, check_are_classes, read_classes, read_least_target
 
 
 logger = logging.get_logger(__name__)
@@ -32,7 +33,8 @@ def is_stream(dataset: Dataset) -> bool:
 def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
     """Check all given datasets."""
     for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        for dataset in given.values() if isinstance(given, dict) else [given]:
+        several = isinstance(given, dict) and name == "eval_dataset"
+        for dataset in given.values() if several else [given]:
             if dataset is not None:
                 check_dataset(dataset, name, model)
                 check_masks_of(model, dataset, name)
@@ -45,6 +47,9 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
     Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
     [`DecodedImages`].
     """
+    if isinstance(dataset, (str, dict)) or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        remedy = "pass one of its splits" if isinstance(dataset, dict) else "load it first (datasets.load_dataset)"
+        raise ValueError(f"Expected {name} as a data set, got {type(dataset).__name__}: {remedy}.")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
@@ -61,6 +66,8 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
     if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
         return  # targets, not classes
     for column in ("labels", "label"):
+        if type(without_adapters(model)).__name__.endswith("ForImageClassification"):
+            check_are_classes(dataset, column, name)
         labels = read_classes(dataset, column)
         if labels is None:
             continue
@@ -109,6 +116,10 @@ def check_student(
 ) -> tuple[list[str], list[str]]:
     """Check the student against teacher, arguments and data; return the layers that are paired."""
     check_can_be_student(student, "model")
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(
+            f"Expected a teacher_model, got {type(teacher).__name__}: pass a model, a Hub id or a folder."
+        )
     check_adapted(student)
     shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:
@@ -230,6 +241,20 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
     )
 
 
+def check_recipe(args: TrainingArguments, mixing: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse parts of a recipe that do not go together."""
+    if mixing is not None and getattr(args, "cache_teacher", False):
+        raise ValueError(
+            "Expected no mixing with cache_teacher=True, got both: a cached teacher has seen each image by itself. "
+            "Set cache_teacher=False, or leave mixing out."
+        )
+    if optimizer is not None and getattr(args, "layer_decay", None) is not None:
+        raise ValueError(
+            "Expected no optimizer in optimizers with layer_decay, got one: give its groups the rates that they shall "
+            "have, and leave layer_decay out."
+        )
+
+
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
     """Refuse models that cannot be trained together."""
     if len(models) < 2:
@@ -254,6 +279,11 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
                 "model with a head for the task, or compute_loss_func."
             )
         check_datasets(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    if averages_among(kwargs.get("callbacks") or ()):
+        raise ValueError(
+            "Expected no EMACallback among the callbacks, got one: it averages one model, and here several train. Use "
+            "it with IEKDTrainer, or leave it out."
+        )
     for name in ("model", "model_init", "optimizers"):
         if kwargs.get(name) is not None:
             raise ValueError(

@@ -5,7 +5,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..features.tap import FeatureTap
+from ..models.adapters import without_adapters
 from ..models.kinds import ignore_index_of, is_semantic_segmenter
+from .labels import describe_rows
 
 
 def check_masks(model: nn.Module, batch: dict, where: str = "") -> None:
@@ -49,6 +51,14 @@ def probe_with_labels(tap: FeatureTap, batch: dict) -> tuple[dict, list[torch.Si
             f"Expected a model that computes its loss, got {type(tap.model).__name__}, whose training Transformers "
             f'does not implement ("{error}"): pass compute_loss_func, such as a distance between '
             "outputs['predicted_depth'] and the labels."
+        ) from error
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if str(error).startswith("Expected "):
+            raise
+        raise ValueError(
+            f"Expected a first example that {type(without_adapters(tap.model)).__name__} takes, got "
+            f"{describe_rows([batch])} ({error}): mend the data set's transform, or load the model for such images "
+            "and labels (num_labels, problem_type)."
         ) from error
 
 

@@ -1,6 +1,6 @@
 """Which images have a label: read from a data set, filled in where a row has none, left out of metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import datasets
 import numpy as np
@@ -39,6 +39,51 @@ def read_classes(dataset: Dataset, column: str) -> np.ndarray | None:
         labels = dataset.select_columns([column]).with_format("arrow")[:].column(column)
         return labels.fill_null(NO_LABEL).to_numpy()
     return None
+
+
+def check_are_classes(dataset: Dataset, column: str, name: str) -> None:
+    """Refuse labels of an image classifier that are no classes where others are, or that would be lost."""
+    if isinstance(dataset, list):
+        values = [row.get(column) if isinstance(row, dict) else None for row in dataset]
+        has_classes = any(_is_class(value) for value in values)
+        for row, value in enumerate(values):
+            if isinstance(value, str) or (has_classes and value is not None and not _is_class(value)):
+                raise ValueError(
+                    f"Expected the number of a class as {column!r} in every row of {name}, got {value!r} in row "
+                    f"{row}: mend it, or leave the label out (None) where there is none."
+                )
+    elif isinstance(dataset, datasets.Dataset) and column in dataset.features:
+        feature = dataset.features[column]
+        dtype = getattr(feature, "dtype", "")
+        if dtype in ("string", "large_string"):  # default_data_collator would leave them out
+            raise ValueError(
+                f"Expected the numbers of classes in column {column!r} of {name}, got strings: make classes of them "
+                f"by class_encode_column({column!r})."
+            )
+        missing = dataset.data.column(column).null_count if dataset.format["type"] is not None else 0
+        if missing and dtype.startswith("int"):
+            raise ValueError(
+                f"Expected {NO_LABEL} for images without a label in column {column!r} of {name}, got {missing} "
+                f"missing values, which the format {dataset.format['type']!r} turns into NaN: write {NO_LABEL} there."
+            )
+
+
+def _is_class(value) -> bool:
+    """Return whether a label is the number of a class, as it is or in an array or tensor of one."""
+    if getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def describe_rows(rows: Iterable[dict]) -> str:
+    """Describe the values of some rows by their shapes and types, each once."""
+    found = {}
+    for row in rows:
+        for name, value in row.items() if isinstance(row, Mapping) else [("rows", row)]:
+            shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", type(value).__name__)
+            kind = str(dtype).removeprefix("torch.") + ("" if shape is None else f" of shape {tuple(shape)}")
+            found.setdefault(name, {})[kind] = None
+    return ", ".join(f"{name}: {' and '.join(kinds)}" for name, kinds in found.items())
 
 
 def read_least_target(dataset: Dataset) -> float | None:

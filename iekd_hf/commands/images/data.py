@@ -43,6 +43,12 @@ class DataArguments(SourceArguments):
     horizontal_flip: bool | None = field(
         default=None, metadata={"help": "Flip training images at random. Default: yes, but not for the digits."}
     )
+    rand_augment: int | None = field(
+        default=None,
+        metadata={"help": "Magnitude of RandAugment's two operations on training images, 1 to 29. Default: none."},
+    )
+    mixup: float = field(default=0.0, metadata={"help": "Share of the training batches whose images MixUp mixes."})
+    cutmix: float = field(default=0.0, metadata={"help": "Share of the training batches whose images CutMix mixes."})
     decode_once: bool | None = field(
         default=None,
         metadata={
@@ -61,6 +67,8 @@ class DataArguments(SourceArguments):
         super().__post_init__()
         self.uses_digits = not self.is_given
         self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"Expected image_size of at least 1 pixel, got {self.image_size}.")
         if self.horizontal_flip is None:
             self.horizontal_flip = not self.uses_digits
 

@@ -52,6 +52,11 @@ def unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     feature = splits["train"].features["label"]
     if not isinstance(feature, datasets.ClassLabel):
         feature = datasets.ClassLabel(names=name_classes(values["train"]))
+    if feature.num_classes < 2:
+        raise ValueError(
+            f"Expected images of two classes or more, got the label {', '.join(feature.names)} alone: check the file, "
+            "or name another column with --label_column_name."
+        )
     unified = datasets.DatasetDict()
     for name, split in splits.items():
         own = split.features.get("label")

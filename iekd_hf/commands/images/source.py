@@ -56,6 +56,9 @@ class SourceArguments:
         sources = [name for name in ("dataset_name", "train_dir", "train_file") if getattr(self, name) is not None]
         if len(sources) > 1:
             raise ValueError(f"Expected one source of training images, got {' and '.join(sources)}: keep one.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"Expected {name} of at least 1, or None for all, got {getattr(self, name)}.")
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"Expected train_val_split within (0, 1), got {self.train_val_split}.")
         self.is_given = bool(sources)
@@ -208,6 +211,12 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
             + (f", not {given!r}" if given else "")
             + f": name it with --{role}_column_name."
         )
+    feature = split.features[column]
+    if role == "image" and getattr(feature, "dtype", "").startswith(("int", "uint", "float", "bool", "date")):
+        raise ValueError(
+            f"Expected images, or their paths, in column {column!r} of the {name} split, got {feature}: name another "
+            "with --image_column_name."
+        )
     return column
 
 
@@ -245,6 +254,11 @@ def check_filled(splits: datasets.DatasetDict) -> None:
     for name, split in splits.items():
         if len(split) == 0:
             raise ValueError(f"Expected images in the {name} split, got an empty one: check its file or folder.")
+    if "validation" not in splits and len(splits["train"]) < 2:
+        raise ValueError(
+            "Expected two images or more in the train split, as a part of it validates, got one: add images, or give "
+            "--validation_file or --validation_dir."
+        )
 
 
 def limit(splits: datasets.DatasetDict, args: SourceArguments, seed: int) -> None:
