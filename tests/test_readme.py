@@ -174,7 +174,7 @@ def with_hub(hub: HubServer, home: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_python_blocks_in_order(stand_ins):
     script = "\n".join(block for kind, block in BLOCKS if kind == "python")
-    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (10, 1)
+    assert (script.count("IEKDTrainer("), script.count("MutualTrainer(")) == (11, 1)
     assert script.count("from torchvision.models import ") == script.count("torchvision.") == 2
     script = script.replace("from torchvision.models import", "from torchvision_stand_in import")
     (stand_ins / "torchvision_stand_in.py").write_text(
