@@ -24,7 +24,7 @@ from .transforms import SegmentationImages, collate
 logger = logging.getLogger(__name__)
 
 PICTURE = "segmentations.png"
-# The shapes are learnt in a minute, by a teacher in two.
+# The shapes are learnt in a minute or two.
 SHAPES_EPOCHS = {"num_train_epochs": 13.0, "paraphraser_epochs": 3.0}
 SHAPES_TEACHER_EPOCHS = 27.0
 
