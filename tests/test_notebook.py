@@ -36,7 +36,7 @@ def test_the_notebook_from_top_to_bottom(tmp_path, monkeypatch):
     tables = "".join(output.get("data", {}).get("text/html", "") for cell in cells for output in cell.outputs)
     assert "Validation Loss" in tables and "Accuracy" in tables
     (result,) = (output for output in cells[-1].outputs if output.output_type == "execute_result")
-    label, scores = ast.literal_eval(result["data"]["text/plain"])
+    label, scores = ast.literal_eval(re.sub(r"np\.int64\((\d+)\)", r"\1", result["data"]["text/plain"]))
     assert len(scores) == 3 and {score["label"] for score in scores} <= set("0123456789") and label in range(10)
     assert (tmp_path / "notebook" / "student" / "model.safetensors").is_file()
     assert (tmp_path / "notebook" / "student" / "_paraphraser" / "model.safetensors").is_file()
