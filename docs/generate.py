@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import average_accuracy
 import average_detection
 import comparison_report
-import flowers
 from comparison_report import accuracies, interval, paired
 from transformers import TrainingArguments
 
@@ -425,11 +424,6 @@ def speed_files() -> str:
 # ---- Flowers ----
 
 
-def flowers_table() -> str:
-    """Return each recipe's accuracy with few and with more labels."""
-    return flowers.markdown(results("flowers"))
-
-
 # ---- Arguments ----
 
 
@@ -486,7 +480,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-ratios": speed_ratios,
     "speed-data": speed_data,
     "speed-files": speed_files,
-    "flowers": flowers_table,
     "presets": presets,
     "iekd-arguments": lambda: arguments_of(IEKDTrainingArguments, rare=False),
     "iekd-arguments-rare": lambda: arguments_of(IEKDTrainingArguments, rare=True),

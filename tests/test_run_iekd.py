@@ -62,9 +62,9 @@ def test_the_digits_from_nothing_to_the_table(run, tmp_path):
     assert "{" not in printed and "*****" not in printed
     said = [re.sub(r"[\d.]+", "N", line) for line in run.func.said.splitlines()]
     assert [line for line in said if not line.startswith("  ")] == [
-        "[N/N] Teacher: cifar-resnet-N, N epochs on N images",
-        "[N/N] Plain student: cifar-resnet-N, N steps on N images",
-        "[N/N] Distilled student: cifar-resnet-N, N epochs on N images",
+        "[N/N] Teacher: cifar-resnet-N, N epoch on N labelled images",
+        "[N/N] Plain student: cifar-resnet-N, N steps on N labelled images",
+        "[N/N] Distilled student: cifar-resnet-N, N epoch on the same N, N unlabelled, and the teacher",
     ]
     assert {re.match(r"  (\w+ \w+|\w+)  +N/N steps", line)[1] for line in said if line.startswith("  ")} == {
         *("teacher", "plain student", "stage N", "stage N"),

@@ -11,7 +11,7 @@ import transformers.trainer
 from conftest import make_images
 from transformers import TrainingArguments
 
-from iekd_hf.commands import cli, detect, distill, export, mutual
+from iekd_hf.commands import cli, detect, distill, export, mutual, segment
 from iekd_hf.commands.parser import CommandParser
 from iekd_hf.commands.progress import Progress
 from iekd_hf.commands.terminal import command
@@ -24,7 +24,7 @@ def help_of(module, **kwargs) -> str:
     return CommandParser(module.KINDS, module.__doc__, "iekd-hf x", **kwargs).format_help()
 
 
-@pytest.mark.parametrize("module", [distill, mutual, detect])
+@pytest.mark.parametrize("module", [distill, mutual, detect, segment])
 def test_the_help_begins_with_what_matters(module):
     """What the command does, three arguments and two examples, before the first group; Trainer's are left out."""
     text = help_of(module)
@@ -36,7 +36,7 @@ def test_the_help_begins_with_what_matters(module):
     assert "--adam_beta1" not in text and "--adam_beta1" in help_of(module, with_trainer=True)
 
 
-@pytest.mark.parametrize("module", [distill, mutual, detect, export])
+@pytest.mark.parametrize("module", [distill, mutual, detect, segment, export])
 def test_no_default_is_told_twice_and_no_opposite_is_shown(module):
     text = help_of(module)
     arguments = re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]

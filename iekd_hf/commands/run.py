@@ -94,9 +94,10 @@ class CommandRun:
     def announce(self, what: str, epochs: float = 0, learner: str = "teacher") -> None:
         """Write the heading of a stage."""
         self.stage += 1
-        images, steps = len(self.common(learner)["train_dataset"]), self.steps_per_epoch(learner)
-        schedule = f"{epochs:g} epochs" if steps is None else f"{round(steps * epochs)} steps"
-        say(f"[{self.stage}/{self.stages}] {what}{f', {schedule} on {images:,} images' if epochs else ''}")
+        steps = self.steps_per_epoch(learner)
+        schedule = f"{epochs:g} epoch{'s' * (epochs != 1)}" if steps is None else f"{round(steps * epochs)} steps"
+        images = self.trained_on(learner) or f"{len(self.common(learner)['train_dataset']):,} images"
+        say(f"[{self.stage}/{self.stages}] {what}{f', {schedule} on {images}' if epochs else ''}")
 
     def common(self, learner: str = "teacher") -> dict:
         """Return the arguments that every trainer of this command takes, with the images that one learns from."""

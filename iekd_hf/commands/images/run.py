@@ -66,6 +66,8 @@ class ImageRun(CommandRun):
     def __init__(self, data_args: StudentDataArguments, args: TrainingArguments):
         super().__init__(args)
         self.data_args = data_args
+        if data_args.uses_digits:
+            datasets.disable_progress_bar()  # of work that takes no time
         with args.main_process_first(desc="loading images"):  # the others find them in the cache
             self.splits = load_images(data_args, args.seed)
         self.names = self.splits["train"].features["label"].names

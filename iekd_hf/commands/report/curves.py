@@ -215,7 +215,7 @@ def _draw_shares(part: SubFigure, shares: dict[str, float]) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(title="What pulled at the student's features", xlabel="gradient, the labels' = 1, before training")
+    axes.set(title="What pulled at its features", xlabel="gradient, the labels' = 1, before training")
 
 
 def _short(name: str) -> str:
