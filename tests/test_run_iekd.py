@@ -148,7 +148,7 @@ def test_parquet_yaml_and_pretrained_models(run, tmp_path):
     (tmp_path / "recipe.yaml").write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in recipe.items()))
     printed = run(tmp_path / "recipe.yaml")
     # No accuracy: its head knows other classes.
-    assert re.search(r"^teacher +[\d,]+ +- +\d+\.\d\d ms +-$", printed, flags=re.MULTILINE), printed
+    assert re.search(r"^teacher +[\d,]+ +- +\d+\.\d\d ms +- +-$", printed, flags=re.MULTILINE), printed
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
     assert config.id2label == {0: "cat", 1: "dog"}
     (tmp_path / "recipe.json").write_text(
