@@ -3,10 +3,12 @@
 PYTHON ?= python3
 PYTHON_MINIMUM ?= python3.11
 BIN := .venv/bin
-PIP_WITH := bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c
+# Errors are shown, warnings are not.
+PIP_WITH := bin/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check -c
 PIP := .venv/$(PIP_WITH) constraints.txt
 COMPARE := $(BIN)/python examples/benchmarks/compare_methods.py --evaluate_on test --seeds 0 1 2
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Of what a command says in one line, accelerate would show the traceback of its own.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 # What `make demo-mutual` adds to its command: peers, what they learn from each other, and ten evaluations.
 PEERS := --peers cifar-resnet-14 cifar-resnet-8 --mutual_loss ie+kl --per_device_train_batch_size 32 \
@@ -23,7 +25,7 @@ TORCHVISION ?= torch==2.14.1 torchvision==0.29.1
 # Images for the second half of `make evidence`: any arguments of run_iekd.py that say where they are.
 CIFAR10 ?= --dataset_name uoft-cs/cifar10
 
-.PHONY: help demo demo-mutual demo-detection evidence test test-fast test-minimum test-torchvision docs style quality clean
+.PHONY: help demo demo-mutual demo-detection demo-segmentation evidence test test-fast test-minimum test-torchvision docs style quality clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +41,10 @@ demo-mutual: .venv/examples  ## let two networks teach each other on 100 of the 
 demo-detection: .venv/examples  ## distil a small detector on drawn shapes
 	rm -rf demo-detection
 	$(LAUNCH) examples/run_iekd_detection.py --output_dir demo-detection
+
+demo-segmentation: .venv/examples  ## distil a small segmenter on drawn shapes
+	rm -rf demo-segmentation
+	$(LAUNCH) examples/run_iekd_segmentation.py --output_dir demo-segmentation
 
 evidence: .venv/examples  ## compare the methods on digits and on CIFAR-10, three seeds each (hours)
 	$(COMPARE) --output_dir evidence/digits --networks cifar-resnet-20:cifar-resnet-8 --held_out 300 \
@@ -78,13 +84,14 @@ quality: .venv/test  ## check style and format
 	$(BIN)/ruff format --check .
 
 .venv/torch: constraints.txt
-	$(PYTHON) -m venv .venv
-	$(PIP) torch
-	touch $@
+	@echo "Installing into .venv (once, about a minute and a download of torch) ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@touch $@
 
 .venv/examples: .venv/torch setup.cfg
-	$(PIP) -e ".[cli]"
-	touch $@
+	@$(PIP) -e ".[cli]"
+	@touch $@
 
 .venv/test: .venv/torch setup.cfg
 	$(PIP) -e ".[test,quality]"
@@ -107,4 +114,4 @@ quality: .venv/test  ## check style and format
 	touch $@
 
 clean:  ## remove the environments and what the targets made
-	rm -rf .venv .venv-minimum .venv-torchvision demo demo-mutual demo-detection evidence build site *.egg-info
+	rm -rf .venv .venv-minimum .venv-torchvision demo demo-mutual demo-detection demo-segmentation evidence build site *.egg-info

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import average_accuracy
 import average_detection
 import comparison_report
+import flowers
 from comparison_report import accuracies, interval, paired
 from transformers import TrainingArguments
 
@@ -397,10 +398,36 @@ def speed_data() -> str:
         "the same, normalised only ": "image by image, normalised only",
     }
     rows = [
-        [title.strip(), *(images(section, name) for section in ("data", "imagenet data"))]
+        # Large images are read from their files, of which there is a table of its own.
+        [title.strip(), images("data", name), images("imagenet data", name) if name.startswith("whole") else "below"]
         for title, name in listed.items()
     ]
     return rows_to_table(["images a second on one core", "32x32", "256x256 to 224x224"], rows)
+
+
+def speed_files() -> str:
+    """Return how many photographs a second are read from their files, beside decoding alone."""
+    rows = []
+    for title, name in (
+        ("decoded alone, as they are", "decoding alone"),
+        ("cropped, resized and flipped to 224x224, as in training", "image by image, crop and flip"),
+        ("processed to 224x224, as in evaluation", "image by image, as in evaluation"),
+    ):
+        row = [title]
+        for section in ("files", "large files"):
+            case = speed_case(section, name)
+            row += [f"{case['images_per_second']:.0f}", f"{case['ratio']:.2f}"]
+        rows.append(row)
+    titles = ["JPEG files, images a second on one core", "about 500x375", "time / decoding", "about 1500x1125"]
+    return rows_to_table([*titles, "time / decoding"], rows)
+
+
+# ---- Flowers ----
+
+
+def flowers_table() -> str:
+    """Return each recipe's accuracy with few and with more labels."""
+    return flowers.markdown(results("flowers"))
 
 
 # ---- Arguments ----
@@ -447,6 +474,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10-small": lambda: comparison("cifar10_small", SMALL),
     "digits": lambda: comparison("digits", SMALL),
     "few-labels": lambda: average_accuracy.markdown(results("few_labels")),
+    "segmentation-shapes": lambda: average_accuracy.markdown(results("segmentation_shapes")),
     "peers-few-labels": lambda: average_accuracy.markdown(results("peers_few_labels")),
     "claims": claims,
     "larger-student": larger_student,
@@ -458,6 +486,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-steps": speed_steps,
     "speed-ratios": speed_ratios,
     "speed-data": speed_data,
+    "speed-files": speed_files,
+    "flowers": flowers_table,
     "presets": presets,
     "iekd-arguments": lambda: arguments_of(IEKDTrainingArguments, rare=False),
     "iekd-arguments-rare": lambda: arguments_of(IEKDTrainingArguments, rare=True),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss
     from .models.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
     from .mutual_trainer import MutualTrainer
+    from .training.average import EMACallback
     from .training.base_trainer import DistillationTrainer
 
 
@@ -29,6 +30,7 @@ __all__ = [
     "CifarResNetForImageClassification",
     "DecodedImages",
     "DistillationTrainer",
+    "EMACallback",
     "FactorEncoder",
     "IEKDTrainer",
     "IEKDTrainingArguments",
@@ -52,6 +54,7 @@ _FILES = {
     "method.losses": ("exploration_loss", "inheritance_loss", "reconstruction_loss"),
     "models.modeling_cifar_resnet": ("CifarResNetConfig", "CifarResNetForImageClassification"),
     "mutual_trainer": ("MutualTrainer",),
+    "training.average": ("EMACallback",),
     "training.base_trainer": ("DistillationTrainer",),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}

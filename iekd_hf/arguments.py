@@ -293,6 +293,9 @@ class IEKDTrainingArguments(IETrainingArguments):
             Epochs of stage 1, when no paraphraser is given; its learning rate falls along a cosine.
         paraphraser_max_steps (`int`, *optional*):
             Steps of stage 1, in place of its epochs. By default `max_steps` for a stream, whose length is not known.
+        layer_decay (`float`, *optional*):
+            Factor, in (0, 1], on the learning rate from a block of the student to the one before it, for a student
+            that is pretrained. Its head and the encoders have the whole rate. By default all have.
         fast_teacher (`bool`, *optional*, defaults to `True`):
             Whether to run a copy of the teacher with BatchNorm folded into its convolutions and, if it is
             convolutional, in the channels-last format; its maps are the same to rounding. The given one is not
@@ -351,6 +354,13 @@ class IEKDTrainingArguments(IETrainingArguments):
         default=None,
         metadata={"help": "Steps of stage 1, in place of its epochs. Default: max_steps for data without a length."},
     )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor on the learning rate from a block of a pretrained student to the one before it. "
+            "Default: none."
+        },
+    )
     fast_teacher: bool = field(
         default=True, metadata={"help": "Run a faster copy of the teacher, with the same maps to rounding."}
     )
@@ -385,6 +395,8 @@ class IEKDTrainingArguments(IETrainingArguments):
         self.check_positive("paraphraser_epochs", "cache_views")
         if self.paraphraser_max_steps is not None:
             self.check_positive("paraphraser_max_steps")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"Expected layer_decay within (0, 1], got {self.layer_decay}.")
         if self.teacher_dtype is not None:
             self.check_choice("teacher_dtype", TEACHER_DTYPES)
         if not self.fast_teacher and (self.teacher_dtype is not None or self.compile_teacher):

@@ -67,7 +67,7 @@ class IEKDTrainer(DistillationTrainer):
         teacher_model (`nn.Module` or `str`):
             The teacher, which is never changed: a model, or a Hub id or folder. One that is not of Transformers takes
             the pixels first, needs `teacher_layers`, and, for `lambda_kd`, returns its logits. It need not do the
-            student's task: a classifier may teach a detector's backbone.
+            student's task: a classifier may teach a detector's or a segmenter's backbone.
         args (`IEKDTrainingArguments`):
             The arguments.
         train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, ...:
@@ -76,6 +76,8 @@ class IEKDTrainer(DistillationTrainer):
             A trained paraphraser (one for each pair of layers), or a Hub id or folder: stage 1 is left out.
         augmentation (`BatchAugmentation`, *optional*):
             Makes the student's input of the raw pixels of [`DecodedImages`], on the device.
+        mixing (`nn.Module`, *optional*):
+            Mixes the images and labels of a training batch, as in [`DistillationTrainer`].
         teacher_processor (`BaseImageProcessor`, *optional*):
             The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
             resized for the teacher on the device, a `pixel_mask` along with it. Read from the Hub id or folder if the
@@ -128,6 +130,11 @@ class IEKDTrainer(DistillationTrainer):
             raise ValueError(f"Expected args to be IEKDTrainingArguments, got {type(args).__name__}: pass args=...")
         if teacher_model is None:
             raise ValueError("Expected a teacher_model, got None: pass a model, a Hub id or a folder.")
+        if isinstance(teacher_processor, str):
+            raise ValueError(
+                f"Expected teacher_processor as an image processor, got {teacher_processor!r}: load it by "
+                "AutoImageProcessor.from_pretrained."
+            )
         name = teacher_model
         teacher_model = load_if_named(teacher_model, "teacher_model", teacher_model_init_kwargs, dtype="auto")
         if isinstance(name, str):
@@ -334,17 +341,12 @@ class IEKDTrainer(DistillationTrainer):
         check_precision(self.model, sample)
         outputs, shapes = probe_with_labels(tap, sample if self.task_loss.is_custom else self._sample)
         if self._teacher_logits is not None:
-            check_comparable(outputs, self._teacher_logits, "student and teacher", "lambda_kd=0")
+            check_comparable(self.model, outputs, self._teacher_logits)
         self.student_shapes = shapes
         if not self.task_loss.has_goal(self.model, outputs, self._sample):
             if not self.distillation_objective.weights():
                 self.task_loss.refuse_no_goal(self.model, outputs)
             tell_of_no_labels(self.model, self.args)
-        if self.args.lambda_kd > 0 and "logits" not in outputs:
-            raise ValueError(
-                f"Expected logits of the student for lambda_kd > 0, got {', '.join(outputs)} of "
-                f"{type(self.model).__name__}: set lambda_kd=0; the feature losses do not need them."
-            )
         if self.args.lambda_inh > 0 or self.args.lambda_exp > 0:
             check_trainable(tap, sample)
         with drawn_from(self.args.seed):

@@ -19,13 +19,8 @@ from .method.trainable import PeerGroup, drawn_from, frozen_statistics
 from .models.loading import load_if_named
 from .teacher.frozen import TeacherTargets
 from .training.checkpoints import check_made_by, load_encoders, read_encoders, save_encoders
-from .training.checks import (
-    check_batches_of_one,
-    check_models,
-    check_precision,
-    check_trainable,
-)
-from .training.dense import check_comparable, probe_with_labels
+from .training.checks import check_batches_of_one, check_models, check_precision, check_trainable
+from .training.dense import probe_with_labels
 from .training.partwise_optimizer import PartwiseOptimizer
 from .training.peers_trainer import PeersTrainer
 
@@ -247,7 +242,7 @@ class MutualTrainer(PeersTrainer):
     def _build_group(self) -> None:
         """Find the peers' channels, split them, and make encoders and paraphrasers."""
         args, self._sample = self.args, self.sample_batch()
-        widths, logits = [], None
+        widths = []
         if self.task_loss.num_labelled and not self.task_loss.are_all_labelled:
             warnings.warn(
                 f"{self.task_loss.num_labelled:,} of {len(self.train_dataset):,} images have a label. Where labels "
@@ -259,9 +254,6 @@ class MutualTrainer(PeersTrainer):
         for i, tap in enumerate(self.taps):
             check_precision(tap.model, self._sample)
             outputs, shapes = probe_with_labels(tap, self.inputs_of(i, self._sample))
-            if self.with_logits:
-                logits = outputs.get("logits") if logits is None else logits
-                check_comparable(outputs, logits, f"models[0] and models[{i}]", "mutual_loss='ie'")
             if not self.task_loss.has_goal(tap.model, outputs, self._sample):
                 raise ValueError(
                     f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "

@@ -93,6 +93,7 @@ OF_TRAINER = (
     "model_init_kwargs",
     "teacher_model_init_kwargs",
     "augmentation",
+    "mixing",
 )
 
 
@@ -144,7 +145,10 @@ def make_mutual(tmp_path):
 
 @pytest.fixture
 def run_example(monkeypatch, capsys):
-    """Call an example's `main` with a command line, and return what it prints; raise what it says in one line."""
+    """
+    Call an example's `main` with a command line, and return what it prints; what it says beside that is its `said`. An
+    error is raised as it was before the command made one line of it.
+    """
 
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
@@ -152,7 +156,9 @@ def run_example(monkeypatch, capsys):
             module.main()
         except SystemExit as ended:
             raise ended.__cause__ or ended from None
-        return capsys.readouterr().out
+        written = capsys.readouterr()
+        call.said = written.err
+        return written.out
 
     return call
 

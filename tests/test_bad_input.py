@@ -77,6 +77,13 @@ def test_paraphraser_that_cannot_be_had(make_trainer, tmp_path):
         make_trainer(paraphraser="nobody/nothing", teacher_layers=layers, student_layers=layers)
 
 
+def test_augmentation_and_processor_of_another_kind(make_trainer):
+    with pytest.raises(ValueError, match=r"Expected augmentation as a torch\.nn\.Module, got function"):
+        make_trainer(augmentation=lambda pixels: pixels)
+    with pytest.raises(ValueError, match="Expected teacher_processor as an image processor, got 'some/name'"):
+        make_trainer(teacher_processor="some/name")
+
+
 def test_empty_dataset(make_trainer, tmp_path):
     for name in ("train_dataset", "eval_dataset"):
         with pytest.raises(ValueError, match=f"{name} to hold at least one example"):

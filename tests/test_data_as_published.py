@@ -227,6 +227,8 @@ def test_numbers_and_columns_of_the_command_that_cannot_be_meant(tmp_path):
     for argument, value in (("max_train_samples", 0), ("max_eval_samples", -5), ("image_size", 0)):
         with pytest.raises(ValueError, match=f"Expected {argument} of at least 1.*got {value}"):
             DataArguments(**{argument: value})
+    with pytest.raises(ValueError, match="image_square_size of at least 1 pixel, got 0"):
+        DetectionDataArguments(image_square_size=0)
     with pytest.raises(ValueError, match=r"images, or their paths, in column 'label' of the train split, got Value"):
         load_rows(tmp_path, [0, 1] * 6, image_column_name="label")
     with pytest.raises(ValueError, match="two images or more in the train split, as a part of it validates"):

@@ -59,6 +59,28 @@ def test_images_as_they_are_read_are_augmented_anew_each_time(tmp_path):
     assert not torch.equal(batch, torch.stack(images["train"][:]["pixel_values"]))
 
 
+@pytest.mark.parametrize("augmentation", ["none", "resized_crop"])
+def test_rand_augment_of_images_as_they_are_read(tmp_path, augmentation, monkeypatch):
+    """It is given pixels in [0, 1], image by image, and what it gives is normalised."""
+    splits, arguments = load(
+        tmp_path, decode_once=False, rand_augment=9, horizontal_flip=False, augmentation=augmentation
+    )
+    processor = PROCESSORS["cropped"]
+    seen, operations = [], image_transforms.rand_augment(9)
+    monkeypatch.setattr(operations, "forward", lambda pixels: seen.append(pixels) or torch.full_like(pixels, 0.5))
+    monkeypatch.setattr(image_transforms, "rand_augment", lambda magnitude: operations)
+    images, on_device = image_transforms.prepare(splits, processor, arguments, 0)
+    pixels = torch.stack(images["train"][:4]["pixel_values"])
+    assert [tuple(image.shape) for image in seen] == [(1, 3, 16, 16)] * 4
+    assert all(image.min() >= 0 and 0.2 < image.max() <= 1 for image in seen)
+    pixels = pixels if on_device is None else on_device(pixels)
+    expected = (0.5 - torch.tensor(processor.image_mean)) / torch.tensor(processor.image_std)
+    expected = expected.view(1, 3, 1, 1).expand(4, 3, 16, 16)
+    torch.testing.assert_close(pixels, expected, atol=0 if on_device is None else 0.01, rtol=1e-5)
+    images["validation"][:2]
+    assert len(seen) == 4  # not in evaluation
+
+
 @pytest.mark.parametrize(
     ("sizes", "kind", "stored", "made"),
     [

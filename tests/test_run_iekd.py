@@ -16,6 +16,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from iekd_hf.commands.images import data as image_data
 from iekd_hf.commands.images.metrics import TopKAccuracy
+from iekd_hf.training.manifest import read_manifest
+from iekd_hf.training.resume import find_last_checkpoint
 
 
 QUICK = [
@@ -55,7 +57,18 @@ def test_the_digits_from_nothing_to_the_table(run, tmp_path):
         assert re.search(rf"^{row} +{cells}", printed, flags=re.MULTILINE), printed
     assert "latency: one image, CPU, 1 thread, float32, median" in printed
     assert re.search(r"stage 1 \d+\.\d, stage 2 \d+\.\d", printed)
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("report.png", "losses.png"))
+    # Between the command and its table a newcomer has nothing to skip: no logs, no metrics, no warnings.
+    assert "{" not in printed and "*****" not in printed
+    said = [re.sub(r"[\d.]+", "N", line) for line in run.func.said.splitlines()]
+    assert [line for line in said if not line.startswith("  ")] == [
+        "[N/N] Teacher: cifar-resnet-N, N epochs on N images",
+        "[N/N] Plain student: cifar-resnet-N, N steps on N images",
+        "[N/N] Distilled student: cifar-resnet-N, N epochs on N images",
+    ]
+    assert {re.match(r"  (\w+ \w+|\w+)  +N/N steps", line)[1] for line in said if line.startswith("  ")} == {
+        *("teacher", "plain student", "stage N", "stage N"),
+    }
     student, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     metrics = json.loads((tmp_path / "eval_results.json").read_text())
@@ -74,6 +87,21 @@ def test_the_digits_from_nothing_to_the_table(run, tmp_path):
         ValueError, match=r"without checkpoints, got .* with checkpoint-4: add --resume_from_checkpoint"
     ):
         run("--output_dir", tmp_path, *QUICK)
+
+
+@pytest.mark.slow
+def test_recipes_by_their_flags(run, tmp_path):
+    recipe = ["--mixup", 0.4, "--cutmix", 0.4, "--rand_augment", 9, "--label_smoothing_factor", 0.1]
+    recipe += ["--ema_decay", 0.8, "--layer_decay", 0.5, "--plain_student", "false"]
+    printed = run("--output_dir", tmp_path, *QUICK, *recipe)
+    measured = dict(re.findall(r"^(distilled student|average of it) +78,042 +(\d+\.\d\d%)", printed, re.MULTILINE))
+    assert len(measured) == 2, printed
+    assert read_manifest(find_last_checkpoint(tmp_path))["files"].keys() >= {"average.safetensors"}
+    student, average = (AutoModelForImageClassification.from_pretrained(tmp_path / part) for part in ("", "average"))
+    assert AutoImageProcessor.from_pretrained(tmp_path / "average").size == {"height": 16, "width": 16}
+    assert not same(student.state_dict(), average.state_dict())
+    with pytest.raises(ValueError, match="Expected no --rand_augment with --cache_teacher"):
+        run("--output_dir", tmp_path / "cached", *QUICK, "--rand_augment", 9, "--cache_teacher")
 
 
 @pytest.mark.slow

@@ -29,7 +29,11 @@ def test_the_digits_from_nothing_to_the_table(run, tmp_path):
         r"^(peer \d.*?) +78,042 +\d+\.\d\d% +\d+\.\d\d% +(training|together) \d+\.\d$", printed, flags=re.MULTILINE
     )
     assert [name for name, _ in found] == ROWS, printed
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("report.png", "losses.png"))
+    assert "{" not in printed and "{" not in run.func.said
+    assert re.findall(r"^\[(\d)/4\] (Peer\w* \w+)", run.func.said, re.MULTILINE) == [
+        *(("1", "Peer 1"), ("2", "Peer 2"), ("3", "Peers together"), ("4", "Peers together")),
+    ]
     for name in ("peer_1", "peer_2", "_peer_1_alone", "_peer_2_alone", "_dml/peer_1", "_dml/peer_2"):
         _, info = AutoModelForImageClassification.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not any(info.values())

@@ -87,6 +87,12 @@ def test_a_parameter_that_was_left_out_of_it_stays_out(make_trainer):
         assert torch.equal(parameter, same)
 
 
+def test_an_optimizer_of_another_model_is_refused(make_trainer):
+    optimizer = torch.optim.SGD(make_resnet(8, seed=1).parameters(), lr=0.01)
+    with pytest.raises(ValueError, match="Expected an optimizer of the student's weights in optimizers, got one"):
+        make_trainer(make_resnet(8, seed=1), optimizers=(optimizer, None))
+
+
 def test_a_student_in_half_precision_is_refused(make_trainer):
     with pytest.raises(ValueError, match=r'got one in float16.*dtype="float32"'):
         make_trainer(make_resnet(8).half())

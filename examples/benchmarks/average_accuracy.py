@@ -1,9 +1,9 @@
 """
-Average runs of image classifiers over their seeds: a table in Markdown, with differences within the same seed.
+Average runs of classifiers, or of segmenters, over their seeds: a table in Markdown, with differences within a seed.
 
     python examples/benchmarks/average_accuracy.py --runs few-* --output_file few_labels.json
 
-Each folder is an --output_dir of run_iekd.py, or each one of run_mutual.py.
+Each folder is an --output_dir of run_iekd.py, or each one of run_mutual.py, or of run_iekd_segmentation.py.
 """
 
 import json
@@ -17,6 +17,10 @@ from comparison_report import interval, paired
 from iekd_hf.commands.parser import parse_arguments
 
 
+# What is averaged, by its name in the files, and what it is called; the first that a model has.
+METRICS = {"accuracy": "accuracy", "mean_iou": "mIoU"}
+
+
 @dataclass
 class AverageArguments:
     """Say which runs."""
@@ -27,7 +31,7 @@ class AverageArguments:
 
 def accuracies(runs: list[dict]) -> dict[str, dict[int, float]]:
     """
-    Sort accuracies by model and seed.
+    Sort accuracies, or mean IoU, by model and seed.
 
     Args:
         runs (`list[dict]`):
@@ -52,8 +56,31 @@ def accuracies(runs: list[dict]) -> dict[str, dict[int, float]]:
             title = name
             if name == "distilled student":
                 title = settings["method"] + ("" if settings.get("unlabelled", True) else ", labelled images alone")
-            found[title][settings["seed"]] = 100 * model["metrics"]["accuracy"]
+            if (metric := metric_of(model)) is not None:
+                found[title][settings["seed"]] = 100 * model["metrics"][metric]
     return dict(found)
+
+
+def metric_of(model: dict) -> str | None:
+    """
+    Return which metric of a model is averaged.
+
+    Args:
+        model (`dict`):
+            What was measured of it; nothing of a teacher that does another task.
+
+    Returns:
+        `str` or `None`
+
+    Example:
+
+    ```python
+    >>> metric_of({"metrics": {"mean_iou": 0.5, "loss": 1.0}})
+    'mean_iou'
+
+    ```
+    """
+    return next((name for name in METRICS if name in model["metrics"]), None)
 
 
 def markdown(runs: list[dict]) -> str:
@@ -65,12 +92,15 @@ def markdown(runs: list[dict]) -> str:
             What [`read_runs`] gave.
 
     Returns:
-        `str`: Markdown, accuracies in percent; after a plus-minus half of a 95 % interval. Differences are from the
+        `str`: Markdown, in percent; after a plus-minus half of a 95 % interval. Differences are from the
         plain student and from `kd`, or from the same peer alone and under DML, and the least of the first is there.
     """
     values = accuracies(runs)
     others = ("alone", "DML") if any(name.startswith("peer ") for name in values) else (PLAIN, "kd")
-    titles = ["model", "seeds", "accuracy", *(f"- {other}" for other in others), f"least - {others[0]}"]
+    metrics = {metric_of(model) for run in runs for model in run["models"].values()} - {None}
+    if len(metrics) != 1:
+        raise ValueError(f"Expected runs of one task, got those with {' and '.join(sorted(metrics))}: keep one kind.")
+    titles = ["model", "seeds", METRICS[metrics.pop()], *(f"- {other}" for other in others), f"least - {others[0]}"]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     for name, own in values.items():
         mean, _, half = interval(list(own.values()))
@@ -90,7 +120,7 @@ def markdown(runs: list[dict]) -> str:
 def main() -> None:
     (args,) = parse_arguments((AverageArguments,), __doc__)
     if not args.runs:
-        raise ValueError("Expected --runs with output folders of run_iekd.py or run_mutual.py, got none.")
+        raise ValueError("Expected --runs with output folders of finished runs, got none.")
     runs = read_runs(args.runs)
     print(markdown(runs))
     if args.output_file:

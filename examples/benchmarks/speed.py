@@ -29,7 +29,9 @@ from speed_cases import (
     compiled_steps,
     data_paths,
     evaluations,
+    file_paths,
     imagenet_setting,
+    jpeg_files,
     peak,
     photographs,
     steps,
@@ -62,6 +64,8 @@ SECTIONS = {
     "imagenet evaluation": ("ResNet-18, 64 images of 224x224", imagenet_setting, evaluations, 6),
     "data": ("images of 32x32, batch 128", cifar_setting, data_paths, 30),
     "imagenet data": ("images of 256x256 to 224x224, batch 128", photographs, data_paths, 6),
+    "files": ("JPEG files of about 500x375 to 224x224, batch 32", jpeg_files, file_paths, 12),
+    "large files": ("JPEG files of about 1500x1125 to 224x224, batch 32", lambda: jpeg_files(3), file_paths, 6),
 }
 MEMORY = {"student alone, Trainer": "alone", "bare IE-KD loop": "bare", "IEKDTrainer": "live"}
 MEMORY |= {"IEKDTrainer, cached teacher": "cached"}

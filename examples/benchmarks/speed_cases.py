@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from iekd_hf.training.base_trainer import DistillationTrainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
+LABEL = datasets.ClassLabel(num_classes=10)
 BARE, CONTROL = "bare IE-KD loop, fp32", "the same once more (control)"
 
 
@@ -183,6 +185,24 @@ def photographs() -> Setting:
     return Setting(256, 128, 128, make_teacher=None, make_student=None)
 
 
+def jpeg_files(enlarged: int = 1) -> datasets.Dataset:
+    """Make files of mixed sizes, around 500x375, of parts of the two photographs of scikit-learn, perhaps enlarged."""
+    from sklearn.datasets import load_sample_images
+
+    generator, files = np.random.default_rng(0), []
+    photographs = [PIL.Image.fromarray(pixels) for pixels in load_sample_images().images]
+    for i in range(64):
+        width, height = generator.integers(420, 580), generator.integers(315, 427)
+        x, y = generator.integers(0, 641 - width), generator.integers(0, 428 - height)
+        file = io.BytesIO()
+        part = photographs[i % 2].crop((x, y, x + width, y + height))
+        part.resize((enlarged * width, enlarged * height)).save(file, "JPEG", quality=90)
+        files.append({"bytes": file.getvalue(), "path": None})
+    datasets.disable_progress_bars()
+    rows = {"image": files, "label": [i % 10 for i in range(len(files))]}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(image=datasets.Image(), label=LABEL))
+
+
 def teaching(trainer: IEKDTrainer, pixels: torch.Tensor) -> Callable[[], object]:
     """Return the forward pass of a trainer's teacher, to its factors, alone."""
     trainer.teacher.tap.attach()
@@ -329,6 +349,40 @@ def data_paths(setting: Setting, rounds: int) -> dict:
     results = compare(contenders, rounds)
     for result in results.values():
         result["images_per_second"] = 1000 * len(setting.rows) / result["milliseconds"]
+    return results
+
+
+def file_paths(rows: datasets.Dataset, rounds: int) -> dict:
+    """Time the commands' ways from files of mixed sizes to batches on the device, beside their decoding alone."""
+    from torch.utils.data import DataLoader
+    from transformers import default_data_collator
+
+    from iekd_hf.commands.images.data import DataArguments
+    from iekd_hf.commands.images.transforms import prepare
+
+    processor = ViTImageProcessorPil(size={"height": 224, "width": 224})
+    args = DataArguments(horizontal_flip=True, decode_once=False)
+    images, normalisation = prepare(datasets.DatasetDict(train=rows, validation=rows), processor, args, seed=0)
+
+    def decoding():
+        for example in rows:
+            example["image"].convert("RGB")
+
+    def examples(split):
+        for batch in DataLoader(images[split], batch_size=32, shuffle=True, collate_fn=default_data_collator):
+            normalisation(batch["pixel_values"].to(DEVICE))
+
+    results = compare(
+        {
+            "decoding alone": decoding,
+            CONTROL: decoding,
+            "image by image, crop and flip": lambda: examples("train"),
+            "image by image, as in evaluation": lambda: examples("validation"),
+        },
+        rounds,
+    )
+    for result in results.values():
+        result["images_per_second"] = 1000 * len(rows) / result["milliseconds"]
     return results
 
 

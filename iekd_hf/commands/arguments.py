@@ -116,6 +116,13 @@ class ModelArguments:
         default=True,
         metadata={"help": "Also train the same student without a teacher, on the same schedule, to compare with."},
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of a moving average of the distilled student, which is measured beside it and saved in the "
+            "folder `average` of output_dir; 0.999 suits some thousand steps. Default: no average."
+        },
+    )
     teacher_revision: str = field(
         default="main", metadata={"help": "Branch, tag or commit of the teacher's repository."}
     )

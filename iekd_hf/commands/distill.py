@@ -192,6 +192,11 @@ def main(given: list[str]) -> None:
             "Expected images of one size with --cache_teacher, got several: add --decode_once true, which brings them "
             "to one, or leave --cache_teacher out."
         )
+    if args.cache_teacher and data_args.rand_augment is not None:
+        raise ValueError(
+            "Expected no --rand_augment with --cache_teacher, got both: what RandAugment draws cannot be drawn again "
+            "for the cache. Leave one of them out."
+        )
     from_scratch = model_args.student_from_scratch or is_shorthand(model_args.student)
     hub = model_args.hub("student")
     student = build_model(model_args.student, "--student", run.names, from_scratch, dtype=model_args.dtype, **hub)

@@ -15,7 +15,7 @@ import transformers.trainer
 from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from iekd_hf import IEKDTrainer
+from iekd_hf import EMACallback, IEKDTrainer
 
 from ..data.rgb import to_rgb
 from ..training.base_trainer import DistillationTrainer
@@ -27,6 +27,10 @@ from .progress import Progress
 from .report.latency import median_milliseconds
 from .report.table import Result, latencies
 from .terminal import say
+
+
+# Where the moving average of a student is saved, in its output_dir.
+AVERAGE_FOLDER = "average"
 
 
 def find_start(args: TrainingArguments) -> ResumePoint | None:
@@ -142,12 +146,14 @@ class CommandRun:
         if args.do_train:
             plain = copy.deepcopy(student)  # the same start as the distilled student's
             paraphraser = model_args.paraphraser
+            average = None if model_args.ema_decay is None else EMACallback(model_args.ema_decay)
             self.make_distiller = lambda teacher, processor, args: self.distiller_class(
                 model=student,
                 teacher_model=teacher,
                 teacher_processor=processor,
                 paraphraser=paraphraser,
                 args=args,
+                callbacks=[] if average is None else [average],
                 **self.common("distilled student"),
             )
             teacher = self.get_teacher(model_args)
@@ -156,7 +162,8 @@ class CommandRun:
             if model_args.plain_student:
                 compared.append(Compared(self.train_plain(plain), plain))
             trainer = self.make_distiller(teacher.model, teacher.processor, args)
-            compared.append(Compared(self.train_distilled(trainer), student))
+            distilled = Compared(self.train_distilled(trainer), student)
+            compared += [distilled] if average is None else [self.keep_average(average.model), distilled]
         else:
             trainer = self.trainer_class(model=student, args=args, **self.common())
             compared.append(Compared(Result("student", student.num_parameters()), student))
@@ -282,6 +289,14 @@ class CommandRun:
     def first_image(self) -> PIL.Image.Image:
         """Return the first validation image, in RGB."""
         return to_rgb(self.splits["validation"][0]["image"])
+
+    def keep_average(self, average: PreTrainedModel) -> Compared:
+        """Save the moving average of the distilled student beside it, and measure it."""
+        if self.args.should_save:
+            for part in (average, self.processor):
+                part.save_pretrained(os.path.join(self.args.output_dir, AVERAGE_FOLDER))
+        measured = self.evaluate(average) if self.args.do_eval else {}
+        return Compared(Result("average of it", average.num_parameters(), measured), average)
 
     def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
         """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""

@@ -8,6 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.activations import ACT2CLS
 
 from ..models.adapters import without_adapters
+from ..models.kinds import main_input_of
 from ..models.signature import check_sees_images
 from .layers import default_layers, find_layer
 from .maps import count_extra_tokens, pick_tensor, split_index, suggest_layers, to_map
@@ -175,7 +176,7 @@ def _image_size(inputs: dict, model: nn.Module) -> tuple[int, int]:
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     if "spatial_shapes" in tensors:
         return tuple(tensors["spatial_shapes"][0].tolist())
-    pixels = tensors.get("pixel_values", tensors.get(getattr(model, "main_input_name", None)))
+    pixels = tensors.get("pixel_values", tensors.get(main_input_of(model)))
     pixels = next((each for each in tensors.values() if each.ndim == 4), None) if pixels is None else pixels
     if pixels is None or pixels.ndim != 4:
         raise ValueError(

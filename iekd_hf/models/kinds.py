@@ -7,16 +7,17 @@ from .adapters import without_adapters
 
 # Where configurations keep it: most families, and UperNet.
 _IGNORE_INDEX = ("semantic_loss_ignore_index", "loss_ignore_index")
-_OF_QUERIES = "the queries of two models do not correspond, so there are no logits to compare"
 # By the end of a class's name: what the model is, and why its output has no logits.
+_DETECTOR = ("a detector", "the queries of two detectors do not correspond, so there are no logits to compare")
+_BY_QUERIES = (
+    "a segmenter by queries",
+    "these do not correspond between two models, so there are no logits to compare",
+)
 _WITHOUT_LOGITS = {
-    "ForObjectDetection": (
-        "a detector",
-        "the queries of two detectors do not correspond, so there are no logits to compare",
-    ),
-    "ForUniversalSegmentation": ("a segmenter by queries", _OF_QUERIES),
-    "ForInstanceSegmentation": ("a segmenter by queries", _OF_QUERIES),
-    "ForSegmentation": ("a segmenter by queries", _OF_QUERIES),
+    "ForObjectDetection": _DETECTOR,
+    "ForUniversalSegmentation": _BY_QUERIES,
+    "ForInstanceSegmentation": _BY_QUERIES,
+    "ForSegmentation": _BY_QUERIES,
     "ForDepthEstimation": ("a depth estimator", "depth is a number and no class, so there are no logits to compare"),
 }
 
@@ -43,3 +44,9 @@ def why_no_logits(model: nn.Module) -> tuple[str, str] | None:
     """Return what a model of Transformers is and why its output has no logits to compare, or `None` if it may have."""
     name = type(without_adapters(model)).__name__
     return next((why for end, why in _WITHOUT_LOGITS.items() if name.endswith(end)), None)
+
+
+def main_input_of(model: nn.Module) -> str:
+    """Return what a model calls its images; OneFormer names its task beside them."""
+    name = getattr(model, "main_input_name", "pixel_values")
+    return name if isinstance(name, str) else name[0]

@@ -17,14 +17,18 @@ from transformers.utils import logging
 
 from ..hub.push import HubTrainer
 from ..method.objective import Objective
-from ..models.adapters import is_adapted
+from ..models.adapters import is_adapted, without_adapters
+from ..models.kinds import main_input_of
+from .average import averages_among
 from .checkpoints import check_training_state, load_weights, read_weights
-from .checks import is_stream
+from .checks import check_recipe, is_stream
 from .component_log import ComponentLog
 from .labels import FillLabels, describe_rows, measure_labelled
+from .layer_rates import layer_rates, split_by_rate
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point
 from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
+from .soft_labels import are_soft, mix
 from .task_loss import TaskLoss, nothing_of
 
 
@@ -57,6 +61,10 @@ class DistillationTrainer(HubTrainer):
         augmentation (`BatchAugmentation` or another `nn.Module`, *optional*):
             Makes the model's input of raw pixels: in training of `(pixel_values, image_ids, view)`, where the view is
             the epoch, in evaluation of `pixel_values` alone. Needed for [`DecodedImages`].
+        mixing (`nn.Module`, *optional*):
+            Mixes the images of a training batch and their labels (MixUp, CutMix): of `(pixel_values, labels)`, classes
+            of shape `(batch_size,)`, it makes both, the labels as shares of shape `(batch_size, num_labels)`. The
+            teacher sees the mixed images.
         *args, **kwargs:
             As in [`~transformers.Trainer`].
     """
@@ -70,9 +78,16 @@ class DistillationTrainer(HubTrainer):
     # them by the accumulation steps (https://github.com/huggingface/transformers/issues/47688).
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, augmentation: nn.Module | None = None, **kwargs):
+    def __init__(self, *args, augmentation: nn.Module | None = None, mixing: nn.Module | None = None, **kwargs):
+        if augmentation is not None and not isinstance(augmentation, nn.Module):
+            raise ValueError(
+                f"Expected augmentation as a torch.nn.Module, got {type(augmentation).__name__}: pass a "
+                "BatchAugmentation, or put the function into a module's forward."
+            )
         super().__init__(*args, **kwargs)
         self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
+        self.mixing = None if mixing is None else mixing.to(self.args.device)
+        check_recipe(self.args, mixing, self.optimizer)
         self.model_accepts_loss_kwargs = False
         self.data_collator = FillLabels(self.data_collator)
         self.task_loss = TaskLoss(self)
@@ -109,9 +124,11 @@ class DistillationTrainer(HubTrainer):
                 f"{type(example).__name__}: wrap the data set, or make the dictionaries in its transform."
             )
         batch = self._get_collator_with_removed_columns(self.data_collator)([example])
-        name = self.model.main_input_name
+        name = main_input_of(self.model)
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
+        if are_soft(self.model, batch.get("labels")):  # the model's own loss is probed, which takes classes
+            batch["labels"] = batch["labels"].argmax(dim=1)
         return self._prepare_inputs(batch)
 
     def batch_columns(self) -> list[str]:
@@ -142,9 +159,13 @@ class DistillationTrainer(HubTrainer):
         return int(self.state.epoch or 0)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        inputs = super()._prepare_inputs(inputs)
+        inputs = self._augmented(super()._prepare_inputs(inputs))
         if not self.task_loss.takes_labels:
             inputs.pop("labels", None)  # of data that have some, for a backbone that takes none
+        is_mixed = self.mixing is not None and self.is_in_train and self.model.training
+        return mix(inputs, self.mixing, self.model.config) if is_mixed else inputs
+
+    def _augmented(self, inputs: dict) -> dict:
         image_ids = inputs.pop("image_ids", None)
         pixels = inputs.get("pixel_values")
         if pixels is None or pixels.dtype != torch.uint8:
@@ -200,12 +221,21 @@ class DistillationTrainer(HubTrainer):
         optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_cls, {"fused": True, **kwargs} if optimizer_cls is torch.optim.SGD else kwargs
 
+    def create_optimizer(self, model=None):
+        """Make the optimizer as Trainer does, with learning rates by layer if there is a `layer_decay`."""
+        decay = getattr(self.args, "layer_decay", None)
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if decay is not None and is_new:
+            split_by_rate(optimizer, layer_rates(without_adapters(self.model), decay))
+        return optimizer
+
     def floating_point_ops(self, inputs: dict) -> int:
         """Estimate a step's operations as Trainer does, but count the parameters once."""
         if self._counted is not self.model:
             count = getattr(self.model, "num_parameters", None)
             self._counted, self._num_parameters = self.model, count(exclude_embeddings=True) if count else 0
-        pixels = inputs.get(getattr(self.model, "main_input_name", None))
+        pixels = inputs.get(main_input_of(self.model))
         return 0 if pixels is None else 6 * pixels.numel() * self._num_parameters
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -320,6 +350,8 @@ class DistillationTrainer(HubTrainer):
             with checkpoint_written_whole(checkpoint, self.args, self.accelerator, run=self.run) as folder:
                 self._saving_folder = folder
                 super()._save_checkpoint(model, trial)
+                for average in averages_among(self.callback_handler.callbacks) if self.args.should_save else ():
+                    average.save(folder / checkpoint.name)
                 if self.args.should_save and self.state.best_model_checkpoint == str(folder / checkpoint.name):
                     self.state.best_model_checkpoint = str(checkpoint)
                     self.state.save_to_json(str(folder / checkpoint.name / TRAINER_STATE_NAME))
@@ -369,6 +401,8 @@ class DistillationTrainer(HubTrainer):
             self.compute_metrics = compute_metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        for average in averages_among(self.callback_handler.callbacks):
+            average.load(resume_from_checkpoint)
         if isinstance(self.model, PreTrainedModel) or is_adapted(self.model):
             load_weights(self.model, resume_from_checkpoint)
         else:

@@ -15,8 +15,9 @@ from ..features.layers import check_layers, pair_layers
 from ..features.patches import patch_size_of
 from ..features.tap import FeatureTap
 from ..models.adapters import check_adapted, is_adapted, without_adapters
-from ..models.kinds import why_no_logits
+from ..models.kinds import main_input_of, why_no_logits
 from ..models.signature import is_headless, takes_labels
+from .average import averages_among
 from .dense import check_masks_of
 from .labels import NO_LABEL, check_are_classes, read_classes, read_least_target
 
@@ -36,7 +37,7 @@ def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_d
         for dataset in given.values() if several else [given]:
             if dataset is not None:
                 check_dataset(dataset, name, model)
-                check_masks_of(model, dataset)
+                check_masks_of(model, dataset, name)
 
 
 def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
@@ -169,7 +170,7 @@ def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> No
 
 def check_precision(model: nn.Module, inputs: dict) -> None:
     """Refuse a student in half precision for inputs in float32: its weights would train in half precision, too."""
-    pixels = inputs.get(getattr(model, "main_input_name", "pixel_values"))
+    pixels = inputs.get(main_input_of(model))
     if pixels is not None and model.dtype in (torch.float16, torch.bfloat16) and pixels.dtype == torch.float32:
         raise ValueError(
             f"Expected a student in float32, got one in {str(model.dtype).removeprefix('torch.')}, as Transformers "
@@ -240,6 +241,20 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
     )
 
 
+def check_recipe(args: TrainingArguments, mixing: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse parts of a recipe that do not go together."""
+    if mixing is not None and getattr(args, "cache_teacher", False):
+        raise ValueError(
+            "Expected no mixing with cache_teacher=True, got both: a cached teacher has seen each image by itself. "
+            "Set cache_teacher=False, or leave mixing out."
+        )
+    if optimizer is not None and getattr(args, "layer_decay", None) is not None:
+        raise ValueError(
+            "Expected no optimizer in optimizers with layer_decay, got one: give its groups the rates that they shall "
+            "have, and leave layer_decay out."
+        )
+
+
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
     """Refuse models that cannot be trained together."""
     if len(models) < 2:
@@ -264,6 +279,11 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
                 "model with a head for the task, or compute_loss_func."
             )
         check_datasets(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    if averages_among(kwargs.get("callbacks") or ()):
+        raise ValueError(
+            "Expected no EMACallback among the callbacks, got one: it averages one model, and here several train. Use "
+            "it with IEKDTrainer, or leave it out."
+        )
     for name in ("model", "model_init", "optimizers"):
         if kwargs.get(name) is not None:
             raise ValueError(

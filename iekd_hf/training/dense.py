@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from ..features.tap import FeatureTap
 from ..models.adapters import without_adapters
@@ -9,7 +10,7 @@ from ..models.kinds import ignore_index_of, is_semantic_segmenter
 from .labels import describe_rows
 
 
-def check_masks(model: nn.Module, batch: dict) -> None:
+def check_masks(model: nn.Module, batch: dict, where: str = "") -> None:
     """Refuse labels of a segmenter that are not of the images' size, or are neither a class nor ignored."""
     labels, pixels = batch.get("labels"), batch.get("pixel_values")
     if not is_semantic_segmenter(model) or labels is None or pixels is None:
@@ -17,24 +18,27 @@ def check_masks(model: nn.Module, batch: dict) -> None:
     if labels.ndim != 3 or labels.shape[-2:] != pixels.shape[-2:]:
         raise ValueError(
             f"Expected labels {(len(pixels), *pixels.shape[-2:])}, one for each pixel of pixel_values, got "
-            f"{tuple(labels.shape)}: give both to the image processor, or resize the masks by their nearest pixels."
+            f"{tuple(labels.shape)}{where}: give both to the image processor, or resize the masks by their nearest "
+            "pixels."
         )
     num_labels, ignore_index = model.config.num_labels, ignore_index_of(model)
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= max(num_labels, 2)))
     if outside.any():
         raise ValueError(
             f"Expected labels of pixels within 0 and {num_labels - 1}, the model's {num_labels} classes, or "
-            f"{ignore_index}, which it ignores, got {int(labels[outside][0])}: mend the masks, load the model with "
-            "more num_labels, or set the label that its configuration ignores."
+            f"{ignore_index}, which it ignores, got {int(labels[outside][0])}{where}: mend the masks, load the model "
+            "with more num_labels, or set the label that its configuration ignores."
         )
 
 
-def check_masks_of(model: nn.Module, dataset) -> None:
-    """Check all rows of a list in memory, which is cheap."""
-    for row in dataset if isinstance(dataset, list) else ():
-        batch = {name: row.get(name) for name in ("labels", "pixel_values")} if isinstance(row, dict) else {}
+def check_masks_of(model: nn.Module, dataset: Dataset, name: str) -> None:
+    """Check the masks of a list in memory, where that is cheap."""
+    if not isinstance(dataset, list) or not is_semantic_segmenter(model):
+        return
+    for index, row in enumerate(dataset):
+        batch = {key: row.get(key) for key in ("labels", "pixel_values")} if isinstance(row, dict) else {}
         if all(isinstance(value, torch.Tensor) for value in batch.values()):
-            check_masks(model, {name: value[None] for name, value in batch.items()})
+            check_masks(model, {key: value[None] for key, value in batch.items()}, f" in row {index} of {name}")
 
 
 def probe_with_labels(tap: FeatureTap, batch: dict) -> tuple[dict, list[torch.Size]]:
@@ -58,12 +62,17 @@ def probe_with_labels(tap: FeatureTap, batch: dict) -> tuple[dict, list[torch.Si
         ) from error
 
 
-def check_comparable(outputs: dict, others: torch.Tensor, who: str, remedy: str) -> None:
-    """Refuse logits of images beside logits of pixels, and a model without any."""
+def check_comparable(student: nn.Module, outputs: dict, teacher_logits: torch.Tensor) -> None:
+    """Refuse a student without logits, and logits of images beside logits of pixels."""
     logits = outputs.get("logits")
-    if logits is None or logits.ndim != others.ndim or logits.shape[1] != others.shape[1]:
-        got = "none" if logits is None else tuple(logits.shape)
+    if logits is None:
         raise ValueError(
-            f"Expected logits of one kind, for images or for pixels, of {who}, got {got} and {tuple(others.shape)}: "
-            f"let models of one task teach each other's logits, or set {remedy}; the feature losses do not need them."
+            f"Expected logits of the student for lambda_kd > 0, got {', '.join(outputs)} of "
+            f"{type(student).__name__}: set lambda_kd=0; the feature losses do not need them."
+        )
+    if logits.ndim != teacher_logits.ndim:
+        raise ValueError(
+            "Expected logits of one kind for lambda_kd > 0, for images or for pixels, got "
+            f"{tuple(logits.shape)} of the student and {tuple(teacher_logits.shape)} of the teacher: take a teacher "
+            "of the student's task, or set lambda_kd=0; the feature losses do not need them."
         )

@@ -10,6 +10,11 @@ def add_what_is_missing(optimizer: Optimizer, scheduler: LRScheduler | None, sid
     """Add the encoders to an optimizer as a group; what it leaves out of the student stays out."""
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     student = {id(parameter) for parameter in side.student.parameters()}
+    if not known & student:
+        raise ValueError(
+            "Expected an optimizer of the student's weights in optimizers, got one that has none of them, and so "
+            "would not train it: make it from the parameters of the model that is passed."
+        )
     missing = [parameter for parameter in side.parameters() if id(parameter) not in known | student]
     if missing and scheduler is not None:
         raise ValueError(

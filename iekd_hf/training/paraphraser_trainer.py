@@ -179,5 +179,5 @@ def _stage_1_arguments(args: IEKDTrainingArguments, output_dir: str, train_datas
     args.save_total_limit, args.save_only_model = 1, False
     args.push_to_hub, args.activation_checkpointing, args.gradient_checkpointing = False, False, False
     args.label_names, args.label_smoothing_factor, args.neftune_noise_alpha = [], 0.0, None
-    args.ddp_find_unused_parameters = False
+    args.ddp_find_unused_parameters, args.layer_decay = False, None
     return args

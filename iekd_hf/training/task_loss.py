@@ -11,6 +11,7 @@ from ..models.adapters import without_adapters
 from ..models.kinds import ignore_index_of
 from ..models.signature import takes_labels
 from .labels import NO_LABEL, count_labelled
+from .soft_labels import are_soft, soft_cross_entropy
 
 
 class TaskLabels(NamedTuple):
@@ -19,6 +20,7 @@ class TaskLabels(NamedTuple):
     given: torch.Tensor | None
     filled: torch.Tensor | None  # as a loss can take them that is NaN without any label
     weight: torch.Tensor | None  # of that loss
+    are_soft: bool = False  # shares of the classes, `(batch_size, num_labels)`
 
 
 class TaskLoss:
@@ -27,6 +29,9 @@ class TaskLoss:
 
     An image without a label has -100, or none at all, as its label; in dense labels each position is what the model's
     loss ignores. What `compute_loss_func` does about them is left to it.
+
+    Soft labels are shares of the classes, as `mixing` or a data collator makes them for a student whose `problem_type`
+    is `"single_label_classification"`. An image without a label has shares of 0.
     """
 
     def __init__(self, trainer: Trainer):
@@ -69,6 +74,12 @@ class TaskLoss:
         problem, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
         is_class = isinstance(given, torch.Tensor) and not given.is_floating_point()
         is_class = is_class and num_labels != 1 and problem in (None, "single_label_classification")
+        if are_soft(self.trainer.model, given):
+            share = given.sum(dim=1).mean()
+            several = self._labelled_share is not None and self.trainer.model.training
+            weight = torch.where(share > 0, share / self._labelled_share, 0.0) if several else None
+            del inputs["labels"]  # which the model's own loss does not know
+            return TaskLabels(given, given, weight, are_soft=True)
         if is_class and not (self.trainer.model.training and self.are_all_labelled):
             share = self._share_of(given)
             # The mean over no labels is NaN, and so is its gradient: such a batch gets a class, and no weight.
@@ -102,10 +113,12 @@ class TaskLoss:
         """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
         if self.trainer.compute_loss_func is not None:
             return self.trainer.compute_loss_func(outputs, labels.given, num_items_in_batch=None)
-        if self.trainer.label_smoother is not None and labels.given is not None:
+        if labels.are_soft:
+            loss = soft_cross_entropy(outputs["logits"], labels.given, self.trainer.args.label_smoothing_factor)
+        elif self.trainer.label_smoother is not None and labels.given is not None:
             loss = self.trainer.label_smoother(outputs, labels.filled)
         elif outputs.get("loss") is not None:
-            loss = outputs["loss"]
+            loss = outputs["loss"].squeeze()  # OneFormer gives a list of one
         else:
             return nothing_of(outputs)
         return loss if labels.weight is None else loss * labels.weight

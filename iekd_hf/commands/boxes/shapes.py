@@ -110,7 +110,7 @@ def draw_scene(
     >>> image, drawn = draw_scene(np.random.default_rng(0), size=64)
     >>> pixels, category = drawn[0]
     >>> pixels.shape, pixels.dtype, category
-    ((64, 64), dtype('bool'), 3)
+    ((64, 64), dtype('bool'), 1)
 
     ```
     """

@@ -43,6 +43,12 @@ class DataArguments(SourceArguments):
     horizontal_flip: bool | None = field(
         default=None, metadata={"help": "Flip training images at random. Default: yes, but not for the digits."}
     )
+    rand_augment: int | None = field(
+        default=None,
+        metadata={"help": "Magnitude of RandAugment's two operations on training images, 1 to 29. Default: none."},
+    )
+    mixup: float = field(default=0.0, metadata={"help": "Share of the training batches whose images MixUp mixes."})
+    cutmix: float = field(default=0.0, metadata={"help": "Share of the training batches whose images CutMix mixes."})
     decode_once: bool | None = field(
         default=None,
         metadata={

@@ -22,6 +22,7 @@ from ..run import CommandRun
 from .data import load_images
 from .few_labels import StudentDataArguments, add_unlabelled, draw_labelled, split_by_labels
 from .metrics import MacroF1, TopKAccuracy
+from .recipes import MixedBatches
 from .transforms import prepare
 
 
@@ -71,6 +72,8 @@ class ImageRun(CommandRun):
         data_args.decide(len(self.splits["train"]))
         if data_args.uses_digits:
             args.use_own_epochs()
+        mixing = MixedBatches(len(self.names), data_args.mixup, data_args.cutmix)
+        self.mixing = mixing if data_args.mixup + data_args.cutmix > 0 else None
         # What a model takes the validation images for.
         self.predicted: dict[PreTrainedModel, np.ndarray] = {}
         self.metric = evaluate.combine([TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
@@ -107,6 +110,7 @@ class ImageRun(CommandRun):
             "train_dataset": images.get(learner, self.for_students),
             "eval_dataset": self.images["validation"],
             "augmentation": self.augmentation,
+            "mixing": self.mixing,
             "processing_class": self.processor,
             "compute_metrics": self.compute_metrics,
         }

