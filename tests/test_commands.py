@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from iekd_hf.commands import cli
+from iekd_hf.commands.export import ExportArguments
+from iekd_hf.commands.parser import CommandParser
 
 
 ROOT = Path(__file__).parent.parent
@@ -134,3 +136,10 @@ def test_the_command_itself_needs_the_standard_library_alone():
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             assert all(module.split(".")[0] in sys.stdlib_module_names for module in modules)
+
+
+def test_half_a_name_is_no_argument():
+    """`--learning_rat 3` would have trained with a learning rate of 3."""
+    parser = CommandParser((ExportArguments,), "Export a model.", "iekd-hf export")
+    with pytest.raises(ValueError, match=r"got --outpu x: did you mean --output\?"):
+        parser.read(["--model", "out", "--outpu", "x"])

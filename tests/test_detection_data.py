@@ -225,6 +225,7 @@ def test_wrong_sizes_are_refused():
     for wrong, message in (
         ({"image_size": [32]}, "height and width, got"),
         ({"image_size": [32, 32], "image_square_size": 32}, "got both: keep one"),
+        ({"image_square_size": 0}, "image_square_size of at least 1 pixel, got 0"),
         ({"scale_jitter": 0.5}, "scale_jitter of at least 1, got 0.5"),
     ):
         with pytest.raises(ValueError, match=message):

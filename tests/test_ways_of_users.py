@@ -367,6 +367,7 @@ def test_images_that_make_no_batch_are_described(make_trainer):
         (IEKDTrainingArguments, {"teacher_layers": [3]}, r"teacher_layers of type list\[str\] or None, got \[3\]"),
         (IEKDTrainingArguments, {"split_seed": 2**70}, "split_seed within 64 bits"),
         (IEKDTrainingArguments, {"learning_rate": "1e-3"}, "learning_rate of type float, got '1e-3' of type str"),
+        (IEKDTrainingArguments, {"learning_rate": float("nan")}, "a finite learning_rate of at least 0, got nan"),
         (IEKDTrainingArguments, {"max_steps": 2.5}, "max_steps of type int, got 2.5"),
         (IEKDTrainingArguments, {"per_device_train_batch_size": 0}, "per_device_train_batch_size above 0, got 0"),
         (MutualTrainingArguments, {"num_train_epochs": -3}, "num_train_epochs of at least 0, got -3"),

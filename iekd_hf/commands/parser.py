@@ -47,7 +47,7 @@ class CommandParser(HfArgumentParser):
     def __init__(self, kinds: tuple[type, ...], description: str, prog: str | None = None, with_trainer: bool = False):
         self.with_trainer = with_trainer
         about = {"prog": prog, "usage": "%(prog)s [arguments]", "description": description.strip()}
-        super().__init__(kinds, **about, formatter_class=_HelpFormatter, add_help=False)
+        super().__init__(kinds, **about, formatter_class=_HelpFormatter, add_help=False, allow_abbrev=False)
         has_trainer = any(issubclass(kind, TrainingArguments) for kind in kinds)
         other = self.add_argument_group("Help")
         other.add_argument("-h", "--help", action="help", help="Show this.")

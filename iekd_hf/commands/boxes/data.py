@@ -48,6 +48,8 @@ class DetectionDataArguments(JitteredArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.image_square_size is not None and self.image_square_size < 1:
+            raise ValueError(f"Expected image_square_size of at least 1 pixel, got {self.image_square_size}.")
         if self.image_size is not None and self.image_square_size is not None:
             raise ValueError("Expected image_size or image_square_size, got both: keep one.")
         if self.image_square_size is not None and self.image_square_size < 1:
