@@ -63,6 +63,7 @@ _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 def __getattr__(name: str):
     if name not in _FILE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("transformers")  # whole, with what is registered after it, before a file here needs it
     globals()[name] = value = getattr(importlib.import_module(f".{_FILE_OF[name]}", __name__), name)
     return value
 

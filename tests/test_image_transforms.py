@@ -100,19 +100,16 @@ def test_what_is_stored_and_what_comes_out(tmp_path, sizes, kind, stored, made):
     assert view.shape == (2, 3, *made) and view.isfinite().all()
 
 
-def test_the_right_way_is_taken_and_said(tmp_path, run_example, caplog):
+def test_the_right_way_is_taken(tmp_path, run_example):
     load(tmp_path, [(12, 12), (14, 12)])
     arguments = ["--train_dir", tmp_path / "pictures", "--image_size", 16, "--save_strategy", "no"]
     arguments += [*QUICK, "--per_device_train_batch_size", 8, "--plain_student", "false", "--teacher_epochs", 1]
     with pytest.raises(ValueError, match=r"images of one size with --cache_teacher, got several: add --decode_once"):
         run_example(run_iekd, "--output_dir", tmp_path / "refused", *arguments, "--cache_teacher")
-    caplog.clear()
     run_example(run_iekd, "--output_dir", tmp_path / "mixed", *arguments)
-    assert "Augmenting each image as it is read" in caplog.text
-    caplog.clear()
+    assert (tmp_path / "mixed" / "model.safetensors").is_file()
     cached = ["--decode_once", "true", "--cache_teacher", "--cache_views", 2, "--num_train_epochs", 3]
     run_example(run_iekd, "--output_dir", tmp_path / "cached", *arguments, *cached)
-    assert "Augmenting whole batches of images decoded once" in caplog.text
     (factors,) = (tmp_path / "cached" / "_teacher_cache").glob("*/factors_0.npy")
     assert np.load(factors, mmap_mode="r").shape[:2] == (2, 20)
 

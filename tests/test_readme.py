@@ -187,7 +187,7 @@ def test_python_blocks_in_order(stand_ins):
         program = [sys.executable, "-c", script]
         done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert {"model.safetensors", "README.md"} <= set(hub.repos["user/cached"]["files"])
+        assert {"model.safetensors", "README.md"} <= set(hub.repos["user/recipe"]["files"])
         assert "last-checkpoint/optimizer.pt" in hub.repos["user/third"]["files"]
     assert "resnet.encoder.stages.1" in done.stdout  # list_layers
     assert (stand_ins / "out" / "model.safetensors").is_file()

@@ -16,6 +16,8 @@ from conftest import same
 from lockstep import StepsOf, compare
 from transformers import Trainer
 
+from iekd_hf import DistillationTrainer
+
 
 def make_setting(num_images: int = 16) -> speed_cases.Setting:
     torch.manual_seed(0)
@@ -83,7 +85,8 @@ def test_every_section_runs_and_is_laid_out(tmp_path, monkeypatch, capsys):
         if ":" in argument:
             return {"mebibytes": 100.0 + len(argument)}
         measured[argument] = speed.SECTIONS[argument][2]
-        return speed.SECTIONS[argument][2](make_setting(), 1)
+        made = speed_cases.jpeg_files().select(range(8)) if argument.endswith("files") else make_setting()
+        return speed.SECTIONS[argument][2](made, 1)
 
     monkeypatch.setattr(speed, "in_a_process", in_this_process)
     names = [name for name in speed.SECTIONS if name not in ("compile", "torchdistill") and "imagenet" not in name]
@@ -114,4 +117,5 @@ def test_peak_memory_counts_what_is_held(monkeypatch):
 
 def test_the_student_alone_is_trained_by_trainer_itself():
     trainer = make_setting().alone()
-    assert type(trainer).training_step is Trainer.training_step and type(trainer).compute_loss is Trainer.compute_loss
+    assert type(trainer).training_step is Trainer.training_step
+    assert type(trainer).compute_loss is DistillationTrainer.compute_loss  # the task's own, and no teacher's

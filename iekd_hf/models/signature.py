@@ -14,6 +14,8 @@ from transformers.utils import ModelOutput, find_labels
 # Models that are trained on a few patches of each image, and what loads their weights to see all of them.
 WITHOUT_MASKS = {"ViTMAEModel": "ViTModel", "ViTMAEForPreTraining": "ViTModel", "HieraForPreTraining": "HieraModel"}
 
+_HAS_HEAD = re.compile("For[A-Z]").search
+
 
 def takes(model: nn.Module, name: str) -> bool:
     """Return whether a model's forward has an argument of that name."""
@@ -22,7 +24,7 @@ def takes(model: nn.Module, name: str) -> bool:
 
 def is_headless(model: nn.Module) -> bool:
     """Return whether a model of Transformers gives features instead of predictions: what `AutoModel` loads."""
-    if not isinstance(model, PreTrainedModel) or re.search("For[A-Z]", type(model).__name__):
+    if not isinstance(model, PreTrainedModel) or _HAS_HEAD(type(model).__name__):
         return False
     fields = _returned_fields(model)
     if fields is None:  # code from elsewhere, which need not say what it returns
@@ -31,8 +33,9 @@ def is_headless(model: nn.Module) -> bool:
 
 
 def takes_labels(model: nn.Module) -> bool:
-    """Return whether a model can be given labels; of Transformers, one without a head cannot."""
-    return not isinstance(model, PreTrainedModel) or bool(_labels_of(type(model)))
+    """Return whether a model has a head for labels; of Transformers, what `AutoModel` loads has none."""
+    kind = type(model)
+    return not isinstance(model, PreTrainedModel) or bool(_HAS_HEAD(kind.__name__)) or bool(_labels_of(kind))
 
 
 _labels_of = functools.cache(find_labels)  # it is asked for each batch

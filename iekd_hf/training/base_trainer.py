@@ -21,7 +21,7 @@ from ..models.adapters import is_adapted, without_adapters
 from ..models.kinds import main_input_of
 from .average import averages_among
 from .checkpoints import check_training_state, load_weights, read_weights
-from .checks import check_recipe, is_stream
+from .checks import check_engine, check_recipe, is_stream
 from .component_log import ComponentLog
 from .labels import FillLabels, describe_rows, measure_labelled
 from .layer_rates import layer_rates, split_by_rate
@@ -89,26 +89,12 @@ class DistillationTrainer(HubTrainer):
         self.mixing = None if mixing is None else mixing.to(self.args.device)
         check_recipe(self.args, mixing, self.optimizer)
         self.model_accepts_loss_kwargs = False
-        self.data_collator = FillLabels(self.data_collator)
-        self.task_loss = TaskLoss(self)
+        self.data_collator, self.task_loss = FillLabels(self.data_collator), TaskLoss(self)
         self.components = ComponentLog()
         self.run = ""  # its name, in the manifests of its checkpoints
         self._saving_folder: Path | None = None  # while a checkpoint is being written
         self._counted: nn.Module | None = None
-        name = type(self).__name__
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"Expected one process per GPU, got {self.args.n_gpu} GPUs in one process, where DataParallel would "
-                f"split every batch under {name}'s hooks: run `accelerate launch --num_processes {self.args.n_gpu} "
-                "script.py`, or set CUDA_VISIBLE_DEVICES to one GPU."
-            )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise ValueError(
-                f"Expected DDP or one process, got {engine}: {name} wraps the student together with its factor "
-                f"encoders, which {engine} would shard or rebuild without the student's own class. Vision students "
-                "fit on one GPU: run `accelerate launch --multi_gpu script.py` without it."
-            )
+        check_engine(self)
 
     def sample_batch(self) -> dict:
         """Return the first training example as a batch on the device, to find shapes with."""

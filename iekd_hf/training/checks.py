@@ -7,7 +7,7 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.backbone_utils import BackboneMixin
 from transformers.utils import find_labels, logging
 
@@ -166,6 +166,24 @@ def refuse_logit_term(models: Iterable[nn.Module], term: str, remedy: str) -> No
                 f"Expected no {term} with {what}, got it with {type(without_adapters(model)).__name__}: {why}. "
                 f"{remedy}; the feature losses do not need it."
             )
+
+
+def check_engine(trainer: Trainer) -> None:
+    """Refuse the ways to run that would take a student and its encoders apart."""
+    name = type(trainer).__name__
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"Expected one process per GPU, got {trainer.args.n_gpu} GPUs in one process, where DataParallel would "
+            f"split every batch under {name}'s hooks: run `accelerate launch --num_processes {trainer.args.n_gpu} "
+            "script.py`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+        raise ValueError(
+            f"Expected DDP or one process, got {engine}: {name} wraps the student together with its factor "
+            f"encoders, which {engine} would shard or rebuild without the student's own class. Vision students "
+            "fit on one GPU: run `accelerate launch --multi_gpu script.py` without it."
+        )
 
 
 def check_precision(model: nn.Module, inputs: dict) -> None:
