@@ -163,6 +163,8 @@ class IETrainingArguments(TrainingArguments):
         self.check_positive("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"Expected a finite learning_rate of at least 0, got {self.learning_rate}.")
+        if self.save_strategy == "steps":
+            self.check_positive("save_steps")
         if self.num_train_epochs < 0:
             raise ValueError(f"Expected num_train_epochs of at least 0, got {self.num_train_epochs}.")
         if not -(2**63) <= self.split_seed < 2**63:

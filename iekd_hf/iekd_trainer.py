@@ -330,7 +330,14 @@ class IEKDTrainer(DistillationTrainer):
         """Return the channels of what is compared in each pair; a given paraphraser decides its own."""
         if self.has_given_paraphrasers:
             return [paraphraser.factor_channels for paraphraser in self.teacher.paraphrasers]
-        return [self.knowledge.width(channels, self.args.factor_channels) for channels in self.teacher_channels]
+        widths = [self.knowledge.width(channels, self.args.factor_channels) for channels in self.teacher_channels]
+        for width, channels in zip(widths, self.teacher_channels, strict=True):
+            if width > 16 * channels:
+                raise ValueError(
+                    f"Expected factor_channels of at most 16 times the teacher's {channels} channels, got {width}: "
+                    "factors are compact, half of the channels by default."
+                )
+        return widths
 
     # ---- What trains, and where it is in Trainer ----
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback
 
 from iekd_hf import ChannelSplit, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments, Paraphraser
 
@@ -28,6 +28,7 @@ from iekd_hf import ChannelSplit, IEKDTrainingArguments, MutualTrainer, MutualTr
         ({"temperature": 0.0}, "temperature above 0"),
         ({"paraphraser_epochs": 0}, "paraphraser_epochs above 0"),
         ({"factor_channels": 0}, "at least 1"),
+        ({"save_strategy": "steps", "save_steps": 0}, "save_steps above 0, got 0"),
         ({"teacher_layers": ["a", "b"], "student_layers": ["a"]}, "got 2 and 1"),
         ({"teacher_layers": []}, "got 0:"),
         ({"teacher_dtype": "int8"}, "one of float32, bfloat16, float16; got 'int8'"),
@@ -82,6 +83,35 @@ def test_augmentation_and_processor_of_another_kind(make_trainer):
         make_trainer(augmentation=lambda pixels: pixels)
     with pytest.raises(ValueError, match="Expected teacher_processor as an image processor, got 'some/name'"):
         make_trainer(teacher_processor="some/name")
+
+
+def test_factors_wider_than_anybody_wants(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"at most 16 times the teacher's 16 channels, got 1000000: .* by default"):
+        make_trainer(factor_channels=10**6)
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("make", ["make_trainer", "make_mutual"])
+def test_optim_args_that_the_optimizer_does_not_take(make, request, tmp_path):
+    """Trainer would leave them out in silence, or fail after stage 1."""
+    make = request.getfixturevalue(make)
+    with pytest.raises(ValueError, match="as 'name=value,name=value', got 'momentum'"):
+        make(optim="sgd", optim_args="momentum")
+    with pytest.raises(ValueError, match="arguments of SGD in optim_args, got momentun: it takes lr, momentum, "):
+        make(optim="sgd", optim_args="momentun=0.9,nesterov=true")
+    with pytest.raises(ValueError, match="arguments of AdamW in optim_args, got momentum"):
+        make(optim="adamw_torch", optim_args="momentum=0.9")
+    assert not list(tmp_path.glob("out/*"))
+    make(optim="sgd", optim_args="momentum=0.9, nesterov=true")
+
+
+@pytest.mark.parametrize(
+    "callbacks, got", [(3, "int"), (["early"], "str"), (PrinterCallback(), "one PrinterCallback")]
+)
+def test_callbacks_that_are_no_list_of_them(make_trainer, make_mutual, callbacks, got):
+    for make in (make_trainer, make_mutual):
+        with pytest.raises(ValueError, match=rf"Expected callbacks as a list.*, got {got}: pass callbacks="):
+            make(callbacks=callbacks)
 
 
 def test_empty_dataset(make_trainer, tmp_path):

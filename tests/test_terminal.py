@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import warnings
 
 import numpy as np
@@ -61,6 +62,23 @@ def test_opposites_and_abbreviations_still_work(tmp_path):
     assert read([str(tmp_path / "recipe.json"), "--debug"])[2].output_dir == "elsewhere"
 
 
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("recipe.yaml", "a: [1", r"a file with arguments of iekd-hf distill, got '.*recipe\.yaml': while parsing"),
+        ("recipe.yaml", "- a", r"by name in .*recipe\.yaml, such as 'output_dir: out', got \['a'\]"),
+        ("recipe.yaml", "", "by name in .*, got None"),
+        ("recipe.json", '{"a', r"a file with arguments of iekd-hf distill, got '.*recipe\.json': "),
+        ("recipe.json", None, "a file with arguments of iekd-hf distill, got .*: .*No such file"),
+    ],
+)
+def test_a_file_that_holds_no_arguments(name, text, said, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        CommandParser(distill.KINDS, "", "iekd-hf distill").read([str(tmp_path / name)])
+
+
 # ---- Errors ----
 
 
@@ -77,13 +95,15 @@ def test_opposites_and_abbreviations_still_work(tmp_path):
 )
 def test_a_refusal_is_one_line_and_with_debug_a_traceback(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(argv)
-    # Python prints this code to stderr, and ends with 1.
-    assert ended.value.code.startswith(said) and "\n" not in ended.value.code
-    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=re.escape(said.removeprefix("error: "))):
-        cli.main([*argv, "--debug"])
+    otherwise = sys.excepthook
+    for debug in ([], ["--debug"]):
+        monkeypatch.setattr(sys, "excepthook", otherwise)
+        with pytest.raises(ValueError, match=re.escape(said.removeprefix("error: "))) as ended:
+            cli.main([*argv, *debug])
+        sys.excepthook(ended.type, ended.value, ended.tb)  # as Python does at the end of the process
+        out, err = capsys.readouterr()
+        assert out == "" and not list(tmp_path.iterdir())
+        assert err.startswith("Traceback") if debug else err.startswith(said) and err.count("\n") == 1
 
 
 def test_what_argparse_refuses_is_one_line(capsys):
@@ -94,25 +114,27 @@ def test_what_argparse_refuses_is_one_line(capsys):
     )
 
 
-def test_only_other_errors_show_where(monkeypatch):
+def test_only_other_errors_show_where(monkeypatch, capsys):
     """Errors of this library say what to do; of other ones it may help to know where; bugs keep their traceback."""
 
-    def ended_by(error):
+    def said_of(error, then=None):
         def main(given):
             raise error
 
-        try:
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+        with pytest.raises(type(error)):
             command(main)([])
-        except BaseException as raised:
-            return raised
+        error = then or error
+        sys.excepthook(type(error), error, error.__traceback__)
+        return capsys.readouterr().err
 
-    assert ended_by(OSError("no space\nleft")).code == "error: no space left (--debug shows where)"
-    assert ended_by(FloatingPointError("Expected finite losses")).code == "error: Expected finite losses"
-    bug = KeyError("a bug")
-    assert ended_by(bug) is bug
+    assert said_of(OSError("no space\nleft")) == "error: no space left (--debug shows where)\n"
+    assert said_of(FloatingPointError("Expected finite losses")) == "error: Expected finite losses\n"
+    assert said_of(KeyError("a bug")).startswith("Traceback")
+    assert said_of(ValueError("caught by who called"), then=KeyError("a bug")).startswith("KeyError")
     monkeypatch.setenv("RANK", "1")  # the other processes of a launcher are silent, but end alike
-    assert ended_by(ValueError("Expected")).code == 1
-    assert ended_by(OSError("of this process")).code.startswith("error: of this process")
+    assert said_of(ValueError("Expected")) == ""
+    assert said_of(OSError("of this process")).startswith("error: of this process")
 
 
 def test_a_process_gets_its_settings_back():
@@ -182,7 +204,7 @@ def test_a_bar_that_is_broken_off_is_closed():
         progress.on_train_begin(TrainingArguments("out"), state, None)
         raise ValueError("Expected more")
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="Expected more"):
         main([])
     assert progress.bar is None
 

@@ -3,12 +3,17 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn, get_type_hints
 
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from .terminal import is_main_process
 
 
 _OF_TRAINER = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -77,8 +82,7 @@ class CommandParser(HfArgumentParser):
         """Return the data classes as the command line, or the one JSON or YAML file that it names, fills them."""
         files = [word for word in given if word != "--debug"]
         if len(files) == 1 and files[0].endswith((".json", ".yaml", ".yml")):
-            read = self.parse_json_file if files[0].endswith(".json") else self.parse_yaml_file
-            return read(files[0])
+            return self.parse_dict(self.read_file(files[0]))
         *classes, unknown = self.parse_args_into_dataclasses(list(given), return_remaining_strings=True)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
@@ -87,9 +91,20 @@ class CommandParser(HfArgumentParser):
             raise ValueError(f"Expected arguments of {self.prog}, got {' '.join(unknown)}: {hint}")
         return tuple(classes)
 
+    def read_file(self, name: str) -> dict:
+        """Return the arguments in a JSON or YAML file."""
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+            values = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"Expected a file with arguments of {self.prog}, got {name!r}: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"Expected arguments by name in {name}, such as 'output_dir: out', got {values!r}.")
+        return values
+
     def error(self, message: str) -> NoReturn:
         """Say in one line what is wrong."""
-        self.exit(2, f"error: {message} ({self.prog} --help lists the arguments)\n")
+        self.exit(2, f"error: {message} ({self.prog} --help lists the arguments)\n" if is_main_process() else None)
 
 
 def parse_arguments(

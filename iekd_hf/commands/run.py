@@ -286,6 +286,13 @@ class CommandRun:
         trainer = make_trainer(args)
         if self.start and self.start.checkpoint:
             trainer.check_checkpoint(self.start.checkpoint)
+        best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if args.eval_strategy != "no" and best != "eval_loss" and best not in (measured := trainer.evaluate()):
+            known = ", ".join(sorted(name.removeprefix("eval_") for name in measured))
+            raise ValueError(
+                f"Expected a metric of the evaluation in --metric_for_best_model, got {args.metric_for_best_model!r}: "
+                f"there are {known}."
+            )
 
     def first_image(self) -> PIL.Image.Image:
         """Return the first validation image, in RGB."""

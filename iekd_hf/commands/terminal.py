@@ -23,9 +23,14 @@ def command(main: Callable[[list[str]], None]) -> Callable[[Sequence[str] | None
     def run(argv: Sequence[str] | None = None) -> None:
         given = sys.argv[1:] if argv is None else list(argv)
         debug = "--debug" in given
-        with _settings_of_the_process(), contextlib.nullcontext() if debug else _one_line_errors():
+        with _settings_of_the_process():
             _show_messages(debug)
-            main(given)
+            try:
+                main(given)
+            except (ValueError, OSError, FloatingPointError) as error:
+                if not debug:
+                    sys.excepthook = functools.partial(_say_in_one_line, error, sys.excepthook)
+                raise
 
     return run
 
@@ -41,17 +46,17 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not message.startswith("Expected"):  # not one of ours, which say what to do
-            message += " (--debug shows where)"
-        # What is wrong with the arguments is so in all processes.
-        told = is_main_process() or not isinstance(error, ValueError)
-        raise SystemExit(f"error: {message}" if told else 1) from error
+def _say_in_one_line(expected: Exception, otherwise: Callable, kind: type, error: BaseException, traceback) -> None:
+    """End the process with a line in place of the traceback, if this is the error that it ends with."""
+    if error is not expected:
+        otherwise(kind, error, traceback)
+        return
+    message = " ".join(str(error).split()) or kind.__name__
+    if not message.startswith("Expected"):  # not one of ours, which say what to do
+        message += " (--debug shows where)"
+    # What is wrong with the arguments is so in all processes.
+    if is_main_process() or not isinstance(error, ValueError):
+        print(f"error: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from ..models.adapters import is_adapted, without_adapters
 from ..models.kinds import main_input_of
 from .average import averages_among
 from .checkpoints import check_training_state, load_weights, read_weights
-from .checks import check_engine, check_recipe, is_stream
+from .checks import check_callbacks, check_engine, check_recipe, is_stream
 from .component_log import ComponentLog
 from .labels import FillLabels, describe_rows, measure_labelled
 from .layer_rates import layer_rates, split_by_rate
@@ -84,10 +84,10 @@ class DistillationTrainer(HubTrainer):
                 f"Expected augmentation as a torch.nn.Module, got {type(augmentation).__name__}: pass a "
                 "BatchAugmentation, or put the function into a module's forward."
             )
+        check_callbacks(kwargs.get("callbacks"))
         super().__init__(*args, **kwargs)
-        self.augmentation = None if augmentation is None else augmentation.to(self.args.device)
-        self.mixing = None if mixing is None else mixing.to(self.args.device)
-        check_recipe(self.args, mixing, self.optimizer)
+        self.augmentation, self.mixing = (part and part.to(self.args.device) for part in (augmentation, mixing))
+        check_recipe(self, mixing)
         self.model_accepts_loss_kwargs = False
         self.data_collator, self.task_loss = FillLabels(self.data_collator), TaskLoss(self)
         self.components = ComponentLog()

@@ -1,5 +1,7 @@
 """Checks before training: empty datasets, unknown labels, incompatible models."""
 
+import inspect
+import re
 import warnings
 from collections.abc import Iterable
 
@@ -7,7 +9,7 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.backbone_utils import BackboneMixin
 from transformers.utils import find_labels, logging
 
@@ -259,8 +261,39 @@ def check_logits(student: PreTrainedModel, teacher: nn.Module, logits: torch.Ten
     )
 
 
-def check_recipe(args: TrainingArguments, mixing: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+def check_optim_args(args: TrainingArguments, model: nn.Module) -> None:
+    """Refuse `optim_args` that the optimizer would not know; Trainer leaves them out in silence."""
+    if not args.optim_args:
+        return
+    names = [part.partition("=")[0].strip() for part in args.optim_args.split(",")]
+    if not all(re.fullmatch(r"\s*\w+\s*=[^=,]+", part) for part in args.optim_args.split(",")):
+        raise ValueError(
+            f"Expected optim_args as 'name=value,name=value', got {args.optim_args!r}: such as 'momentum=0.9'."
+        )
+    optimizer_cls, _ = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    known = inspect.signature(optimizer_cls).parameters
+    if not optimizer_cls.__module__.startswith("torch.optim"):
+        return  # Trainer has names of its own for options of these
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"Expected arguments of {optimizer_cls.__name__} in optim_args, got {', '.join(unknown)}: it takes "
+            f"{', '.join(name for name in known if name != 'params')}. Set optim for another optimizer."
+        )
+
+
+def check_callbacks(callbacks) -> None:
+    """Refuse callbacks that are not a list of them."""
+    is_list = callbacks is None or isinstance(callbacks, (list, tuple))
+    kinds = [c if isinstance(c, type) else type(c) for c in callbacks or ()] if is_list else [type(callbacks)]
+    if wrong := [kind.__name__ for kind in kinds if not issubclass(kind, TrainerCallback)]:
+        raise ValueError(f"Expected callbacks as a list of TrainerCallback, got {wrong[0]}: pass callbacks=[...].")
+    if not is_list:
+        raise ValueError(f"Expected callbacks as a list, got one {kinds[0].__name__}: pass callbacks=[...].")
+
+
+def check_recipe(trainer: Trainer, mixing: nn.Module | None) -> None:
     """Refuse parts of a recipe that do not go together."""
+    args, optimizer = trainer.args, trainer.optimizer
     if mixing is not None and getattr(args, "cache_teacher", False):
         raise ValueError(
             "Expected no mixing with cache_teacher=True, got both: a cached teacher has seen each image by itself. "
@@ -271,6 +304,8 @@ def check_recipe(args: TrainingArguments, mixing: nn.Module | None, optimizer: t
             "Expected no optimizer in optimizers with layer_decay, got one: give its groups the rates that they shall "
             "have, and leave layer_decay out."
         )
+    if optimizer is None:
+        check_optim_args(args, trainer.model)
 
 
 def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
@@ -297,6 +332,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
                 "model with a head for the task, or compute_loss_func."
             )
         check_datasets(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    check_callbacks(kwargs.get("callbacks"))
     if averages_among(kwargs.get("callbacks") or ()):
         raise ValueError(
             "Expected no EMACallback among the callbacks, got one: it averages one model, and here several train. Use "
