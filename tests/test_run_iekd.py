@@ -240,6 +240,9 @@ def test_bad_data(tmp_path):
         load(tmp_path, validation_file=str(tmp_path / "validation.parquet"))
     with pytest.raises(ValueError, match="does not exist"):
         image_data.load_images(image_data.DataArguments(train_file=str(tmp_path / "absent.parquet")), 0)
+    best = ["--eval_strategy", "epoch", "--metric_for_best_model", "eval_f2"]
+    with pytest.raises(ValueError, match=r"metric of the evaluation in --metric_for_best_model, got 'eval_f2': .*acc"):
+        run("--output_dir", tmp_path / "out", *QUICK, *best)
     with pytest.raises(ValueError, match="one source"):
         image_data.DataArguments(train_file="a", train_dir="b")
 

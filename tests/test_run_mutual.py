@@ -85,6 +85,9 @@ def test_errors(run, tmp_path):
     with pytest.raises(ValueError, match="at least two models, got 1"):
         run("--output_dir", tmp_path, *QUICK, "--peers", "cifar-resnet-8", "--alone", "false")
     assert not list(tmp_path.iterdir())
+    best = ["--eval_strategy", "epoch", "--metric_for_best_model", "peer_3_accuracy"]
+    with pytest.raises(ValueError, match=r"_best_model, got 'peer_3_accuracy': there are acc.* peer_1_acc"):
+        run("--output_dir", tmp_path, *QUICK, *best)
 
 
 def test_help_explains(run, capsys):

@@ -255,7 +255,7 @@ def test_the_picture_of_a_gain(drawn, tmp_path):
     draw_gain(rows, tmp_path / "report.png", 4, examples)
     draw_losses(rows[-1], tmp_path / "losses.png")
     shown = texts(drawn["report.png"])
-    assert "The teacher adds 25.0 points to the same network, on 4 images that none was trained on." in shown
+    assert "The teacher adds 25.0 points to the same network, on 4 validation images." in shown
     assert "now right: 2, now wrong: 1" in shown and shown.count("plain: cat") == 2 and "it is a name that i…" in shown
     for label in ("teacher 90.0 %", "plain student 50.0 %", "distilled student 75.0 %", "inheriting"):
         assert label in shown
@@ -270,7 +270,7 @@ def test_pictures_of_less(drawn, tmp_path):
 
     teacher, alone = Result("teacher", 30), Result("distilled student", 10, {"accuracy": 0.75}, log_history=history())
     draw_gain([teacher, alone], tmp_path / "a.png", 4)
-    assert "The distilled student has 75.0 % on 4 images that none was trained on." in texts(drawn["a.png"])
+    assert "The distilled student has 75.0 % on 4 validation images." in texts(drawn["a.png"])
     draw_gain([teacher, Result("distilled student", 10)], tmp_path / "b.png", 4)
     assert "How the distilled student has learnt" in texts(drawn["b.png"])
     draw_losses(Result("peer 1", 10), tmp_path / "none.png")

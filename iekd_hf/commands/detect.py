@@ -34,7 +34,7 @@ from .boxes.tiny_detectors import is_tiny
 from .packages import require
 from .parser import parse_arguments
 from .report.results import write_results
-from .report.table import Result, detection_table
+from .report.table import Result, detection_table, gain
 from .run import Compared
 from .terminal import command
 
@@ -129,6 +129,8 @@ class DetectRun(DetectionRun):
         print("\n" + detection_table(results) + "\n")
         if self.args.do_eval:
             print("mAP: COCO's, in percent; images/s: one image at a time, CPU, 1 thread, float32, median")
+            if sentence := gain(results, len(self.splits["validation"]), "map", "points of mAP"):
+                print(sentence)
             picture = os.path.join(self.args.output_dir, PICTURE)
             students = {row.result.name: row.model for row in compared if row.result.name != "teacher"}
             self.draw_samples(students, picture)

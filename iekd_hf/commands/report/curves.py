@@ -51,7 +51,7 @@ def title_of(results: list[Result], num_images: int) -> str:
     ```python
     >>> teacher, student = ({"accuracy": value} for value in (0.98, 0.96))
     >>> title_of([Result("teacher", 20, teacher), Result("distilled student", 10, student)], 599)
-    'The distilled student has 96.0 % on 599 images that none was trained on, its teacher 98.0 %.'
+    'The distilled student has 96.0 % on 599 validation images, its teacher 98.0 %.'
 
     ```
     """
@@ -62,7 +62,7 @@ def title_of(results: list[Result], num_images: int) -> str:
     if name not in accuracy:
         return f"How the {name} has learnt"
     teacher = f", its teacher {accuracy['teacher']:.1f} %" if "teacher" in accuracy else ""
-    return f"The {name} has {accuracy[name]:.1f} % on {num_images:,} images that none was trained on{teacher}."
+    return f"The {name} has {accuracy[name]:.1f} % on {num_images:,} validation images{teacher}."
 
 
 def gain_of_peers(results: list[Result]) -> str:

@@ -79,7 +79,7 @@ def gain(results: list[Result], num_images: int, metric: str = "accuracy", unit:
     ```python
     >>> plain, distilled = ({"accuracy": value} for value in (0.883, 0.96))
     >>> gain([Result("plain student", 10, plain), Result("distilled student", 10, distilled)], 599)
-    'The teacher adds 7.7 points to the same network, on 599 images that none was trained on.'
+    'The teacher adds 7.7 points to the same network, on 599 validation images.'
 
     ```
     """
@@ -89,7 +89,7 @@ def gain(results: list[Result], num_images: int, metric: str = "accuracy", unit:
     points = measured["distilled student"] - measured["plain student"]
     verb = "adds {:.1f} {} to" if points > 0 else "takes {:.1f} {} from" if points < 0 else "adds nothing to"
     what = verb.format(abs(points), unit)
-    return f"The teacher {what} the same network, on {num_images:,} images that none was trained on."
+    return f"The teacher {what} the same network, on {num_images:,} validation images."
 
 
 def detection_table(results: list[Result]) -> str:
