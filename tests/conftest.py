@@ -1,5 +1,6 @@
 """Tiny models from configurations and data that the tests make: offline and fast."""
 
+import functools
 import gc
 import json
 import os
@@ -31,6 +32,12 @@ from transformers import (
 )
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
+from iekd_hf.commands import run
+from iekd_hf.commands.boxes import data as boxes
+from iekd_hf.commands.boxes.shapes import make_shapes
+from iekd_hf.commands.masks import data as masks
+from iekd_hf.commands.masks.shapes import make_masked_shapes
+from iekd_hf.commands.report.latency import median_milliseconds
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -151,6 +158,9 @@ def make_mutual(tmp_path):
     return make
 
 
+DRAWN_BOXES, DRAWN_MASKS = functools.cache(make_shapes), functools.cache(make_masked_shapes)
+
+
 @pytest.fixture
 def run_example(monkeypatch, capsys):
     """Call an example's `main` with a command line, and return what it prints; what it says beside is its `said`."""
@@ -158,6 +168,10 @@ def run_example(monkeypatch, capsys):
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which a command changes when it fails
+        # Latencies are measured for a moment, not for a second a network; shapes are drawn once.
+        monkeypatch.setattr(run, "median_milliseconds", functools.partial(median_milliseconds, seconds=0.02))
+        monkeypatch.setattr(boxes, "make_shapes", DRAWN_BOXES)
+        monkeypatch.setattr(masks, "make_masked_shapes", DRAWN_MASKS)
         module.main()
         written = capsys.readouterr()
         call.said = written.err

@@ -125,12 +125,12 @@ DETECTORS = ("--teacher", "tiny-rt-detr-8", "--student", "tiny-rt-detr-4", "--im
 SEGMENTERS = ("--teacher", "tiny-upernet-8", "--student", "tiny-upernet-8", "--image_size", 32, 32)
 
 
-# What a command keeps beside its run is kept in one way; of the slower ones every few crash points are tried.
+# What commands keep beside their run is kept in one way; every few of the crash points are tried.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command, arguments, weights_file, every",
     [
-        (distill, (*DISTIL, "--student", "cifar-resnet-8", "--max_train_samples", 24), "model.safetensors", 1),
+        (distill, (*DISTIL, "--student", "cifar-resnet-8", "--max_train_samples", 24), "model.safetensors", 2),
         (
             mutual_command,
             (*PEERS, "--max_train_samples", 24),

@@ -84,6 +84,7 @@ def test_the_shapes_from_nothing_to_the_table(run, tmp_path):
 @pytest.mark.slow
 def test_resume_reuses_what_is_finished(run, tmp_path):
     common = ["--output_dir", tmp_path, *QUICK, *FEW, "--num_train_epochs", "2", "--save_total_limit", "5"]
+    common += ["--image_size", "32", "32"]
     run(*common)
     finished = AutoModelForObjectDetection.from_pretrained(tmp_path).state_dict()
     teacher = (tmp_path / "_teacher" / "model.safetensors").stat().st_mtime_ns
