@@ -15,7 +15,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 import flowers
-from flowers import loss_of_labelled, markdown, no_loss
+from flowers import markdown
 
 
 def cell(labelled, recipe, seed, accuracy):
@@ -36,16 +36,6 @@ def test_the_table_by_hand():
         "| `plain` | 55.00 \u00b1 63.53 |  | 80.00 |  |",
         "| `a > b` | 75.00 \u00b1 63.53 | +20.00 \u00b1 0.00 | - | - |",
     ]
-
-
-def test_losses_over_the_labels_that_there_are():
-    outputs = {"logits": torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)}
-    found = loss_of_labelled(outputs, torch.tensor([0, -100]))
-    assert found.item() == pytest.approx(np.log1p(np.exp(-2.0)), abs=1e-6)
-    assert loss_of_labelled(outputs, torch.tensor([-100, -100])) == 0
-    nothing = no_loss(outputs, torch.tensor([0, 1]))
-    nothing.backward()
-    assert nothing == 0 and (outputs["logits"].grad == 0).all()
 
 
 class SmallNetwork(nn.Module):

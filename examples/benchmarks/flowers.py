@@ -22,7 +22,6 @@ from urllib.parse import quote
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from comparison_cells import made, write
 from comparison_methods import parse_method
@@ -110,17 +109,6 @@ def with_probe(teacher: nn.Module, images: DecodedImages, size: int) -> nn.Modul
     return teacher
 
 
-def no_loss(outputs: dict, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Leave L_goal out."""
-    return outputs["logits"].sum() * 0.0
-
-
-def loss_of_labelled(outputs: dict, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Return the cross entropy over the images of a batch that have a label, 0 where none has."""
-    total = F.cross_entropy(outputs["logits"].float(), labels, reduction="sum")
-    return total / (labels >= 0).sum().clamp(min=1)
-
-
 class Flowers:
     """Hold the photographs and the teacher, and run recipes on them."""
 
@@ -147,14 +135,11 @@ class Flowers:
         self.metric, self.teachers = TopKAccuracy(keep_in_memory=True), {}
 
     def images(self, count: int, which: str, labels: str) -> DecodedImages:
-        """Return the photographs that have a label, or all, in which the label -100 stands for none."""
-        if which == "labelled":
-            return DecodedImages.decode(self.labelled[count])
-        if labels == "none":
-            return DecodedImages.decode(self.pool)
-        known = set(self.labelled[count]["row"])
-        values = [label if row in known else -100 for row, label in enumerate(self.pool["label"])]
-        return DecodedImages.decode(self.pool.remove_columns("label").add_column("label", values))
+        """Return the photographs that have a label, or all; the label -100 stands for none."""
+        rows = self.labelled[count] if which == "labelled" else self.pool
+        known = set() if labels == "none" else set(self.labelled[count]["row"])
+        values = [label if row in known else -100 for label, row in zip(rows["label"], rows["row"], strict=True)]
+        return DecodedImages.decode(rows.remove_columns("label").add_column("label", values))
 
     def teacher(self, count: int, with_logits: bool) -> nn.Module:
         """Return the teacher as it is, or with a head for these classes that the labelled photographs have made."""
@@ -256,7 +241,6 @@ class Flowers:
             self.teacher(count, args.lambda_kd > 0),
             args,
             paraphraser=self.paraphraser(count, which, images) if needs_paraphraser else None,
-            compute_loss_func={"none": no_loss, "all": None if which == "labelled" else loss_of_labelled}[labels],
             **self.common(images),
         )
         metrics = trainer.train().metrics
