@@ -90,7 +90,7 @@ def test_each_network_is_trained_on_what_the_table_says(run_example, tmp_path, u
         if unlabelled
         else "the same 20, and the teacher",
     }
-    assert re.search(r"^The teacher (adds|takes) .* on 32 images", printed, flags=re.MULTILINE)
+    assert re.search(r"^The teacher (adds|takes) .* on 32 validation images", printed, flags=re.MULTILINE)
     steps = {True: 12, False: 4}[unlabelled]  # of 16 images each, in two epochs
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == steps
     plain = [logs for logs in read_manifest(tmp_path / "_plain_student")["log_history"] if "eval_accuracy" in logs]

@@ -221,7 +221,7 @@ def test_data_is_brought_into_one_form(tmp_path):
     assert splits["train"].features["label"].names == ["cat", "dog"]
 
 
-def test_bad_data(tmp_path):
+def test_bad_data(run, tmp_path):
     rows = image_rows(8)
     rows.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(
