@@ -476,6 +476,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "halves": halves,
     "blood-cells": lambda: detection("bccd"),
     "shapes": lambda: detection("shapes"),
+    "masked-shapes": lambda: average_accuracy.markdown(results("masked_shapes")),
     "speed-steps": speed_steps,
     "speed-ratios": speed_ratios,
     "speed-data": speed_data,
