@@ -104,6 +104,50 @@ def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
     return trainer, {"student_side": trainer.student_side.state_dict(), "task_losses": logs}
 
 
+SHARDED = {
+    "resnet": {"teacher_model": make_resnet(16, seed=2)},
+    "vit": {"teacher_model": make_vit(24, seed=2), "method": "ie-ft+kd"},  # the whole of it runs
+    "bfloat16": {"teacher_model": make_vit(24, seed=2).bfloat16()},
+    "cached": {
+        "teacher_model": make_resnet(16, seed=2),
+        "cache_teacher": True,
+        "cache_views": 1,
+        "train_dataset": make_decoded(16),
+        "augmentation": make_augmentation(),
+    },
+}
+
+
+def distil_sharded(output_dir: str) -> tuple[IEKDTrainer, dict]:
+    """Distil each case by a teacher that every rank has, and by one that is shared out."""
+    held, block = {}, cache._BLOCK
+    cache._BLOCK = 6  # three blocks: one rank has two, the other one
+    for case, changes in SHARDED.items():
+        held[case] = {}
+        for name in ("whole", "sharded"):
+            settings = {**common(output_dir), "save_strategy": "no", "eval_strategy": "no", "paraphraser_epochs": 1}
+            given = {"train_dataset": make_images(16), **changes}
+            of_args = {n: given.pop(n) for n in [*given] if n in ("method", "cache_teacher", "cache_views")}
+            sharding = {"teacher_sharding": "fsdp"} if name == "sharded" else {"fast_teacher": False}
+            weights = given["teacher_model"].state_dict()
+            before = {key: value.clone() for key, value in weights.items()}
+            args = IEKDTrainingArguments(**settings, **of_args, **sharding)
+            trainer = IEKDTrainer(model=make_resnet(seed=1), args=args, **given)
+            output = trainer.train()
+            assert all(torch.equal(before[key], value) for key, value in given["teacher_model"].state_dict().items())
+            metrics = {k: v for k, v in output.metrics.items() if k.endswith(("loss", "share"))}
+            parameters = [*trainer.teacher.teacher.parameters()]
+            here = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+            held[case][name] = {
+                "student_side": trainer.student_side.state_dict(),
+                "metrics": metrics,
+                "share": sum(p.numel() for p in here) / sum(p.numel() for p in parameters),
+                "kept": sum(not hasattr(p, "to_local") for p in parameters),
+            }
+    cache._BLOCK = block
+    return trainer, held
+
+
 def teach_each_other(output_dir: str, mutual_loss: str) -> tuple[MutualTrainer, dict]:
     models = [make_resnet(8), make_vit(seed=2)]
     if os.environ["RANK"] == "0":
@@ -129,7 +173,7 @@ def main(output_dir: str, job: str) -> None:
     if mutual_loss:
         trainer, state = teach_each_other(output_dir, mutual_loss)
     else:
-        special = {"cached": distil_cached, "unlabelled": distil_unlabelled}
+        special = {"cached": distil_cached, "unlabelled": distil_unlabelled, "sharded": distil_sharded}
         trainer, state = special[job](output_dir) if job in special else distil(output_dir, job)
     trainer.save_model(f"{output_dir}/saved")
     state["world_size"] = trainer.accelerator.num_processes
