@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from conftest import make_dinov2, make_images, make_resnet, make_vit
+from test_streams import StopAt, make_tars, note_pixels, read_tars
 from test_whole_batches import make_augmentation, make_decoded
 
 from iekd_hf import (
@@ -107,7 +109,7 @@ def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
 SHARDED = {
     "resnet": {"teacher_model": make_resnet(16, seed=2)},
     "vit": {"teacher_model": make_vit(24, seed=2), "method": "ie-ft+kd"},  # the whole of it runs
-    "bfloat16": {"teacher_model": make_vit(24, seed=2).bfloat16()},
+    "bfloat16": {"teacher_model": make_vit(24, seed=2), "teacher_dtype": "bfloat16"},
     "cached": {
         "teacher_model": make_resnet(16, seed=2),
         "cache_teacher": True,
@@ -127,8 +129,10 @@ def distil_sharded(output_dir: str) -> tuple[IEKDTrainer, dict]:
         for name in ("whole", "sharded"):
             settings = {**common(output_dir), "save_strategy": "no", "eval_strategy": "no", "paraphraser_epochs": 1}
             given = {"train_dataset": make_images(16), **changes}
-            of_args = {n: given.pop(n) for n in [*given] if n in ("method", "cache_teacher", "cache_views")}
-            sharding = {"teacher_sharding": "fsdp"} if name == "sharded" else {"fast_teacher": False}
+            of_args = {n: given.pop(n) for n in [*given] if hasattr(IEKDTrainingArguments, n)}
+            # Nothing is folded in what is shared out; a ViT has nothing to fold.
+            whole = {"fast_teacher": "teacher_dtype" in of_args}
+            sharding = {"teacher_sharding": "fsdp"} if name == "sharded" else whole
             weights = given["teacher_model"].state_dict()
             before = {key: value.clone() for key, value in weights.items()}
             args = IEKDTrainingArguments(**settings, **of_args, **sharding)
@@ -145,6 +149,29 @@ def distil_sharded(output_dir: str) -> tuple[IEKDTrainer, dict]:
                 "kept": sum(not hasattr(p, "to_local") for p in parameters),
             }
     cache._BLOCK = block
+    return trainer, held
+
+
+def distil_streams(output_dir: str) -> tuple[IEKDTrainer, dict]:
+    """Distil almost two passes over a stream, unbroken and broken off, by each way to split it by rank."""
+    accelerator, held = PartialState(cpu=True), {}
+    with accelerator.main_process_first():
+        files = f"{output_dir}/tars/*.tar" if not accelerator.is_main_process else make_tars(Path(output_dir, "tars"))
+    for split, config in (("dispatched", {}), ("by file", {"dispatch_batches": False})):
+        held[split] = {}
+        for name, stop in (("unbroken", None), ("broken", 4), ("resumed", None)):
+            out = f"{output_dir}/{split}/{'unbroken' if name == 'unbroken' else 'broken'}"
+            settings = {**common(out), "max_steps": 5, "eval_strategy": "no", "save_steps": 1000}
+            trainer = IEKDTrainer(
+                model=make_resnet(seed=1),
+                teacher_model=make_resnet(16, seed=2),
+                args=IEKDTrainingArguments(paraphraser_max_steps=2, accelerator_config=config, **settings),
+                train_dataset=read_tars(files, Path(output_dir, "cache")),
+                callbacks=[StopAt(stop)],
+            )
+            seen = note_pixels(trainer)
+            trainer.train(resume_from_checkpoint=name == "resumed")
+            held[split][name] = {"seen": torch.cat(seen), "student_side": trainer.student_side.state_dict()}
     return trainer, held
 
 
@@ -174,6 +201,7 @@ def main(output_dir: str, job: str) -> None:
         trainer, state = teach_each_other(output_dir, mutual_loss)
     else:
         special = {"cached": distil_cached, "unlabelled": distil_unlabelled, "sharded": distil_sharded}
+        special |= {"streams": distil_streams}
         trainer, state = special[job](output_dir) if job in special else distil(output_dir, job)
     trainer.save_model(f"{output_dir}/saved")
     state["world_size"] = trainer.accelerator.num_processes

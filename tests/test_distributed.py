@@ -29,7 +29,7 @@ def torchrun(*arguments: str, timeout: int = 300) -> str:
     return done.stdout
 
 
-JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled", "sharded"]
+JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled", "sharded", "streams"]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,19 @@ def test_a_teacher_shared_out_teaches_the_same(ranks, case):
         assert same(whole["student_side"], sharded["student_side"]) and whole["metrics"] == sharded["metrics"]
         assert whole["share"] == 1 and 0.45 < sharded["share"] < 0.6
         assert sharded["kept"] == 0  # gathered, and let go of, by every pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["dispatched", "by file"])
+def test_two_ranks_share_a_stream_and_go_on_in_it(ranks, split):
+    first, second = (held[split] for held in held_by(ranks / "streams"))
+    for rank in (first, second):
+        assert torch.equal(rank["unbroken"]["seen"], torch.cat([rank["broken"]["seen"], rank["resumed"]["seen"]]))
+        assert same(rank["unbroken"]["student_side"], rank["resumed"]["student_side"])
+    assert same(first["unbroken"]["student_side"], second["unbroken"]["student_side"])
+    # 24 images: three batches of four on each rank are a pass, of which no image is on both.
+    images = [{image.numpy().tobytes() for image in rank["unbroken"]["seen"][:12]} for rank in (first, second)]
+    assert len(images[0]) == len(images[1]) == 12 and len(images[0] | images[1]) == 24
 
 
 @pytest.mark.slow
