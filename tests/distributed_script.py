@@ -106,9 +106,20 @@ def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
     return trainer, {"student_side": trainer.student_side.state_dict(), "task_losses": logs}
 
 
+def with_a_number(model: torch.nn.Module) -> torch.nn.Module:
+    model.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+    return model
+
+
 SHARDED = {
     "resnet": {"teacher_model": make_resnet(16, seed=2)},
     "vit": {"teacher_model": make_vit(24, seed=2), "method": "ie-ft+kd"},  # the whole of it runs
+    # The pass is left inside of a block; a number is on every rank, as in CLIP.
+    "inside": {
+        "teacher_model": with_a_number(make_resnet(16, seed=2)),
+        "teacher_layers": ["resnet.encoder.stages.0.layers.0.layer"],
+        "student_layers": ["resnet.encoder.stages.0"],
+    },
     "bfloat16": {"teacher_model": make_vit(24, seed=2), "teacher_dtype": "bfloat16"},
     "cached": {
         "teacher_model": make_resnet(16, seed=2),
@@ -146,7 +157,7 @@ def distil_sharded(output_dir: str) -> tuple[IEKDTrainer, dict]:
                 "student_side": trainer.student_side.state_dict(),
                 "metrics": metrics,
                 "share": sum(p.numel() for p in here) / sum(p.numel() for p in parameters),
-                "kept": sum(not hasattr(p, "to_local") for p in parameters),
+                "kept": sum(not hasattr(p, "to_local") for p in parameters if p.ndim),
             }
     cache._BLOCK = block
     return trainer, held

@@ -89,7 +89,7 @@ def test_two_ranks_share_the_making_of_the_teachers_cache(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["resnet", "vit", "bfloat16", "cached"])
+@pytest.mark.parametrize("case", ["resnet", "vit", "inside", "bfloat16", "cached"])
 def test_a_teacher_shared_out_teaches_the_same(ranks, case):
     for held in held_by(ranks / "sharded"):
         whole, sharded = held[case]["whole"], held[case]["sharded"]

@@ -110,10 +110,13 @@ class TeacherCache:
 
     def _build(self, spec: dict) -> None:
         args, accelerator, blocks = self.args, self.accelerator, self._blocks
-        # On every rank, as ranks that share a teacher can only run it together.
-        first = self._run(self.images.__getitems__([0]), view=0)
-        if accelerator.is_main_process:
-            self._allocate([tensor.shape[1:] for tensor in first])
+        if broadcast_object_list([accelerator.is_main_process and not self._has_files()])[0]:
+            # On every rank, as ranks that share a teacher can only run it together.
+            first = self._run(self.images.__getitems__([0]), view=0)
+            if accelerator.is_main_process:
+                self._allocate([tensor.shape[1:] for tensor in first])
+        else:
+            logger.info("Continuing an unfinished cache of the teacher.")
         accelerator.wait_for_everyone()
         self._check_shared(_DONE)
         arrays = self._open("r+")
@@ -218,10 +221,7 @@ class TeacherCache:
         return True
 
     def _allocate(self, shapes_of_one: list[torch.Size]) -> None:
-        """Make the files, if an interrupted run has not, on a disk that can hold them."""
-        if self._has_files():
-            logger.info("Continuing an unfinished cache of the teacher.")
-            return
+        """Make the files on a disk that can hold them."""
         shutil.rmtree(self.folder, ignore_errors=True)
         shapes = [(self.args.cache_views, len(self.images), *shape) for shape in shapes_of_one]
         size = sum(2 * int(np.prod(shape)) for shape in shapes)
