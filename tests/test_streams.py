@@ -12,6 +12,8 @@ import torch
 from conftest import make_images, same
 from transformers import TrainerCallback
 
+from iekd_hf.training.paraphraser_trainer import ParaphraserTrainer
+
 
 IMAGES, BATCH = 24, 4
 
@@ -121,3 +123,23 @@ def test_stage_1_of_a_stream_reports_on_the_evaluation_set(make_streamed, tars, 
         assert metrics["paraphraser_reconstruction_loss"] > 0 and metrics["paraphraser_mean_map_loss"] > 0
     trainer, _ = make_streamed(tmp_path / "none", max_steps=2)
     assert "paraphraser_reconstruction_loss" not in trainer.train().metrics
+
+
+def test_stage_1_goes_on_in_the_second_pass(make_streamed, tmp_path, monkeypatch):
+    settings = {"paraphraser_max_steps": 10, "max_steps": 1, "save_steps": 8}
+    unbroken, _ = make_streamed(tmp_path / "unbroken", **settings)
+    unbroken.train()
+    compute_loss = ParaphraserTrainer.compute_loss
+
+    def until_step_9(self, *args, **kwargs):
+        if self.state.global_step == 9:
+            raise InterruptedError
+        return compute_loss(self, *args, **kwargs)
+
+    broken, _ = make_streamed(tmp_path / "broken", **settings)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(ParaphraserTrainer, "compute_loss", until_step_9)
+        broken.train()
+    resumed, _ = make_streamed(tmp_path / "broken", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(resumed.teacher.paraphrasers.state_dict(), unbroken.teacher.paraphrasers.state_dict())
