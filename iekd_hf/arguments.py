@@ -21,6 +21,7 @@ from .method.objective import LAMBDA_SCHEDULES, lambda_scale
 # How both papers train the paraphraser.
 PARAPHRASER_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
+TEACHER_SHARDINGS = ("fsdp",)
 MUTUAL_LOSSES = ("ie", "kl", "ie+kl")
 
 # Weights chosen on held-out images of CIFAR-10, a ResNet-56 teaching a ResNet-20 (docs/results/weights.md).
@@ -306,6 +307,10 @@ class IEKDTrainingArguments(IETrainingArguments):
             Type to cast that copy to: `"float32"`, `"bfloat16"` or `"float16"`. By default the teacher's own.
         compile_teacher (`bool`, *optional*, defaults to `False`):
             Whether to compile that copy.
+        teacher_sharding (`str`, *optional*):
+            `"fsdp"` shares the weights of a copy of the teacher out over all processes (FSDP2), which gather each
+            block's while it runs; what trains stays under DDP. For a teacher that does not fit on one device: load it
+            on the CPU. That copy has no folded BatchNorm. By default each process has the whole teacher.
         cache_teacher (`bool`, *optional*, defaults to `False`):
             Whether to run the teacher once over some views of each image, before stage 2, and to keep its factors (and
             logits, if `lambda_kd` is on) on disk, in float16. Training then sees these views only, a new one each
@@ -370,6 +375,13 @@ class IEKDTrainingArguments(IETrainingArguments):
         default=None, metadata={"help": "Type of that copy. Default: the teacher's own.", "choices": TEACHER_DTYPES}
     )
     compile_teacher: bool = field(default=False, metadata={"help": "Compile that copy."})
+    teacher_sharding: str | None = field(
+        default=None,
+        metadata={
+            "help": "Share the teacher's weights out over all processes (FSDP2). Default: each has all of them.",
+            "choices": TEACHER_SHARDINGS,
+        },
+    )
     cache_teacher: bool = field(
         default=False, metadata={"help": "Run the teacher once over some views of each image, and keep its factors."}
     )
@@ -406,6 +418,13 @@ class IEKDTrainingArguments(IETrainingArguments):
                 "Expected fast_teacher=True with teacher_dtype or compile_teacher, got False: they change the copy of "
                 "the teacher that it makes. Load the teacher in another dtype yourself, or leave fast_teacher on."
             )
+        if self.teacher_sharding is not None:
+            self.check_choice("teacher_sharding", TEACHER_SHARDINGS)
+            if self.compile_teacher:
+                raise ValueError(
+                    "Expected compile_teacher=False with teacher_sharding, got True: the blocks of a sharded teacher "
+                    "gather their weights outside of what could be compiled. Leave one of them out."
+                )
         _check_layer_pairs(self.teacher_layers, self.student_layers)
 
 

@@ -148,7 +148,7 @@ class IEKDTrainer(DistillationTrainer):
 
         teacher_tap = FeatureTap(teacher_model, teacher_layers, self.knowledge.before_activation)
         teacher_pixels = TeacherPixels.between(self.processing_class, teacher_processor)
-        self.teacher = FrozenTeacher(teacher_model, teacher_tap, teacher_pixels).to(args.device)
+        self.teacher = FrozenTeacher(teacher_model, teacher_tap, teacher_pixels).placed(args)
         self.teacher_summary = Network.of("teacher", teacher_model)  # of the given one, not of its fast copy
         self.student_side: StudentWithEncoders | None = None
         self.cache: TeacherCache | None = None
@@ -167,7 +167,7 @@ class IEKDTrainer(DistillationTrainer):
             if args.lambda_kd > 0:
                 check_logits(self.model, teacher_model, logits)
                 self._teacher_logits = logits
-            if args.fast_teacher:
+            if args.fast_teacher and not self.teacher.sharded:
                 dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
                 self.teacher.use_fast_copy(self._sample, dtype, args.compile_teacher, with_logits=args.lambda_kd > 0)
             if self.has_given_paraphrasers:

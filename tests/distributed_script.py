@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from conftest import make_dinov2, make_images, make_resnet, make_vit
+from test_streams import StopAt, make_tars, note_pixels, read_tars
 from test_whole_batches import make_augmentation, make_decoded
 
 from iekd_hf import (
@@ -104,6 +106,86 @@ def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
     return trainer, {"student_side": trainer.student_side.state_dict(), "task_losses": logs}
 
 
+def with_a_number(model: torch.nn.Module) -> torch.nn.Module:
+    model.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+    return model
+
+
+SHARDED = {
+    "resnet": {"teacher_model": make_resnet(16, seed=2)},
+    "vit": {"teacher_model": make_vit(24, seed=2), "method": "ie-ft+kd"},  # the whole of it runs
+    # The pass is left inside of a block; a number is on every rank, as in CLIP.
+    "inside": {
+        "teacher_model": with_a_number(make_resnet(16, seed=2)),
+        "teacher_layers": ["resnet.encoder.stages.0.layers.0.layer"],
+        "student_layers": ["resnet.encoder.stages.0"],
+    },
+    "bfloat16": {"teacher_model": make_vit(24, seed=2), "teacher_dtype": "bfloat16"},
+    "cached": {
+        "teacher_model": make_resnet(16, seed=2),
+        "cache_teacher": True,
+        "cache_views": 1,
+        "train_dataset": make_decoded(16),
+        "augmentation": make_augmentation(),
+    },
+}
+
+
+def distil_sharded(output_dir: str) -> tuple[IEKDTrainer, dict]:
+    """Distil each case by a teacher that every rank has, and by one that is shared out."""
+    held, block = {}, cache._BLOCK
+    cache._BLOCK = 6  # three blocks: one rank has two, the other one
+    for case, changes in SHARDED.items():
+        held[case] = {}
+        for name in ("whole", "sharded"):
+            settings = {**common(output_dir), "save_strategy": "no", "eval_strategy": "no", "paraphraser_epochs": 1}
+            given = {"train_dataset": make_images(16), **changes}
+            of_args = {n: given.pop(n) for n in [*given] if hasattr(IEKDTrainingArguments, n)}
+            # Nothing is folded in what is shared out; a ViT has nothing to fold.
+            whole = {"fast_teacher": "teacher_dtype" in of_args}
+            sharding = {"teacher_sharding": "fsdp"} if name == "sharded" else whole
+            weights = given["teacher_model"].state_dict()
+            before = {key: value.clone() for key, value in weights.items()}
+            args = IEKDTrainingArguments(**settings, **of_args, **sharding)
+            trainer = IEKDTrainer(model=make_resnet(seed=1), args=args, **given)
+            output = trainer.train()
+            assert all(torch.equal(before[key], value) for key, value in given["teacher_model"].state_dict().items())
+            metrics = {k: v for k, v in output.metrics.items() if k.endswith(("loss", "share"))}
+            parameters = [*trainer.teacher.teacher.parameters()]
+            here = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+            held[case][name] = {
+                "student_side": trainer.student_side.state_dict(),
+                "metrics": metrics,
+                "share": sum(p.numel() for p in here) / sum(p.numel() for p in parameters),
+                "kept": sum(not hasattr(p, "to_local") for p in parameters if p.ndim),
+            }
+    cache._BLOCK = block
+    return trainer, held
+
+
+def distil_streams(output_dir: str) -> tuple[IEKDTrainer, dict]:
+    """Distil almost two passes over a stream, unbroken and broken off, by each way to split it by rank."""
+    accelerator, held = PartialState(cpu=True), {}
+    with accelerator.main_process_first():
+        files = f"{output_dir}/tars/*.tar" if not accelerator.is_main_process else make_tars(Path(output_dir, "tars"))
+    for split, config in (("dispatched", {}), ("by file", {"dispatch_batches": False})):
+        held[split] = {}
+        for name, stop in (("unbroken", None), ("broken", 4), ("resumed", None)):
+            out = f"{output_dir}/{split}/{'unbroken' if name == 'unbroken' else 'broken'}"
+            settings = {**common(out), "max_steps": 5, "eval_strategy": "no", "save_steps": 1000}
+            trainer = IEKDTrainer(
+                model=make_resnet(seed=1),
+                teacher_model=make_resnet(16, seed=2),
+                args=IEKDTrainingArguments(paraphraser_max_steps=2, accelerator_config=config, **settings),
+                train_dataset=read_tars(files, Path(output_dir, "cache")),
+                callbacks=[StopAt(stop)],
+            )
+            seen = note_pixels(trainer)
+            trainer.train(resume_from_checkpoint=name == "resumed")
+            held[split][name] = {"seen": torch.cat(seen), "student_side": trainer.student_side.state_dict()}
+    return trainer, held
+
+
 def teach_each_other(output_dir: str, mutual_loss: str) -> tuple[MutualTrainer, dict]:
     models = [make_resnet(8), make_vit(seed=2)]
     if os.environ["RANK"] == "0":
@@ -129,7 +211,8 @@ def main(output_dir: str, job: str) -> None:
     if mutual_loss:
         trainer, state = teach_each_other(output_dir, mutual_loss)
     else:
-        special = {"cached": distil_cached, "unlabelled": distil_unlabelled}
+        special = {"cached": distil_cached, "unlabelled": distil_unlabelled, "sharded": distil_sharded}
+        special |= {"streams": distil_streams}
         trainer, state = special[job](output_dir) if job in special else distil(output_dir, job)
     trainer.save_model(f"{output_dir}/saved")
     state["world_size"] = trainer.accelerator.num_processes

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_images, make_resnet, same
+from conftest import make_images, make_resnet, make_vit, same
 from distributed_script import distil_unlabelled
+from torch import nn
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments
+from iekd_hf.teacher.sharding import _blocks
 from iekd_hf.training.base_trainer import DistillationTrainer
 
 
@@ -27,7 +29,7 @@ def torchrun(*arguments: str, timeout: int = 300) -> str:
     return done.stdout
 
 
-JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled"]
+JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled", "sharded", "streams"]
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +82,33 @@ def test_two_ranks_hold_the_same_peers(ranks, mutual_loss):
 @pytest.mark.slow
 def test_two_ranks_share_the_making_of_the_teachers_cache(ranks):
     first, second = held_by(ranks / "cached")
-    # Four blocks (5, 5, 5 and 1 images) of two views, by turns, and rank 0's look at the shapes.
-    assert (first["seen"], second["seen"]) == (1 + 2 * (5 + 5), 2 * (5 + 1))
+    # Four blocks (5, 5, 5 and 1 images) of two views, by turns, and a look at the shapes.
+    assert (first["seen"], second["seen"]) == (1 + 2 * (5 + 5), 1 + 2 * (5 + 1))
     assert same(first["student_side"], second["student_side"])
     assert first["courses"][1] == pytest.approx(first["courses"][0], rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["resnet", "vit", "inside", "bfloat16", "cached"])
+def test_a_teacher_shared_out_teaches_the_same(ranks, case):
+    for held in held_by(ranks / "sharded"):
+        whole, sharded = held[case]["whole"], held[case]["sharded"]
+        assert same(whole["student_side"], sharded["student_side"]) and whole["metrics"] == sharded["metrics"]
+        assert whole["share"] == 1 and 0.45 < sharded["share"] < 0.6
+        assert sharded["kept"] == 0  # gathered, and let go of, by every pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["dispatched", "by file"])
+def test_two_ranks_share_a_stream_and_go_on_in_it(ranks, split):
+    first, second = (held[split] for held in held_by(ranks / "streams"))
+    for rank in (first, second):
+        assert torch.equal(rank["unbroken"]["seen"], torch.cat([rank["broken"]["seen"], rank["resumed"]["seen"]]))
+        assert same(rank["unbroken"]["student_side"], rank["resumed"]["student_side"])
+    assert same(first["unbroken"]["student_side"], second["unbroken"]["student_side"])
+    # 24 images: three batches of four on each rank are a pass, of which no image is on both.
+    images = [{image.numpy().tobytes() for image in rank["unbroken"]["seen"][:12]} for rank in (first, second)]
+    assert len(images[0]) == len(images[1]) == 12 and len(images[0] | images[1]) == 24
 
 
 @pytest.mark.slow
@@ -109,6 +134,27 @@ def test_the_script_on_two_ranks(tmp_path):
     assert not any(info.values())
 
 
+def test_a_teacher_is_shared_out_over_several_processes_only(make_trainer):
+    with pytest.raises(ValueError, match=r"several processes.*leave teacher_sharding out"):
+        make_trainer(teacher_sharding="fsdp")
+    with pytest.raises(ValueError, match="compile_teacher=False with teacher_sharding"):
+        make_trainer(teacher_sharding="fsdp", compile_teacher=True)
+    with pytest.raises(ValueError, match="teacher_sharding to be one of fsdp; got 'zero'"):
+        make_trainer(teacher_sharding="zero")
+
+
+def test_blocks_that_are_shared_out():
+    vit = make_vit()
+    assert _blocks(vit) == [*reversed(vit.vit.layers)]
+    resnet = make_resnet(16)
+    blocks = _blocks(resnet)
+    stage = resnet.resnet.encoder.stages[1]
+    assert blocks.index(stage.layers[0]) < blocks.index(stage)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[2].weight = tied[0].weight
+    assert _blocks(tied) == [tied[1]]  # a weight that two blocks share is in no block
+
+
 @pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
 @pytest.mark.parametrize("trainer", ["IEKDTrainer", "MutualTrainer"])
 def test_engines_that_shard_are_refused(make_trainer, make_mutual, monkeypatch, engine, trainer):
@@ -119,6 +165,34 @@ def test_engines_that_shard_are_refused(make_trainer, make_mutual, monkeypatch, 
     )
     with pytest.raises(ValueError, match=f"got {engine}: {trainer}.*accelerate launch --multi_gpu"):
         make_trainer() if trainer == "IEKDTrainer" else make_mutual()
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
+def test_an_engine_that_accelerate_leaves_out_in_silence_is_refused(make_trainer, monkeypatch, engine):
+    """On CPU, or in one process, Accelerate does not say that it goes on without."""
+    original = DistillationTrainer.create_accelerator_and_postprocess
+
+    def create(self):  # after the arguments, which refuse DeepSpeed where it is not installed
+        original(self)
+        monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+
+    monkeypatch.setattr(DistillationTrainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(ValueError, match=rf"got {engine} \(ACCELERATE_USE_{engine.upper()}\)"):
+        make_trainer()
+
+
+@pytest.mark.slow
+def test_fsdp_on_two_cpu_ranks_is_refused(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from conftest import make_images, make_resnet\n"
+        "from iekd_hf import IEKDTrainer, IEKDTrainingArguments\n"
+        f"args = IEKDTrainingArguments({str(tmp_path)!r}, report_to='none', use_cpu=True, fsdp=True)\n"
+        "try:\n"
+        "    IEKDTrainer(make_resnet(), make_resnet(16), args=args, train_dataset=make_images())\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    assert torchrun(str(tmp_path / "script.py")).count("Expected DDP or one process, got FSDP (") == 2
 
 
 def _pretend(original, engine):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets.fingerprint import Hasher
 from huggingface_hub.utils import WeakFileLock
 from torch import nn
@@ -110,8 +110,13 @@ class TeacherCache:
 
     def _build(self, spec: dict) -> None:
         args, accelerator, blocks = self.args, self.accelerator, self._blocks
-        if accelerator.is_main_process:
-            self._allocate()
+        if broadcast_object_list([accelerator.is_main_process and not self._has_files()])[0]:
+            # On every rank, as ranks that share a teacher can only run it together.
+            first = self._run(self.images.__getitems__([0]), view=0)
+            if accelerator.is_main_process:
+                self._allocate([tensor.shape[1:] for tensor in first])
+        else:
+            logger.info("Continuing an unfinished cache of the teacher.")
         accelerator.wait_for_everyone()
         self._check_shared(_DONE)
         arrays = self._open("r+")
@@ -135,6 +140,7 @@ class TeacherCache:
             for i in open_blocks
             for start in range(blocks[i][1], blocks[i][1] + lengths[i], args.eval_batch_size)
         ]
+        most = max(gather_object([len(batches)]))
         loader = DataLoader(
             self.images,
             batch_sampler=[list(ids) for _, ids in batches],
@@ -151,6 +157,8 @@ class TeacherCache:
                     array.flush()
                 done[i] = _checksum(arrays, view, start)  # noted only when it is on disk
                 done.flush()
+        for _ in range(most - len(batches) if self.teacher.sharded else 0):
+            self._run(self.images.__getitems__([0]), view=0)  # for the ranks that are not done yet
         bar.close()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -212,14 +220,10 @@ class TeacherCache:
             return False
         return True
 
-    def _allocate(self) -> None:
-        """Make the files, if an interrupted run has not, on a disk that can hold them."""
-        if self._has_files():
-            logger.info("Continuing an unfinished cache of the teacher.")
-            return
+    def _allocate(self, shapes_of_one: list[torch.Size]) -> None:
+        """Make the files on a disk that can hold them."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        first = self._run(self.images.__getitems__([0]), view=0)
-        shapes = [(self.args.cache_views, len(self.images), *tensor.shape[1:]) for tensor in first]
+        shapes = [(self.args.cache_views, len(self.images), *shape) for shape in shapes_of_one]
         size = sum(2 * int(np.prod(shape)) for shape in shapes)
         self.folder.mkdir(parents=True, exist_ok=True)
         check_room(self.folder, size, self.args.cache_views, len(self.images))

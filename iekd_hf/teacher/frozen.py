@@ -1,5 +1,6 @@
 """The frozen teacher: its inputs from the student's batch, its feature maps, factors and logits."""
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Iterable
@@ -7,13 +8,16 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from ..arguments import IEKDTrainingArguments
 from ..features.patches import cut_patches, patch_size_of
 from ..features.tap import FeatureTap
 from ..features.trace import image_size_of
 from ..method.padding import mask_at
 from .fast_copy import copy_fast
 from .pixels import TeacherPixels
+from .sharding import let_go, shard
 
 
 def logits_of(outputs: torch.Tensor | dict) -> torch.Tensor:
@@ -51,7 +55,7 @@ class FrozenTeacher(nn.Module):
         self.tap = tap
         self.teacher_pixels = teacher_pixels
         self.paraphrasers = nn.ModuleList()
-        self.fast = False
+        self.fast = self.sharded = False
         parameters = inspect.signature(teacher.forward).parameters.values()
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self._arguments = [p.name for p in parameters if p.kind not in variadic and "label" not in p.name]
@@ -69,6 +73,19 @@ class FrozenTeacher(nn.Module):
     def set_paraphrasers(self, paraphrasers: list[nn.Module]) -> None:
         """Set the trained paraphrasers, one for each layer."""
         self.paraphrasers = nn.ModuleList(paraphrasers).eval()
+
+    def placed(self, args: IEKDTrainingArguments) -> "FrozenTeacher":
+        """Move the teacher to its device, or share a copy of it out over all processes."""
+        if args.teacher_sharding is not None:
+            self.teacher = copy.deepcopy(self.teacher).eval()
+            if args.teacher_dtype is not None:
+                self.dtype = getattr(torch, args.teacher_dtype)
+                self.teacher.to(self.dtype)
+            # Before its class has another name.
+            self.tap = FeatureTap(self.teacher, self.tap.layers, self.tap.before_activation)
+            shard(self.teacher, args.device)
+            self.sharded = True
+        return self.to(args.device)
 
     @torch.no_grad()
     def use_fast_copy(
@@ -105,6 +122,7 @@ class FrozenTeacher(nn.Module):
                 f"Expected {type(self.teacher).__name__} to take the student's batch {shapes}, got: "
                 f"{str(error).rstrip('.')}.{self._explain_size(sample)}"
             ) from error
+        self._let_go()
         return logits_of(outputs) if with_logits else None, shapes_of_maps
 
     def _explain_size(self, sample: dict) -> str:
@@ -135,9 +153,14 @@ class FrozenTeacher(nn.Module):
     def feature_maps(self, inputs: dict, with_logits: bool = False) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Run the teacher as far as needed."""
         outputs, feature_maps = self.tap.run(self.to_teacher_inputs(inputs), stop_after_last=not with_logits)
+        self._let_go()
         if self.dtype in (torch.float16, torch.bfloat16):  # a teacher loaded so, before float32 paraphrasers
             feature_maps = [f_T.float() for f_T in feature_maps]
         return feature_maps, logits_of(outputs) if with_logits else None
+
+    def _let_go(self) -> None:
+        if self.sharded:
+            let_go(self.teacher)
 
     @torch.no_grad()
     def forward(self, inputs: dict, with_logits: bool = False) -> TeacherTargets:
@@ -152,9 +175,10 @@ class FrozenTeacher(nn.Module):
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> str:
-    """Return a digest of modules' weights and statistics."""
+    """Return a digest of modules' weights and statistics; all ranks must ask for that of a sharded one."""
     digest = hashlib.sha256()
     for module in modules:
-        for tensor in module.state_dict().values():
+        for held in module.state_dict().values():
+            tensor = held.full_tensor() if isinstance(held, DTensor) else held
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

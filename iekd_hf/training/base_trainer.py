@@ -26,7 +26,7 @@ from .component_log import ComponentLog
 from .labels import FillLabels, describe_rows, measure_labelled
 from .layer_rates import layer_rates, split_by_rate
 from .manifest import write_manifest
-from .resume import ResumePoint, begin_run, find_resume_point
+from .resume import ResumePoint, begin_run, find_resume_point, go_on_in_stream
 from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
 from .soft_labels import are_soft, mix
 from .task_loss import TaskLoss, nothing_of
@@ -124,7 +124,8 @@ class DistillationTrainer(HubTrainer):
 
     def columns_in_use(self, dataset):
         """Leave out a data set's columns that Trainer would leave out."""
-        named = hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns")
+        # A stream does not know what its transform makes; of its examples the collator leaves them out.
+        named = getattr(dataset, "column_names", None) is not None and hasattr(dataset, "remove_columns")
         return self._remove_unused_columns(dataset) if named else dataset
 
     def some_batches(self, count: int) -> Iterator[dict]:
@@ -321,7 +322,7 @@ class DistillationTrainer(HubTrainer):
         # Trainer takes a step beyond max_steps where the checkpoint that it resumes is the last one.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
+        elif (kwargs := go_on_in_stream(self.args, kwargs)) is not None:
             super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import datasets
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -179,13 +180,19 @@ def check_engine(trainer: Trainer) -> None:
             f"split every batch under {name}'s hooks: run `accelerate launch --num_processes {trainer.args.n_gpu} "
             "script.py`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
-        raise ValueError(
-            f"Expected DDP or one process, got {engine}: {name} wraps the student together with its factor "
-            f"encoders, which {engine} would shard or rebuild without the student's own class. Vision students "
-            "fit on one GPU: run `accelerate launch --multi_gpu script.py` without it."
-        )
+    for engine, is_on in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
+        # On a CPU, and in one process, Accelerate leaves out an engine that it was told to use, and does not say so.
+        variable = f"ACCELERATE_USE_{engine.upper()}"
+        is_asked_for = parse_flag_from_env(variable)
+        if is_on or is_asked_for:
+            asked = f" ({variable})" if is_asked_for else ""
+            has_teacher = hasattr(trainer.args, "teacher_sharding")
+            raise ValueError(
+                f"Expected DDP or one process, got {engine}{asked}: {name} wraps the student together with its factor "
+                f"encoders, which {engine} would shard or rebuild without the student's own class. Vision students "
+                "fit on one GPU: run `accelerate launch --multi_gpu script.py` without it"
+                + ("; a teacher that does not is shared out by teacher_sharding='fsdp'." if has_teacher else ".")
+            )
 
 
 def check_precision(model: nn.Module, inputs: dict) -> None:

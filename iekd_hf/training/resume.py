@@ -1,11 +1,14 @@
-"""Where a run goes on: which stage, from which checkpoint, with which paraphrasers."""
+"""Where a run goes on: which stage, from which checkpoint, with which paraphrasers, and where in a stream."""
 
 import json
+import math
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.trainer_utils import sort_checkpoints
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length, sort_checkpoints
 from transformers.utils import logging
 
 from .manifest import find_checkpoint_damage, read_manifest, write_whole
@@ -82,6 +85,23 @@ def begin_run(output_dir: str | Path, point: ResumePoint | None) -> str:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         write_whole(Path(output_dir, RUN_FILE), json.dumps({"run": run}))
     return run
+
+
+def go_on_in_stream(args: TrainingArguments, of_epoch: dict) -> dict | None:
+    """
+    Correct what Trainer's `_run_epoch` is given for a pass over data without a length; `None` for a pass that is over.
+
+    Trainer takes all steps for one pass, and would begin anew from a checkpoint of a later one.
+    """
+    checkpoint, epoch = of_epoch["resume_from_checkpoint"], of_epoch["epoch"]
+    if checkpoint is None or args.ignore_data_skip or has_length(of_epoch["train_dataloader"]):
+        return of_epoch
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    passes = math.ceil(state.epoch) - 1  # its fraction is the steps of the pass, over max_steps
+    if epoch != passes:
+        return of_epoch if epoch > passes else None
+    batches = round((state.epoch - passes) * state.max_steps) * args.gradient_accumulation_steps
+    return {**of_epoch, "epochs_trained": epoch, "steps_trained_in_current_epoch": batches}
 
 
 def _is_of_run(folder: str | Path, run: str | None) -> bool:

@@ -1,5 +1,6 @@
 """Stage 1: get a teacher's paraphrasers: check given ones, train them, or measure OD's margins."""
 
+import gc
 import shutil
 import time
 from collections.abc import Iterable
@@ -63,6 +64,7 @@ def make_paraphrasers(
             data_collator=trainer.data_collator,
             augmentation=trainer.augmentation,
         )
+        gc.collect()  # its optimizer and DDP's buckets, which are in cycles and as large as the paraphrasers
         known = {"teacher": trainer.teacher_summary.source, **(metrics if len(paraphrasers) == 1 else {})}
         for paraphraser, layer in zip(paraphrasers, teacher.tap.layers, strict=True):
             paraphraser.facts = {"layer": layer, **known}

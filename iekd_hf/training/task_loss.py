@@ -104,7 +104,8 @@ class TaskLoss:
         """Count how many images of a step have a label, on all ranks."""
         # So that accumulated micro-batches, each of which has the mean over its own labels, make the mean over all.
         self._labelled_share = None
-        several = len(micro_batches) > 1 or self.trainer.args.world_size > 1
+        # Of a stream that has ended there are none.
+        several = len(micro_batches) > 1 or (micro_batches and self.trainer.args.world_size > 1)
         if several and self.takes_labels and not self.are_all_labelled:
             share = torch.stack([self._share_of(batch.get("labels")).to(device) for batch in micro_batches]).mean()
             self._labelled_share = self.trainer.accelerator.reduce(share, "mean")
