@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from conftest import make_images, make_resnet, make_vit
 
-from iekd_hf import IEKDTrainingArguments, Paraphraser
 from iekd_hf.method.logits import KD_DISTANCES, dist_loss, dkd_loss, standardized_kd_loss
 from iekd_hf.method.losses import kd_loss
 
@@ -27,7 +26,7 @@ def logits():
 
 
 def test_dkd_by_hand():
-    """p_T = (1/2, 1/4, 1/4), p_S = (1/4, 1/4, 1/2), the class 0: binary (1/2, 1/2) and (1/4, 3/4), rest equal halves."""
+    """p_T = (1/2, 1/4, 1/4), p_S = (1/4, 1/4, 1/2), class 0: (1/2, 1/2) and (1/4, 3/4), rest 1 : 1 and 1 : 2."""
     student, teacher = torch.tensor([[1.0, 1.0, 2.0]]).log(), torch.tensor([[2.0, 1.0, 1.0]]).log()
     tckd = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     nckd = 0.5 * math.log(0.5 / (1 / 3)) + 0.5 * math.log(0.5 / (2 / 3))
@@ -64,7 +63,7 @@ def test_dkd_leaves_out_rows_without_a_label(logits):
     assert student.grad[1].abs().max() == student.grad[3].abs().max() == 0 < student.grad[0].abs().max()
     none = dkd_loss(student, teacher, torch.full((4,), -100))
     assert none.item() == 0 and none.requires_grad
-    with pytest.raises(ValueError, match="class of each image as labels with kd_distance='dkd', got torch.float32"):
+    with pytest.raises(ValueError, match=r"class of each image as labels with kd_distance='dkd', got torch\.float32"):
         dkd_loss(student, teacher, torch.rand(4, 5))
 
 
@@ -121,3 +120,100 @@ def test_a_single_image_has_finite_gradients_of_dist(logits):
     leaf = logits[0][:1].clone().requires_grad_()
     dist_loss(leaf, logits[1][:1]).backward()
     assert leaf.grad.isfinite().all()
+
+
+# ---- In training ----
+
+
+def of_first_batch(trainer) -> dict:
+    trainer.train()
+    return next(logs for logs in trainer.state.log_history if "kd_loss" in logs)
+
+
+@pytest.mark.parametrize("distance", KD_DISTANCES)
+def test_each_distance_trains_beside_features(make_trainer, distance):
+    """What is logged of the first step is the loss of the untrained student by hand."""
+    student, images = make_resnet(8, seed=1), make_images(4)
+    trainer = make_trainer(
+        make_resnet(8, seed=1),
+        method="at+kd",
+        kd_distance=distance,
+        temperature=2.0,
+        train_dataset=images,
+        train_sampling_strategy="sequential",
+    )
+    logs = of_first_batch(trainer)
+    pixels, labels = torch.stack([x["pixel_values"] for x in images]), torch.tensor([x["labels"] for x in images])
+    with torch.no_grad():
+        z_S, z_T = student.train()(pixels).logits, make_resnet(16, seed=2).eval()(pixels).logits
+    by_hand = {
+        "kl": lambda: kd_loss(z_S, z_T, 2.0),
+        "dkd": lambda: dkd_loss(z_S, z_T, labels, 2.0),
+        "dist": lambda: dist_loss(z_S, z_T, 2.0),
+        "standardized": lambda: standardized_kd_loss(z_S, z_T, 2.0),
+    }
+    assert logs["kd_loss"] == pytest.approx(by_hand[distance]().item(), rel=1e-4)
+    assert logs["inheritance_loss"] > 0
+
+
+def test_dkd_over_accumulated_batches_is_the_mean_over_all_labels(make_trainer):
+    """Three labels in the first micro-batch, one in the second: the same gradient as of one batch of eight."""
+
+    def train(batch_size, accumulated):
+        images = make_images(8)
+        for i in (3, 5, 6, 7):
+            images[i]["labels"] = -100
+        trainer = make_trainer(
+            make_vit(seed=1),  # without BatchNorm, which sees batches
+            method="kd",
+            kd_distance="dkd",
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulated,
+            train_dataset=images,
+            train_sampling_strategy="sequential",
+            optim="sgd",
+            max_grad_norm=0.0,
+            max_steps=1,
+        )
+        trainer.train()
+        return trainer.student.state_dict()
+
+    once, accumulated = train(8, 1), train(4, 2)
+    for name, value in once.items():
+        torch.testing.assert_close(accumulated[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_combinations_that_mean_nothing(make_trainer):
+    def refused(match, **kwargs):
+        with pytest.raises(ValueError, match=match):
+            make_trainer(**{"method": "kd", "kd_distance": "dkd", **kwargs})
+
+    refused("one of kl, dkd, dist, standardized; got 'dkt'", kd_distance="dkt")
+    several = [{**image, "labels": torch.tensor([1.0, 0.0, 1.0])} for image in make_images()]
+    for distance in ("dkd", "dist", "standardized"):
+        kind = {"num_labels": 3, "problem_type": "multi_label_classification"}
+        models = {"model": make_resnet(8, **kind), "teacher_model": make_resnet(16, **kind)}
+        refused(f"'{distance}' with several labels an image", kd_distance=distance, train_dataset=several, **models)
+        models = {"model": make_resnet(8, num_labels=2), "teacher_model": make_resnet(16, num_labels=2)}
+        refused(
+            f"'{distance}' with 2 classes", kd_distance=distance, train_dataset=make_images(num_labels=2), **models
+        )
+    none = [{"pixel_values": image["pixel_values"]} for image in make_images()]
+    refused("'dkd' with no labels", train_dataset=none)
+    refused("'dkd' with mixing", mixing=torch.nn.Identity())
+    make_trainer(method="kd", kd_distance="dist", train_dataset=none)  # which needs none
+    make_trainer(method="plain", kd_distance="dkd", mixing=torch.nn.Identity())  # which is not in use
+
+
+def test_shares_of_classes_of_a_collator_are_refused_before_the_first_step(make_trainer):
+    def collate(rows):
+        batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+        return {**batch, "labels": F.one_hot(torch.tensor([row["labels"] for row in rows]), 3).float()}
+
+    kind = {"problem_type": "single_label_classification"}
+    trainer = make_trainer(
+        make_resnet(8, seed=1, **kind), method="kd", kd_distance="dkd", data_collator=collate, eval_strategy="no"
+    )
+    with pytest.raises(ValueError, match="class of each image as labels with kd_distance='dkd'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
