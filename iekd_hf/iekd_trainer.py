@@ -374,13 +374,13 @@ class IEKDTrainer(DistillationTrainer):
         return super().create_optimizer(self.student_side)
 
     def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the student's maps of a batch and the losses on them, by one pass of the bare student's side."""
+        """Return what the student's layers give for a batch, and the losses, by one pass of the bare side."""
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
         labels = self.task_loss.take_labels(inputs)
         with self.accelerator.autocast():
-            outputs, feature_maps = self.student_side.tap.run(inputs)
-            F_inh, F_exp = self.student_side.factors(feature_maps)
-        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
+            outputs, captured = self.student_side.tap.capture(inputs)
+            F_inh, F_exp = self.student_side.factors(self.student_side.tap.lay_out(captured, inputs))
+        return captured, self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
 
     # ---- Evaluation ----
 

@@ -1,4 +1,4 @@
-"""Gradient of each loss at the student's feature maps, relative to the task's."""
+"""Gradient of each loss at the student's features, class tokens among them, relative to the task's."""
 
 import contextlib
 import random
@@ -24,10 +24,10 @@ def gradient_ratios(
     runs: Iterable[tuple[list[torch.Tensor], dict[str, torch.Tensor]]],
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda norms: norms,
 ) -> dict[str, float]:
-    """Return the gradient norm of each loss at the feature maps over that of the task's; nothing where that is 0."""
+    """Return the gradient norm of each loss at the features over that of the task's; nothing where that is 0."""
     norms, losses = 0.0, {}
-    for feature_maps, losses in runs:
-        norms = norms + torch.stack([_gradient_norm(loss, feature_maps) for loss in losses.values()])
+    for features, losses in runs:
+        norms = norms + torch.stack([_gradient_norm(loss, features) for loss in losses.values()])
     values = reduce(norms).tolist() if losses else [0.0]
     if values[0] == 0:
         return {}
@@ -64,8 +64,8 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
             np.random.set_state(of_numpy)
 
 
-def _gradient_norm(loss: torch.Tensor, feature_maps: list[torch.Tensor]) -> torch.Tensor:
-    gradients = torch.autograd.grad(loss * _SCALE, feature_maps, retain_graph=True, allow_unused=True)
+def _gradient_norm(loss: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+    gradients = torch.autograd.grad(loss * _SCALE, features, retain_graph=True, allow_unused=True)
     flat = [gradient.flatten().float() for gradient in gradients if gradient is not None]
     return torch.linalg.vector_norm(torch.cat(flat)) if flat else loss.new_zeros(())
 
