@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 
 from .method.factors import DECODERS, SPLIT_MODES
 from .method.knowledge import KNOWLEDGE
+from .method.logits import KD_DISTANCES
 from .method.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES, RECONSTRUCTION_DISTANCES, REDUCTIONS
-from .method.objective import LAMBDA_SCHEDULES, lambda_scale
+from .method.objective import AUTO, LAMBDA_SCHEDULES, lambda_scale
 
 
 # How both papers train the paraphraser.
@@ -23,6 +24,8 @@ PARAPHRASER_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fus
 TEACHER_DTYPES = ("float32", "bfloat16", "float16")
 TEACHER_SHARDINGS = ("fsdp",)
 MUTUAL_LOSSES = ("ie", "kl", "ie+kl")
+# The share of the gradient by which each weight of `IEKDTrainer` is chosen, where it is "auto".
+SHARE_OF = {"lambda_inh": "inheritance_share", "lambda_exp": "exploration_share", "lambda_kd": "kd_share"}
 
 # Weights chosen on held-out images of CIFAR-10, a ResNet-56 teaching a ResNet-20 (docs/results/weights.md).
 _LAMBDA_KD = 1.0
@@ -194,7 +197,7 @@ class IETrainingArguments(TrainingArguments):
     def check_weights(self, *names: str) -> None:
         """Refuse weights that are negative or not finite."""
         for name in names:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+            if getattr(self, name) != AUTO and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"Expected {name} to be a finite weight of at least 0, got {getattr(self, name)}; the exploration "
                     "loss has its sign already."
@@ -247,10 +250,30 @@ def _without_folder(value):
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def _of_method(text: str, choices=None):
+def _of_method(text: str, choices=None, **metadata):
     """Return a field whose default is the method's."""
-    metadata = {"help": f"{text} Default: the method's."}
+    metadata |= {"help": f"{text} Default: the method's."}
     return field(default=None, metadata=metadata if choices is None else {**metadata, "choices": list(choices)})
+
+
+def _weight(text: str):
+    """Return a field for a number or "auto", whose default is the method's."""
+    return _of_method(text, metavar="X|auto")
+
+
+def _share(default: float, term: str):
+    text = f'Share of the gradient that the {term} has with a weight "auto"; the task\'s loss has 1.'
+    return field(default=default, metadata={"help": text})
+
+
+def _as_weight(name: str, value):
+    """Return a weight as a number or "auto"; the command line gives both as text."""
+    if not isinstance(value, str) or value == AUTO:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"Expected {name} as a number or {AUTO!r}, got {value!r}: set one of them.") from None
 
 
 @dataclass
@@ -276,12 +299,27 @@ class IEKDTrainingArguments(IETrainingArguments):
         knowledge (`str`, *optional*):
             What is compared: `"factors"`, `"attention"` or `"preactivation"`. Only factors need the paraphraser of
             stage 1; for `"preactivation"` it measures the margins of OD.
-        lambda_inh (`float`, *optional*), lambda_exp (`float`, *optional*):
+        lambda_inh (`float` or `"auto"`, *optional*), lambda_exp (`float` or `"auto"`, *optional*):
             Weights of the inheritance and of the exploration loss. With factors and `loss_reduction="mean"` the losses
             are about 1.13 / sqrt(N) for N elements (0.025 for 32 x 8 x 8), so useful weights are in the hundreds. 0
             removes the half's encoder.
-        lambda_kd (`float`, *optional*):
-            Weight of the logit term of Hinton et al. Above 0 both models need the same labels.
+        lambda_kd (`float` or `"auto"`, *optional*):
+            Weight of the logit term. Above 0 both models need the same labels.
+        kd_distance (`str`, *optional*, defaults to `"kl"`):
+            The logit term: `"kl"` (Hinton et al., 2015), `"dkd"` ([`~method.logits.dkd_loss`], Zhao et al., CVPR
+            2022), `"dist"` ([`~method.logits.dist_loss`], Huang et al., NeurIPS 2022) or `"standardized"`
+            ([`~method.logits.standardized_kd_loss`], Sun et al., CVPR 2024). Images without a label have no part in
+            `"dkd"`.
+        inheritance_share (`float`, *optional*, defaults to 10.0):
+            With `lambda_inh="auto"`, the gradient of the inheritance loss at the student's features, relative to that
+            of the task's loss. The weight that gives it is measured before training, again after 100, 200, 400 and 800
+            steps, and every 500 steps from there on; what counts is the running (geometric) mean. The defaults of
+            shares are conventions: about what the weights of `"ie-ft"` and `"kd"` amount to before training on
+            CIFAR-10.
+        exploration_share (`float`, *optional*, defaults to 1.0):
+            The same for `lambda_exp="auto"`.
+        kd_share (`float`, *optional*, defaults to 2.0):
+            The same for `lambda_kd="auto"`.
         inheritance_distance (`str`, *optional*), exploration_distance (`str`, *optional*):
             Distances of [`inheritance_loss`] and [`exploration_loss`].
         inheritance_ratio (`float`, *optional*):
@@ -340,9 +378,15 @@ class IEKDTrainingArguments(IETrainingArguments):
 
     method: str = choice("ie-ft", METHODS, "What is distilled: defaults of knowledge, weights, distances and ratio.")
     knowledge: str | None = _of_method("What of a feature map is compared.", KNOWLEDGE)
-    lambda_inh: float | None = _of_method("Weight of the inheritance loss; 0 turns it off.")
-    lambda_exp: float | None = _of_method("Weight of the exploration loss; 0 turns it off.")
-    lambda_kd: float | None = _of_method("Weight of the logit term (Hinton et al.); needs equal labels.")
+    lambda_inh: float | str | None = _weight("Weight of the inheritance loss; 0 turns it off.")
+    lambda_exp: float | str | None = _weight("Weight of the exploration loss; 0 turns it off.")
+    lambda_kd: float | str | None = _weight("Weight of the logit term; needs equal labels.")
+    kd_distance: str = choice(
+        "kl", KD_DISTANCES, "Distance of the logit term: Hinton's, DKD's, DIST's, or of z-scores."
+    )
+    inheritance_share: float = _share(10.0, "inheritance loss")
+    exploration_share: float = _share(1.0, "exploration loss")
+    kd_share: float = _share(2.0, "logit term")
     inheritance_distance: str | None = _of_method("Distance of the inheritance loss.", INHERITANCE_DISTANCES)
     exploration_distance: str | None = _of_method("Distance of the exploration loss.", EXPLORATION_DISTANCES)
     inheritance_ratio: float | None = _of_method("Share of the student's channels that inherit, in [0, 1].")
@@ -393,6 +437,8 @@ class IEKDTrainingArguments(IETrainingArguments):
     )
 
     def __post_init__(self):
+        for name in SHARE_OF:
+            setattr(self, name, _as_weight(name, getattr(self, name)))
         self.check_types()
         self.check_choice("method", METHODS)
         for name, value in METHODS[self.method].items():
@@ -400,7 +446,9 @@ class IEKDTrainingArguments(IETrainingArguments):
                 setattr(self, name, value)
         super().__post_init__()
         self.check_choice("knowledge", KNOWLEDGE)
+        self.check_choice("kd_distance", KD_DISTANCES)
         self.check_weights("lambda_kd")
+        self.check_positive(*SHARE_OF.values())
         if self.knowledge == "preactivation" and self.inheritance_distance == "cosine":
             raise ValueError(
                 "Expected inheritance_distance l1, l2 or partial_l2 with knowledge='preactivation', got 'cosine': "
@@ -472,6 +520,11 @@ class MutualTrainingArguments(IETrainingArguments):
     )
 
     def __post_init__(self):
+        if automatic := [name for name in ("lambda_inh", "lambda_exp", "lambda_kl") if getattr(self, name) == AUTO]:
+            raise ValueError(
+                f"Expected {automatic[0]} as a number for peers, got {AUTO!r}: each peer would need a weight of its "
+                "own. Set a number; only IEKDTrainer finds weights by itself."
+            )
         super().__post_init__()
         self.check_choice("mutual_loss", MUTUAL_LOSSES)
         self.check_weights("lambda_kl")

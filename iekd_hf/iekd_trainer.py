@@ -8,13 +8,13 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from .arguments import IEKDTrainingArguments
+from .arguments import METHODS, SHARE_OF, IEKDTrainingArguments
 from .features.tap import FeatureTap
 from .hub.card_facts import CardFacts, Network, numbers
 from .hub.model_card import distilled
 from .method.factors import Paraphraser
 from .method.knowledge import KNOWLEDGE, Knowledge
-from .method.objective import Objective, factor_losses
+from .method.objective import Objective, factor_losses, is_on
 from .method.trainable import StudentWithEncoders, drawn_from
 from .models.loading import find_processor, load_if_named
 from .teacher.cache import TeacherCache, check_cache_folder, check_cacheable
@@ -31,20 +31,21 @@ from .training.checkpoints import (
 )
 from .training.checks import (
     check_batches_of_one,
+    check_factor_channels,
     check_logits,
     check_precision,
     check_student,
     check_trainable,
-    tell_of_no_labels,
 )
-from .training.dense import check_comparable, probe_with_labels
+from .training.dense import probe_with_labels
 from .training.given_optimizer import add_what_is_missing
-from .training.gradient_shares import measure_gradient_shares
 from .training.held_out import HeldOutLosses
 from .training.manifest import written_whole
 from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
 from .training.stage_1 import get_paraphrasers, make_paraphrasers, remove_checkpoints, stage_1_settings
 from .training.task_loss import TaskLabels
+from .training.terms import check_terms
+from .training.weights import begin_weights, measure_gradient_shares, update_weights
 
 
 class IEKDTrainer(DistillationTrainer):
@@ -142,7 +143,7 @@ class IEKDTrainer(DistillationTrainer):
         model = load_if_named(model, "model", model_init_kwargs, dtype="float32")
         layers = None if model is None else check_student(model, teacher_model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)
-        self.distillation_objective = Objective(args, ("lambda_inh", "lambda_exp", "lambda_kd"))
+        self.distillation_objective = Objective(args, tuple(SHARE_OF), METHODS[args.method])
         # `model_init` has made the student just now.
         self.student_layers, teacher_layers = layers or check_student(self.model, teacher_model, args, kwargs)
 
@@ -162,14 +163,17 @@ class IEKDTrainer(DistillationTrainer):
             if args.cache_teacher:
                 check_cacheable(self.train_dataset, self.augmentation)
             self._sample = self.sample_batch()
-            logits, shapes = self.teacher.probe(self._sample, with_logits=args.lambda_kd > 0)
+            with_logits = is_on(args.lambda_kd)
+            logits, shapes = self.teacher.probe(self._sample, with_logits)
             self.teacher_channels = [shape[0] for shape in shapes]
-            if args.lambda_kd > 0:
+            if with_logits:
                 check_logits(self.model, teacher_model, logits)
                 self._teacher_logits = logits
             if args.fast_teacher and not self.teacher.sharded:
                 dtype = args.teacher_dtype and getattr(torch, args.teacher_dtype)
-                self.teacher.use_fast_copy(self._sample, dtype, args.compile_teacher, with_logits=args.lambda_kd > 0)
+                self.teacher.use_fast_copy(
+                    self._sample, dtype, args.compile_teacher, with_logits=is_on(args.lambda_kd)
+                )
             if self.has_given_paraphrasers:
                 self.teacher.set_paraphrasers(get_paraphrasers(paraphraser, self.teacher_channels, args))
             if args.cache_teacher:
@@ -222,18 +226,23 @@ class IEKDTrainer(DistillationTrainer):
         loss = self.distillation_objective(losses, self.progress)
         return (loss, outputs) if return_outputs else loss
 
+    def get_batch_samples(self, *args, **kwargs):
+        """Collect the micro-batches of a step; measure now and then what weights that are "auto" must be."""
+        update_weights(self)
+        return super().get_batch_samples(*args, **kwargs)
+
     def _losses(
         self, outputs, F_inh, F_exp, labels: TaskLabels, targets: TeacherTargets, inputs
     ) -> dict[str, torch.Tensor]:
         losses, mask = {"task_loss": self.task_loss(self.model, outputs, labels)}, inputs.get("pixel_mask")
         losses |= factor_losses(F_inh, F_exp, targets.factors, self.args, self.knowledge.normalize, mask)
-        if self.args.lambda_kd > 0:
+        if is_on(self.args.lambda_kd):
             losses["kd_loss"] = self.task_loss.logit_loss(self.model, outputs["logits"], targets.logits, labels)
         return losses
 
     def _teach(self, inputs: dict) -> TeacherTargets:
         with self.accelerator.autocast():
-            return self.teacher(inputs, with_logits=self.args.lambda_kd > 0)
+            return self.teacher(inputs, with_logits=is_on(self.args.lambda_kd))
 
     def train(
         self,
@@ -273,6 +282,7 @@ class IEKDTrainer(DistillationTrainer):
     def before_training(self, point: ResumePoint | None, trial) -> None:
         """Run stage 1 where it is not over, fill the teacher's cache, and measure what the weights amount to."""
         self._hp_search_setup(trial)  # a search's values must be in the arguments before stage 1 reads them
+        begin_weights(self)
         checkpoint = point.checkpoint if point else None
         self.teacher.tap.attach()
         metrics = {f"paraphraser_{name}": value for name, value in self.run_stage_1(point).items()}
@@ -301,7 +311,7 @@ class IEKDTrainer(DistillationTrainer):
             `dict[str, float]`: the metrics of this stage, if it has run.
         """
         args, checkpoint = self.args, point.stage_1_checkpoint if point else None
-        if args.lambda_inh == 0 and args.lambda_exp == 0:
+        if not is_on(args.lambda_inh) and not is_on(args.lambda_exp):
             return {}  # no factor is compared: plain logit distillation needs no paraphraser
         if not self.knowledge.is_kept:
             self.teacher.set_paraphrasers([self.knowledge.teacher_side() for _ in self.teacher_channels])
@@ -331,12 +341,7 @@ class IEKDTrainer(DistillationTrainer):
         if self.has_given_paraphrasers:
             return [paraphraser.factor_channels for paraphraser in self.teacher.paraphrasers]
         widths = [self.knowledge.width(channels, self.args.factor_channels) for channels in self.teacher_channels]
-        for width, channels in zip(widths, self.teacher_channels, strict=True):
-            if width > 16 * channels:
-                raise ValueError(
-                    f"Expected factor_channels of at most 16 times the teacher's {channels} channels, got {width}: "
-                    "factors are compact, half of the channels by default."
-                )
+        check_factor_channels(widths, self.teacher_channels)
         return widths
 
     # ---- What trains, and where it is in Trainer ----
@@ -347,14 +352,9 @@ class IEKDTrainer(DistillationTrainer):
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
         check_precision(self.model, sample)
         outputs, shapes = probe_with_labels(tap, sample if self.task_loss.is_custom else self._sample)
-        if self._teacher_logits is not None:
-            check_comparable(self.model, outputs, self._teacher_logits)
         self.student_shapes = shapes
-        if not self.task_loss.has_goal(self.model, outputs, self._sample):
-            if not self.distillation_objective.weights():
-                self.task_loss.refuse_no_goal(self.model, outputs)
-            tell_of_no_labels(self.model, self.args)
-        if self.args.lambda_inh > 0 or self.args.lambda_exp > 0:
+        check_terms(self, outputs, self._sample, self._teacher_logits)
+        if is_on(self.args.lambda_inh) or is_on(self.args.lambda_exp):
             check_trainable(tap, sample)
         with drawn_from(self.args.seed):
             widths = [shape[0] for shape in shapes]
@@ -374,13 +374,13 @@ class IEKDTrainer(DistillationTrainer):
         return super().create_optimizer(self.student_side)
 
     def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the student's maps of a batch and the losses on them, by one pass of the bare student's side."""
+        """Return what the student's layers give for a batch, and the losses, by one pass of the bare side."""
         targets = inputs.pop("teacher_targets", None) or self._teach(inputs)
         labels = self.task_loss.take_labels(inputs)
         with self.accelerator.autocast():
-            outputs, feature_maps = self.student_side.tap.run(inputs)
-            F_inh, F_exp = self.student_side.factors(feature_maps)
-        return feature_maps, self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
+            outputs, captured = self.student_side.tap.capture(inputs)
+            F_inh, F_exp = self.student_side.factors(self.student_side.tap.lay_out(captured, inputs))
+        return captured, self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
 
     # ---- Evaluation ----
 

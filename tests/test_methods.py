@@ -201,14 +201,14 @@ def test_knowledge_that_needs_no_paraphraser_refuses_one(make_trainer):
 
 def test_gradient_shares_against_a_plain_computation(make_trainer):
     """One batch, a teacher of the same kind: the norms by hand from the maps of a hook."""
-    from iekd_hf.training.gradient_shares import gradient_shares
+    from iekd_hf.training.gradient_shares import gradient_ratios, weighted
 
     torch.manual_seed(0)
     f = torch.randn(4, 6, 3, 3, requires_grad=True)
     target = torch.randn(4, 3, 3, 3)
     losses = {"task_loss": f.mean(dim=(2, 3)).square().sum(), "inheritance_loss": inheritance_loss(f[:, :3], target)}
     task, inherit = (torch.autograd.grad(loss, f, retain_graph=True)[0].norm() for loss in losses.values())
-    shares = gradient_shares([([f], losses)], {"lambda_inh": 50.0})
+    shares = weighted(gradient_ratios([([f], losses)]), {"lambda_inh": 50.0})
     assert shares == {"inheritance_loss": pytest.approx((50 * inherit / task).item(), rel=1e-5)}
 
 

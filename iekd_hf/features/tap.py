@@ -145,8 +145,12 @@ class FeatureTap:
 
     def run(self, inputs: dict, stop_after_last: bool = False):
         """Run the model and return what it gives with the maps of all layers."""
+        outputs, captured = self.capture(inputs, stop_after_last)
+        return outputs, self.lay_out(captured, inputs)
+
+    def capture(self, inputs: dict, stop_after_last: bool = False):
+        """Run the model and return what it gives with the tensors of all layers as they are, class tokens included."""
         self._forget()
-        image_size = _image_size(inputs, self.model)
         self._active, self._stop_after_last = True, stop_after_last
         try:
             outputs = self.model(**inputs)
@@ -158,17 +162,22 @@ class FeatureTap:
             self._active = False
         if changed := {i for i, f in self._outputs.items() if f is not None and f._version != self._versions[i]}:
             self._written_over |= changed
-            return self.run(inputs, stop_after_last)
-        maps = []
+            return self.capture(inputs, stop_after_last)
+        captured = []
         for index, name in enumerate(self.layers):
             if index not in self._outputs:
                 raise ValueError(
                     f"Expected layer {name!r} of {type(self.model).__name__} to run in its forward pass and to give a "
                     f"tensor, which it did not.{suggest_layers()}"
                 )
-            maps.append(to_map(self._outputs[index], image_size, self.extra_tokens, name))
+            captured.append(self._outputs[index])
         self._forget()
-        return outputs, maps
+        return outputs, captured
+
+    def lay_out(self, captured: list[torch.Tensor | None], inputs: dict) -> list[torch.Tensor]:
+        """Return the maps in the tensors of all layers."""
+        image_size, named = _image_size(inputs, self.model), zip(captured, self.layers, strict=True)
+        return [to_map(feature, image_size, self.extra_tokens, name) for feature, name in named]
 
 
 def _image_size(inputs: dict, model: nn.Module) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
+from ..method.objective import is_on
 from ..models.adapters import is_adapted, without_adapters
 from .card_facts import CardFacts, Network, curve, hub_id, link, plain, recipe
 
@@ -35,8 +36,8 @@ _NOUNS = {
 
 def distilled(args: TrainingArguments, teacher: Network, labels: str) -> str:
     """Describe for the card how the student was trained, with which labels."""
-    inherits, explores = args.lambda_inh > 0 and args.inheritance_ratio > 0, args.lambda_exp > 0
-    if not (inherits or explores or args.lambda_kd > 0):
+    inherits, explores = is_on(args.lambda_inh) and args.inheritance_ratio > 0, is_on(args.lambda_exp)
+    if not (inherits or explores or is_on(args.lambda_kd)):
         return f"It was trained on {labels} alone, to compare others with."
     what, source = _KNOWLEDGE[args.knowledge]
     ways = []
@@ -50,7 +51,7 @@ def distilled(args: TrainingArguments, teacher: Network, labels: str) -> str:
         ways.append(f"Its features imitate the teacher's {what} ({source}).")
     elif explores:
         ways.append("Its features are pushed to find what the teacher does not look at.")
-    if args.lambda_kd > 0:
+    if is_on(args.lambda_kd):
         ways.append("Its answers imitate the teacher's ([Hinton et al., 2015](https://arxiv.org/abs/1503.02531)).")
     return " ".join(
         [

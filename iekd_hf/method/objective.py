@@ -2,11 +2,13 @@ r"""The objective \(L = L_{goal} + \lambda_{inh} L_{inh} + \lambda_{exp} L_{exp}
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .logits import dist_loss, dkd_loss, standardized_kd_loss
 from .losses import exploration_loss, inheritance_loss, kd_loss
 from .padding import mask_at, match_sizes
 
@@ -19,6 +21,8 @@ LAMBDA_OF = {
     "kl_loss": "lambda_kl",
 }
 LAMBDA_SCHEDULES = ("constant", "linear", "cosine")
+# In place of a λ: it is chosen by its loss's share of the gradient.
+AUTO = "auto"
 
 
 class Objective:
@@ -42,12 +46,19 @@ class Objective:
     ```
     """
 
-    def __init__(self, args: Any, lambdas: tuple[str, ...]):
-        self.args, self.lambdas = args, lambdas
+    def __init__(self, args: Any, lambdas: tuple[str, ...], presets: Mapping[str, float] | None = None):
+        self.args, self.lambdas, self.presets = args, lambdas, presets or {}
+        self.found: dict[str, float] = {}  # what "auto" stands for, once it is measured; a preset before
 
     def weights(self) -> dict[str, float]:
-        """Return the λs in use, without their schedule; none is 0."""
-        return {name: getattr(self.args, name) for name in self.lambdas if getattr(self.args, name) > 0}
+        """Return the λs in use, without their schedule."""
+        given = {name: getattr(self.args, name) for name in self.lambdas}
+        found = {name: self.found.get(name, self.presets.get(name)) for name in self.automatic()}
+        return {name: found.get(name, value) for name, value in given.items() if is_on(value)}
+
+    def automatic(self) -> list[str]:
+        """Return the names of the λs that are "auto"."""
+        return [name for name in self.lambdas if getattr(self.args, name) == AUTO]
 
     def weights_at(self, progress: float) -> dict[str, float]:
         """Return the λs in use when a share `progress` of the training steps is done."""
@@ -62,6 +73,11 @@ class Objective:
             if name in LAMBDA_OF:
                 total = total + weights[LAMBDA_OF[name]] * loss
         return total
+
+
+def is_on(weight: float | str) -> bool:
+    """Return whether a λ, a number or "auto", puts its loss into use."""
+    return weight == AUTO or weight > 0
 
 
 def lambda_scale(progress: float, schedule: str, warmup_ratio: float) -> float:
@@ -103,6 +119,7 @@ def logit_loss(
     labels: torch.Tensor | None = None,
     ignore_index: int = -100,
     multi_label: bool = False,
+    distance: str = "kl",
 ) -> torch.Tensor:
     r"""
     Return the logit term as the task has it.
@@ -114,16 +131,23 @@ def logit_loss(
             As in [`kd_loss`].
         labels (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
             Labels of dense logits, of any size: positions that they leave out do not count, unless they leave out a
-            whole image, which has no labels then and counts as it is.
+            whole image, which has no labels then and counts as it is. With `"dkd"`, the class of each image.
         ignore_index (`int`, *optional*, defaults to -100):
             The label that leaves a position out.
         multi_label (`bool`, *optional*, defaults to `False`):
             Whether each label is a question of its own: the divergence is the mean over the two answers to each.
+        distance (`str`, *optional*, defaults to `"kl"`):
+            `"kl"`: [`kd_loss`]; `"dkd"`: [`dkd_loss`]; `"dist"`: [`dist_loss`]; `"standardized"`:
+            [`standardized_kd_loss`]. Of the last three only the last one takes dense logits, and none several labels.
 
     Returns:
         `torch.Tensor`: a scalar, not negative.
     """
     mask = None
+    if distance == "dkd":
+        return dkd_loss(student_logits, teacher_logits, labels, temperature)
+    if distance == "dist":
+        return dist_loss(student_logits, teacher_logits, temperature)
     if multi_label:  # the softmax over (z, 0) is the sigmoid of z
         logits = (student_logits, teacher_logits)
         student_logits, teacher_logits = (torch.stack([z, torch.zeros_like(z)], dim=1) for z in logits)
@@ -135,4 +159,5 @@ def logit_loss(
             labelled = labels != ignore_index
             labelled = labelled | ~labelled.flatten(1).any(dim=1).view(-1, 1, 1)
             mask = mask_at(labelled, size)
-    return kd_loss(student_logits, teacher_logits, temperature, mask)
+    divergence = standardized_kd_loss if distance == "standardized" else kd_loss
+    return divergence(student_logits, teacher_logits, temperature, mask)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..features.tap import FeatureTap
 from .factors import ChannelSplit, Paraphraser
 from .knowledge import KNOWLEDGE, Knowledge
+from .objective import is_on
 
 
 class StudentWithEncoders(nn.Module):
@@ -48,7 +49,8 @@ class StudentWithEncoders(nn.Module):
     def of(cls, tap: FeatureTap, widths: list[int], factor_channels: list[int], args: Any, knowledge: Knowledge):
         """Split maps of these channels and make encoders as the arguments say."""
         splits = [ChannelSplit(width, args.inheritance_ratio, args.split_mode, args.split_seed) for width in widths]
-        return cls(tap.model, tap, splits, factor_channels, args.lambda_inh > 0, args.lambda_exp > 0, knowledge)
+        inherit, explore = is_on(args.lambda_inh), is_on(args.lambda_exp)
+        return cls(tap.model, tap, splits, factor_channels, inherit, explore, knowledge)
 
     def forward(self, **inputs) -> tuple[dict, list[torch.Tensor], list[torch.Tensor]]:
         """Return the student's output and the factors F_inh and F_exp of each pair; an unused half has none."""

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..arguments import IEKDTrainingArguments
 from ..data.decoded_images import DecodedImages
+from ..method.objective import is_on
 from .frozen import FrozenTeacher, TeacherTargets, fingerprint
 
 
@@ -55,7 +56,7 @@ class TeacherCache:
     ):
         self.teacher, self.images, self.augmentation = teacher, images, augmentation
         self.args, self.accelerator = args, accelerator
-        self.with_logits = args.lambda_kd > 0
+        self.with_logits = is_on(args.lambda_kd)
         spec = self._spec()
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(args.teacher_cache_dir or Path(args.output_dir) / "_teacher_cache") / digest

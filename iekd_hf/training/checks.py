@@ -17,6 +17,7 @@ from transformers.utils import find_labels, logging
 from ..features.layers import check_layers, pair_layers
 from ..features.patches import patch_size_of
 from ..features.tap import FeatureTap
+from ..method.objective import is_on
 from ..models.adapters import check_adapted, is_adapted, without_adapters
 from ..models.kinds import main_input_of, why_no_logits
 from ..models.signature import is_headless, takes_labels
@@ -133,7 +134,7 @@ def check_student(
     for model, named in ((teacher, args.teacher_layers), (student, args.student_layers)):
         check_layers(model, named or [])
     layers = pair_layers(student, teacher, args.student_layers, args.teacher_layers)
-    if args.lambda_kd > 0:
+    if is_on(args.lambda_kd):
         for model, role in ((student, "student"), (teacher, "teacher")):
             bare = without_adapters(model)
             if is_headless(bare) or isinstance(bare, BackboneMixin):
@@ -156,7 +157,7 @@ def tell_of_no_labels(student: PreTrainedModel, args: TrainingArguments) -> None
             f"No image has a label and lambda_kd=0, so nothing trains the head of {type(student).__name__}, whose "
             "predictions stay random: pass the student without it (AutoModel), or a method with '+kd'.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -242,6 +243,16 @@ def check_batches_of_one(dataset: Dataset, args: TrainingArguments, shapes: Iter
 def leaves_one(dataset: Dataset, args: TrainingArguments) -> bool:
     """Return whether the last batch of an epoch holds a single image."""
     return hasattr(dataset, "__len__") and len(dataset) % (args.train_batch_size * args.world_size) == 1
+
+
+def check_factor_channels(widths: list[int], channels: list[int]) -> None:
+    """Refuse factors that are wider than anybody wants."""
+    for width, of_teacher in zip(widths, channels, strict=True):
+        if width > 16 * of_teacher:
+            raise ValueError(
+                f"Expected factor_channels of at most 16 times the teacher's {of_teacher} channels, got {width}: "
+                "factors are compact, half of the channels by default."
+            )
 
 
 def label_map(model: nn.Module) -> dict[int, str] | None:

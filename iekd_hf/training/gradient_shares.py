@@ -1,10 +1,13 @@
-"""Gradient of each weighted loss at the student's feature maps, relative to the task's."""
+"""Gradient of each loss at the student's features, class tokens among them, relative to the task's."""
 
+import contextlib
+import random
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from ..method.objective import LAMBDA_OF
 from ..method.trainable import frozen_statistics
@@ -17,35 +20,52 @@ _SCALE = 1024.0
 _BATCHES = 4
 
 
-def gradient_shares(
-    runs: Iterable[tuple[list[torch.Tensor], dict[str, torch.Tensor]]], weights: dict[str, float]
+def gradient_ratios(
+    runs: Iterable[tuple[list[torch.Tensor], dict[str, torch.Tensor]]],
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda norms: norms,
 ) -> dict[str, float]:
-    """Return the gradient norm of each weighted loss at the feature maps over that of the task's loss."""
+    """Return the gradient norm of each loss at the features over that of the task's; nothing where that is 0."""
     norms, losses = 0.0, {}
-    for feature_maps, losses in runs:
-        norms = norms + torch.stack([_gradient_norm(loss, feature_maps) for loss in losses.values()])
-    if not losses or norms[0] == 0:
+    for features, losses in runs:
+        norms = norms + torch.stack([_gradient_norm(loss, features) for loss in losses.values()])
+    values = reduce(norms).tolist() if losses else [0.0]
+    if values[0] == 0:
         return {}
-    shares = dict(zip(losses, (norms / norms[0]).tolist(), strict=True))
-    return {name: shares[name] * weights[LAMBDA_OF[name]] for name in losses if name != "task_loss"}
+    return {name: value / values[0] for name, value in zip(losses, values, strict=True) if name != "task_loss"}
 
 
-def measure_gradient_shares(trainer: Trainer) -> dict[str, float]:
-    """Measure the shares on some batches before training, and warn of losses that hardly act."""
-    side, weights = trainer.student_side, trainer.distillation_objective.weights()
-    if not weights:
-        return {}
+def measure_ratios(trainer: Trainer) -> dict[str, float]:
+    """Measure the ratios on some training batches, the same ones at each call and on all ranks; leave no trace."""
+    side = trainer.student_side
     side.tap.attach()
     side.train()
-    with frozen_statistics(side):
-        shares = gradient_shares(map(trainer.maps_and_losses, trainer.some_batches(_BATCHES)), weights)
-    if trainer.is_world_process_zero():
-        warn_of_small_shares(shares, weights)
-    return {f"{name}_gradient_share": share for name, share in shares.items()}
+    trainer.task_loss.end_step()
+    with frozen_statistics(side), _own_randomness(trainer.args.seed, trainer.args.device):
+        runs = map(trainer.maps_and_losses, trainer.some_batches(_BATCHES))
+        return gradient_ratios(runs, lambda norms: trainer.accelerator.reduce(norms, "mean"))
 
 
-def _gradient_norm(loss: torch.Tensor, feature_maps: list[torch.Tensor]) -> torch.Tensor:
-    gradients = torch.autograd.grad(loss * _SCALE, feature_maps, retain_graph=True, allow_unused=True)
+def weighted(ratios: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
+    """Return the shares of weighted losses."""
+    return {name: ratio * weights[LAMBDA_OF[name]] for name, ratio in ratios.items()}
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a seed, whatever was drawn before, and leave the global states as they were."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+def _gradient_norm(loss: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+    gradients = torch.autograd.grad(loss * _SCALE, features, retain_graph=True, allow_unused=True)
     flat = [gradient.flatten().float() for gradient in gradients if gradient is not None]
     return torch.linalg.vector_norm(torch.cat(flat)) if flat else loss.new_zeros(())
 

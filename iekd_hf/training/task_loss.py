@@ -103,12 +103,16 @@ class TaskLoss:
     def begin_step(self, micro_batches: list[dict], device: torch.device) -> None:
         """Count how many images of a step have a label, on all ranks."""
         # So that accumulated micro-batches, each of which has the mean over its own labels, make the mean over all.
-        self._labelled_share = None
+        self.end_step()
         # Of a stream that has ended there are none.
         several = len(micro_batches) > 1 or (micro_batches and self.trainer.args.world_size > 1)
         if several and self.takes_labels and not self.are_all_labelled:
             share = torch.stack([self._share_of(batch.get("labels")).to(device) for batch in micro_batches]).mean()
             self._labelled_share = self.trainer.accelerator.reduce(share, "mean")
+
+    def end_step(self) -> None:
+        """Let the next batch be one by itself."""
+        self._labelled_share = None
 
     def __call__(self, model: nn.Module, outputs: dict, labels: TaskLabels) -> torch.Tensor:
         """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
@@ -144,8 +148,13 @@ class TaskLoss:
         """Return the logit term between two models that do the task of `model`."""
         config = getattr(without_adapters(model), "config", None)
         multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
-        ignored = ignore_index_of(model)
-        return logit_loss(logits, teacher_logits, self.trainer.args.temperature, labels.given, ignored, multi_label)
+        ignored, args, given = ignore_index_of(model), self.trainer.args, labels.given
+        distance = getattr(args, "kd_distance", "kl")
+        if distance == "dkd" and given is None:
+            given = torch.full(logits.shape[:1], NO_LABEL, device=logits.device)
+        loss = logit_loss(logits, teacher_logits, args.temperature, given, ignored, multi_label, distance)
+        # Where a mean is over the images with a label, that of a step is over all of its micro-batches, as the task's.
+        return loss * labels.weight if distance == "dkd" and labels.weight is not None else loss
 
 
 def nothing_of(outputs: dict) -> torch.Tensor:
