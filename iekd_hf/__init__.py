@@ -7,13 +7,14 @@ from .models.registration import register_cifar_resnets
 
 
 if TYPE_CHECKING:
-    from .arguments import METHODS, IEKDTrainingArguments, MutualTrainingArguments
+    from .arguments import IEKDTrainingArguments, MutualTrainingArguments
     from .data.augmentation import BatchAugmentation
     from .data.decoded_images import DecodedImages
     from .features.listing import list_layers
     from .iekd_trainer import IEKDTrainer
     from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
     from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss
+    from .method.presets import METHODS
     from .models.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
     from .mutual_trainer import MutualTrainer
     from .training.average import EMACallback
@@ -45,13 +46,14 @@ __all__ = [
 
 # Where each name is: imported when it is first asked for, because torch alone takes seconds.
 _FILES = {
-    "arguments": ("METHODS", "IEKDTrainingArguments", "MutualTrainingArguments"),
+    "arguments": ("IEKDTrainingArguments", "MutualTrainingArguments"),
     "data.augmentation": ("BatchAugmentation",),
     "data.decoded_images": ("DecodedImages",),
     "features.listing": ("list_layers",),
     "iekd_trainer": ("IEKDTrainer",),
     "method.factors": ("ChannelSplit", "FactorEncoder", "Paraphraser"),
     "method.losses": ("exploration_loss", "inheritance_loss", "reconstruction_loss"),
+    "method.presets": ("METHODS",),
     "models.modeling_cifar_resnet": ("CifarResNetConfig", "CifarResNetForImageClassification"),
     "mutual_trainer": ("MutualTrainer",),
     "training.average": ("EMACallback",),

@@ -8,13 +8,14 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from .arguments import METHODS, SHARE_OF, IEKDTrainingArguments
+from .arguments import SHARE_OF, IEKDTrainingArguments
 from .features.tap import FeatureTap
 from .hub.card_facts import CardFacts, Network, numbers
 from .hub.model_card import distilled
 from .method.factors import Paraphraser
 from .method.knowledge import KNOWLEDGE, Knowledge
 from .method.objective import Objective, factor_losses, is_on
+from .method.presets import METHODS
 from .method.trainable import StudentWithEncoders, drawn_from
 from .models.loading import find_processor, load_if_named
 from .teacher.cache import TeacherCache, check_cache_folder, check_cacheable

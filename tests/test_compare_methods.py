@@ -17,7 +17,7 @@ import comparison_report
 from comparison_cells import MultiStep, cell_folder
 from comparison_methods import label, parse_method
 
-from iekd_hf.arguments import METHODS
+from iekd_hf import METHODS
 
 
 QUICK = ["--epochs", "1", "--teacher_epochs", "1", "--paraphraser_epochs", "1", "--held_out", "200", "--use_cpu"]

@@ -9,8 +9,7 @@ from conftest import make_images, make_resnet, make_vit, same
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from iekd_hf import IEKDTrainingArguments, exploration_loss, inheritance_loss
-from iekd_hf.arguments import METHODS
+from iekd_hf import METHODS, IEKDTrainingArguments, exploration_loss, inheritance_loss
 from iekd_hf.features.tap import FeatureTap
 from iekd_hf.method.knowledge import AttentionMap, Connector, MarginReLU
 from iekd_hf.training.checkpoints import ENCODERS_FILE

@@ -19,8 +19,7 @@ from huggingface_hub.utils import WeakFileLock
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 
 import iekd_hf
-from iekd_hf import IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
-from iekd_hf.arguments import METHODS
+from iekd_hf import METHODS, IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
 from iekd_hf.commands.images.data import DataArguments, load_images
 from iekd_hf.commands.images.metrics import TopKAccuracy
 from iekd_hf.commands.images.run import build_model, build_processor, is_shorthand

@@ -3,8 +3,7 @@
 import json
 import re
 
-from iekd_hf import MutualTrainingArguments
-from iekd_hf.arguments import METHODS
+from iekd_hf import METHODS, MutualTrainingArguments
 
 
 MUTUAL = {"alone": None, "dml": "kl", "ie-dml": "ie", "ie-dml+kl": "ie+kl"}

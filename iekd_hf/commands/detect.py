@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from iekd_hf import IEKDTrainingArguments
 
-from ..arguments import METHODS
 from ..features.layers import is_detector
+from ..method.presets import METHODS
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
 from .arguments import ModelArguments

@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from iekd_hf import IEKDTrainingArguments
 
-from ..arguments import METHODS
+from ..method.presets import METHODS
 from ..models.loading import explain_unreachable, find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
 from .arguments import DIGITS_TEACHER_EPOCHS, ModelArguments, ScriptArguments

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from iekd_hf import IEKDTrainingArguments
 
-from ..arguments import METHODS
+from ..method.presets import METHODS
 from ..models.kinds import is_semantic_segmenter, set_ignore_index
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer

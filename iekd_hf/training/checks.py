@@ -181,11 +181,11 @@ def check_engine(trainer: Trainer) -> None:
             f"split every batch under {name}'s hooks: run `accelerate launch --num_processes {trainer.args.n_gpu} "
             "script.py`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
-    for engine, is_on in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
+    for engine, is_used in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
         # On a CPU, and in one process, Accelerate leaves out an engine that it was told to use, and does not say so.
         variable = f"ACCELERATE_USE_{engine.upper()}"
         is_asked_for = parse_flag_from_env(variable)
-        if is_on or is_asked_for:
+        if is_used or is_asked_for:
             asked = f" ({variable})" if is_asked_for else ""
             has_teacher = hasattr(trainer.args, "teacher_sharding")
             raise ValueError(
