@@ -149,7 +149,14 @@ def test_curve_is_short():
     assert curve([]) == ""
 
 
-@pytest.mark.parametrize("settings, says", [({"lambda_kd": 1.0}, "answers"), ({"inheritance_ratio": 1.0}, "imitate")])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"lambda_kd": 1.0}, "answers imitate the teacher's ([Hinton"),
+        ({"lambda_kd": 1.0, "kd_distance": "dist"}, "answers imitate the teacher's ([DIST"),
+        ({"inheritance_ratio": 1.0}, "imitate"),
+    ],
+)
 def test_other_recipes(make_trainer, tmp_path, settings, says):
     lambdas = {"lambda_inh": 0, "lambda_exp": 0} if "lambda_kd" in settings else {}
     make_trainer(**settings, **lambdas).create_model_card()

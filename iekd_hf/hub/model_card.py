@@ -32,6 +32,13 @@ _NOUNS = {
     "image-segmentation": "an image segmentation model",
     "image-feature-extraction": "a backbone, which gives features of images,",
 }
+# Where the logit term of each `kd_distance` is from.
+_LOGIT_SOURCES = {
+    "kl": "[Hinton et al., 2015](https://arxiv.org/abs/1503.02531)",
+    "dkd": "[DKD, Zhao et al., 2022](https://arxiv.org/abs/2203.08679)",
+    "dist": "[DIST, Huang et al., 2022](https://arxiv.org/abs/2205.10536)",
+    "standardized": "[standardized logits, Sun et al., 2024](https://arxiv.org/abs/2403.01643)",
+}
 
 
 def distilled(args: TrainingArguments, teacher: Network, labels: str) -> str:
@@ -52,7 +59,7 @@ def distilled(args: TrainingArguments, teacher: Network, labels: str) -> str:
     elif explores:
         ways.append("Its features are pushed to find what the teacher does not look at.")
     if is_on(args.lambda_kd):
-        ways.append("Its answers imitate the teacher's ([Hinton et al., 2015](https://arxiv.org/abs/1503.02531)).")
+        ways.append(f"Its answers imitate the teacher's ({_LOGIT_SOURCES[args.kd_distance]}).")
     return " ".join(
         [
             "It was trained by *knowledge distillation*: "
