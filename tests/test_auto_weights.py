@@ -170,8 +170,7 @@ def test_batches_and_precision_do_not_matter(make_trainer, accumulated, precisio
     assert [*found.values()] == pytest.approx([*expected.values()], rel=tolerance)
 
 
-@pytest.mark.parametrize("stop", [5, 4, 7])
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("stop, restored", [(5, False), (4, True), (7, True)])
 def test_resumed_to_the_last_bit(make_trainer, tmp_path, often, stop, restored):
     """Between two measurements, and just before one; also where Trainer restores callbacks by itself."""
 

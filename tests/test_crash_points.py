@@ -130,15 +130,15 @@ SEGMENTERS = ("--teacher", "tiny-upernet-8", "--student", "tiny-upernet-8", "--i
 @pytest.mark.parametrize(
     "command, arguments, weights_file, every",
     [
-        (distill, (*DISTIL, "--student", "cifar-resnet-8", "--max_train_samples", 24), "model.safetensors", 2),
+        (distill, (*DISTIL, "--student", "cifar-resnet-8", "--max_train_samples", 24), "model.safetensors", 4),
         (
             mutual_command,
             (*PEERS, "--max_train_samples", 24),
             "peer_2/model.safetensors",
             5,
         ),
-        (detect, (*DISTIL, *DETECTORS, "--max_train_samples", 24, "--max_eval_samples", 4), "model.safetensors", 12),
-        (segment, (*DISTIL, *SEGMENTERS, "--max_train_samples", 24, "--max_eval_samples", 4), "model.safetensors", 8),
+        (detect, (*DISTIL, *DETECTORS, "--max_train_samples", 24, "--max_eval_samples", 4), "model.safetensors", 30),
+        (segment, (*DISTIL, *SEGMENTERS, "--max_train_samples", 24, "--max_eval_samples", 4), "model.safetensors", 20),
     ],
     ids=["distill", "mutual", "detect", "segment"],
 )

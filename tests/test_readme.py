@@ -280,8 +280,8 @@ def test_the_console_command(stand_ins):
         (
             "demo-mutual",
             [f"peer {i}{how}" for how in (" alone", ", DML", ", IE-DML with KL") for i in (1, 2)],
-            " --num_train_epochs 6",
-            5,
+            " --num_train_epochs 2",
+            1,
         ),
     ],
 )

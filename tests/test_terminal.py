@@ -108,9 +108,9 @@ def test_a_refusal_is_one_line_and_with_debug_a_traceback(argv, said, tmp_path, 
 
 def test_what_argparse_refuses_is_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["distill", "--lambda_inh", "much"])
+        cli.main(["distill", "--inheritance_ratio", "much"])
     assert re.fullmatch(
-        r"error: argument --lambda_inh\S*: invalid float value: 'much' \(.*\)\n", capsys.readouterr().err
+        r"error: argument --inheritance_ratio\S*: invalid float value: 'much' \(.*\)\n", capsys.readouterr().err
     )
 
 

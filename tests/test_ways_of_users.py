@@ -358,7 +358,8 @@ def test_images_that_make_no_batch_are_described(make_trainer):
 @pytest.mark.parametrize(
     ("args_class", "values", "words"),
     [
-        (IEKDTrainingArguments, {"lambda_inh": "300"}, "lambda_inh of type float or None, got '300' of type str"),
+        (IEKDTrainingArguments, {"lambda_inh": "much"}, "lambda_inh as a number or 'auto', got 'much'"),
+        (IEKDTrainingArguments, {"temperature": "300"}, "temperature of type float, got '300' of type str"),
         (IEKDTrainingArguments, {"cache_views": 1.5}, "cache_views of type int, got 1.5"),
         (IEKDTrainingArguments, {"factor_channels": 2.5}, "factor_channels of type int or None"),
         (IEKDTrainingArguments, {"split_seed": 0.5}, "split_seed of type int"),

@@ -151,6 +151,7 @@ class FeatureTap:
     def capture(self, inputs: dict, stop_after_last: bool = False):
         """Run the model and return what it gives with the tensors of all layers as they are, class tokens included."""
         self._forget()
+        _image_size(inputs, self.model)  # refuses what are no images, before the model does in words of its own
         self._active, self._stop_after_last = True, stop_after_last
         try:
             outputs = self.model(**inputs)
