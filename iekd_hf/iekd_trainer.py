@@ -9,7 +9,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from .arguments import SHARE_OF, IEKDTrainingArguments
-from .features.tap import FeatureTap
+from .features.tap import FeatureTap, image_size_in
 from .hub.card_facts import CardFacts, Network, numbers
 from .hub.model_card import distilled
 from .method.factors import Paraphraser
@@ -380,7 +380,8 @@ class IEKDTrainer(DistillationTrainer):
         labels = self.task_loss.take_labels(inputs)
         with self.accelerator.autocast():
             outputs, captured = self.student_side.tap.capture(inputs)
-            F_inh, F_exp = self.student_side.factors(self.student_side.tap.lay_out(captured, inputs))
+            image_size = image_size_in(inputs, self.student_side.student)
+            F_inh, F_exp = self.student_side.factors(self.student_side.tap.lay_out(captured, image_size))
         return captured, self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
 
     # ---- Evaluation ----

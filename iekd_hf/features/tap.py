@@ -145,13 +145,13 @@ class FeatureTap:
 
     def run(self, inputs: dict, stop_after_last: bool = False):
         """Run the model and return what it gives with the maps of all layers."""
+        image_size = image_size_in(inputs, self.model)  # first: it refuses what are no images
         outputs, captured = self.capture(inputs, stop_after_last)
-        return outputs, self.lay_out(captured, inputs)
+        return outputs, self.lay_out(captured, image_size)
 
     def capture(self, inputs: dict, stop_after_last: bool = False):
         """Run the model and return what it gives with the tensors of all layers as they are, class tokens included."""
         self._forget()
-        _image_size(inputs, self.model)  # refuses what are no images, before the model does in words of its own
         self._active, self._stop_after_last = True, stop_after_last
         try:
             outputs = self.model(**inputs)
@@ -175,13 +175,13 @@ class FeatureTap:
         self._forget()
         return outputs, captured
 
-    def lay_out(self, captured: list[torch.Tensor | None], inputs: dict) -> list[torch.Tensor]:
+    def lay_out(self, captured: list[torch.Tensor | None], image_size: tuple[int, int]) -> list[torch.Tensor]:
         """Return the maps in the tensors of all layers."""
-        image_size, named = _image_size(inputs, self.model), zip(captured, self.layers, strict=True)
+        named = zip(captured, self.layers, strict=True)
         return [to_map(feature, image_size, self.extra_tokens, name) for feature, name in named]
 
 
-def _image_size(inputs: dict, model: nn.Module) -> tuple[int, int]:
+def image_size_in(inputs: dict, model: nn.Module) -> tuple[int, int]:
     """Return the images' height and width, or in patches where the model takes those."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     if "spatial_shapes" in tensors:

@@ -283,16 +283,16 @@ def check_optim_args(args: TrainingArguments, model: nn.Module) -> None:
     """Refuse `optim_args` that the optimizer would not know; Trainer leaves them out in silence."""
     if not args.optim_args:
         return
-    names = [part.partition("=")[0].strip() for part in args.optim_args.split(",")]
-    if not all(re.fullmatch(r"\s*\w+\s*=[^=,]+", part) for part in args.optim_args.split(",")):
+    parts = [re.fullmatch(r"\s*(\w+)\s*=[^=,]+", part) for part in args.optim_args.split(",")]
+    if not all(parts):
         raise ValueError(
             f"Expected optim_args as 'name=value,name=value', got {args.optim_args!r}: such as 'momentum=0.9'."
         )
     optimizer_cls, _ = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    known = inspect.signature(optimizer_cls).parameters
     if not optimizer_cls.__module__.startswith("torch.optim"):
         return  # Trainer has names of its own for options of these
-    if unknown := [name for name in names if name not in known]:
+    known = inspect.signature(optimizer_cls).parameters
+    if unknown := [part[1] for part in parts if part[1] not in known]:
         raise ValueError(
             f"Expected arguments of {optimizer_cls.__name__} in optim_args, got {', '.join(unknown)}: it takes "
             f"{', '.join(name for name in known if name != 'params')}. Set optim for another optimizer."
