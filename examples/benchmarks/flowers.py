@@ -109,6 +109,16 @@ def with_probe(teacher: nn.Module, images: DecodedImages, size: int) -> nn.Modul
     return teacher
 
 
+def spread_over_classes(labels: list[int]) -> list[int]:
+    """Return rows in a random order of which each beginning has the classes in their proportion."""
+    labels, places = np.array(labels), np.empty(len(labels))
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    for label in np.unique(labels):
+        rows = shuffled[labels[shuffled] == label]
+        places[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return np.argsort(places, kind="stable").tolist()
+
+
 class Flowers:
     """Hold the photographs and the teacher, and run recipes on them."""
 
@@ -120,10 +130,8 @@ class Flowers:
         parts = {"validation": held_out["test"], "test": splits["test"]}
         self.parts = {name: DecodedImages.decode(part) for name, part in parts.items()}
         self.pool = held_out["train"].add_column("row", range(len(held_out["train"])))
-        self.labelled, rest = {}, self.pool
-        for count in sorted(what.labelled, reverse=True):  # a smaller set is a part of the larger ones
-            rest = rest.train_test_split(train_size=count, seed=0, stratify_by_column="label")["train"]
-            self.labelled[count] = rest
+        order = spread_over_classes(self.pool["label"])
+        self.labelled = {count: self.pool.select(sorted(order[:count])) for count in what.labelled}
         self.processor = make_processor(what.image_size, [0.5] * 3, [0.5] * 3)
         self.augmentation = BatchAugmentation.from_processor(
             self.processor,
@@ -215,14 +223,16 @@ class Flowers:
             ),
         }
 
-    def paraphraser(self, count: int, which: str, images: DecodedImages) -> str:
-        """Train the paraphraser on these images, or find the one that was trained before; return its folder."""
-        folder = self.folder / "paraphrasers" / (which if which == "all" else str(count))
+    def paraphraser(self, knowledge: str, count: int, which: str, images: DecodedImages) -> str:
+        """Train the paraphraser on these images, or measure OD's margins, once for all seeds; return the folder."""
+        folder = self.folder / "paraphrasers" / knowledge / (which if which == "all" else str(count))
         if not (folder / "metrics.json").is_file():
             args = self.arguments(
-                folder, 0, images, "ft", cache_teacher=False, paraphraser_max_steps=self.what.paraphraser_steps
+                *(folder, 0, images, "ft" if knowledge == "factors" else "od"),
+                cache_teacher=False,
+                max_steps=1,  # stage 1 is what is wanted
+                paraphraser_max_steps=self.what.paraphraser_steps,
             )
-            args.max_steps = 1  # stage 1 is what is wanted
             metrics = IEKDTrainer(self.student(0), load_teacher(), args, **self.common(images)).train().metrics
             write(folder / "metrics.json", metrics)
         return str(folder / "_paraphraser")
@@ -235,12 +245,12 @@ class Flowers:
         which, labels = changes.pop("images", "labelled"), changes.pop("labels", "all")
         images = self.images(count, which, labels)
         args = self.arguments(folder, seed, images, method, **changes)
-        needs_paraphraser = args.knowledge == "factors" and (args.lambda_inh > 0 or args.lambda_exp > 0)
+        has_stage_1 = args.knowledge != "attention" and (args.lambda_inh > 0 or args.lambda_exp > 0)
         trainer = IEKDTrainer(
             student,
             self.teacher(count, args.lambda_kd > 0),
             args,
-            paraphraser=self.paraphraser(count, which, images) if needs_paraphraser else None,
+            paraphraser=self.paraphraser(args.knowledge, count, which, images) if has_stage_1 else None,
             **self.common(images),
         )
         metrics = trainer.train().metrics
