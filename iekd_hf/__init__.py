@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .method.factors import ChannelSplit, FactorEncoder, Paraphraser
     from .method.losses import exploration_loss, inheritance_loss, reconstruction_loss
     from .method.presets import METHODS
+    from .models.inherit import inherit_head
     from .models.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
     from .mutual_trainer import MutualTrainer
     from .training.average import EMACallback
@@ -39,6 +40,7 @@ __all__ = [
     "MutualTrainingArguments",
     "Paraphraser",
     "exploration_loss",
+    "inherit_head",
     "inheritance_loss",
     "list_layers",
     "reconstruction_loss",
@@ -54,6 +56,7 @@ _FILES = {
     "method.factors": ("ChannelSplit", "FactorEncoder", "Paraphraser"),
     "method.losses": ("exploration_loss", "inheritance_loss", "reconstruction_loss"),
     "method.presets": ("METHODS",),
+    "models.inherit": ("inherit_head",),
     "models.modeling_cifar_resnet": ("CifarResNetConfig", "CifarResNetForImageClassification"),
     "mutual_trainer": ("MutualTrainer",),
     "training.average": ("EMACallback",),

@@ -61,7 +61,7 @@ def test_the_shapes_from_nothing_to_the_table(run, tmp_path):
         "distilled student",
     ]
     metrics = results["models"]["distilled student"]["metrics"]
-    assert {"map", "map_50", "map_75", "map_medium", "mar_100", "map_circle", "loss"} <= set(metrics)
+    assert {"map", "map_50", "map_75", "map_small", "mar_100", "map_circle", "loss"} <= set(metrics)
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_map"] == metrics["map"]
     # The saved student, used as anybody would, finds what the run wrote down.
     predictions = json.loads((tmp_path / "predictions.json").read_text())

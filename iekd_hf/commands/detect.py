@@ -25,11 +25,18 @@ from iekd_hf import IEKDTrainingArguments
 
 from ..features.layers import is_detector
 from ..method.presets import METHODS
+from ..models.inherit import inherit_head
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
 from .arguments import ModelArguments
 from .boxes.data import DetectionDataArguments
-from .boxes.run import PICTURE, DetectionRun, DetectionScriptArguments, build_detector
+from .boxes.run import (
+    PICTURE,
+    SHAPES_TEACHER_EPOCHS,
+    DetectionRun,
+    DetectionScriptArguments,
+    build_detector,
+)
 from .boxes.tiny_detectors import is_tiny
 from .packages import require
 from .parser import parse_arguments
@@ -74,8 +81,15 @@ class RunArguments(DetectionScriptArguments, IEKDTrainingArguments):
             "help": "Write predictions.json, in COCO's form, for the test split, or else for the validation images."
         },
     )
+    inherit_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Begin the distilled student with the teacher's weights outside of the backbone, where names and "
+            "shapes agree. Default: where a tiny detector teaches a tiny one."
+        },
+    )
     paraphraser_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of stage 1. Default: 5 for the shapes, otherwise 50."}
+        default=None, metadata={"help": "Epochs of stage 1. Default: 2 for the shapes, otherwise 50."}
     )
     picture_images: int = field(default=6, metadata={"help": "How many validation images the picture shows."})
     picture_threshold: float = field(default=0.4, metadata={"help": "Least score of the boxes in the picture."})
@@ -89,7 +103,9 @@ class DetectRun(DetectionRun):
         name, epochs = model_args.teacher or "tiny-rt-detr-32", model_args.teacher_epochs
         hub, dtype = model_args.hub("teacher"), model_args.dtype
         if epochs is None:
-            epochs = self.args.num_train_epochs if is_tiny(name) else 0
+            own = not self.data_args.is_given and "num_train_epochs" in self.args.undecided
+            epochs = SHAPES_TEACHER_EPOCHS if own else self.args.num_train_epochs
+            epochs = epochs if is_tiny(name) else 0
         processor = None
         if is_tiny(name) or epochs > 0:
             teacher = build_detector(name, "--teacher", self.names, self.most_objects, False, dtype=dtype, **hub)
@@ -101,6 +117,15 @@ class DetectRun(DetectionRun):
         if self.args.do_eval and is_detector(teacher) and teacher.config.id2label == dict(enumerate(self.names)):
             result.metrics = self.evaluate(teacher, processor)
         return Compared(result, teacher, processor)
+
+    def prepare_student(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Give the student the teacher's head, where that is wanted."""
+        wanted = self.args.inherit_head
+        if wanted is None:
+            width = getattr(student.config, "d_model", None)
+            wanted = is_tiny(self.student_name) and getattr(teacher.config, "d_model", None) == width
+        if wanted:
+            inherit_head(student, teacher)
 
     def measure_student(self, trainer: DistillationTrainer, result: Result) -> dict[str, float]:
         """Save and return COCO's metrics, which are the row's, too."""
@@ -124,7 +149,7 @@ class DetectRun(DetectionRun):
     def report(self, compared: list[Compared]) -> None:
         """Write results.json, print the table, and draw what the students find."""
         results = [row.result for row in compared]
-        settings = ("seed", "method", "lambda_inh", "lambda_exp", "num_train_epochs", "learning_rate")
+        settings = ("seed", "method", "inherit_head", "lambda_inh", "lambda_exp", "num_train_epochs", "learning_rate")
         write_results(results, {name: getattr(self.args, name) for name in settings}, self.args.output_dir)
         print("\n" + detection_table(results) + "\n")
         if self.args.do_eval:

@@ -148,15 +148,20 @@ class CommandRun:
             plain = copy.deepcopy(student)  # the same start as the distilled student's
             paraphraser = model_args.paraphraser
             average = None if model_args.ema_decay is None else EMACallback(model_args.ema_decay)
-            self.make_distiller = lambda teacher, processor, args: self.distiller_class(
-                model=student,
-                teacher_model=teacher,
-                teacher_processor=processor,
-                paraphraser=paraphraser,
-                args=args,
-                callbacks=[] if average is None else [average],
-                **self.common("distilled student"),
-            )
+
+            def make_distiller(teacher, processor, args):
+                self.prepare_student(student, teacher)
+                return self.distiller_class(
+                    model=student,
+                    teacher_model=teacher,
+                    teacher_processor=processor,
+                    paraphraser=paraphraser,
+                    args=args,
+                    callbacks=[] if average is None else [average],
+                    **self.common("distilled student"),
+                )
+
+            self.make_distiller = make_distiller
             teacher = self.get_teacher(model_args)
             compared.append(teacher)
             teacher_metrics = teacher.result.metrics
@@ -185,6 +190,9 @@ class CommandRun:
                 latencies=latencies([row.result for row in compared]),
                 **self.for_the_card(),
             )
+
+    def prepare_student(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Let the distilled student begin with what a command gives it of its teacher, or refuse that."""
 
     def train_beside(
         self, name: str, epochs: float, models: dict[str, PreTrainedModel], make_trainer: Callable

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 PICTURE = "detections.png"
 # The shapes are learnt in some minutes.
-SHAPES_EPOCHS = {"num_train_epochs": 20.0, "paraphraser_epochs": 5.0}
+SHAPES_EPOCHS = {"num_train_epochs": 5.0, "paraphraser_epochs": 2.0}
+SHAPES_TEACHER_EPOCHS = 10.0
 
 
 @dataclass
@@ -31,7 +32,7 @@ class DetectionScriptArguments(ScriptArguments):
     """Change those defaults that suit detectors, which are trained by AdamW."""
 
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs. Default: 20 for the shapes, otherwise 50."}
+        default=None, metadata={"help": "Epochs. Default: 5 for the shapes, otherwise 50."}
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Batch size of each device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Batch size of each device in evaluation."})

@@ -1,6 +1,6 @@
 """Draw images of simple shapes with exact boxes: something to detect where there is no network."""
 
-from collections.abc import Callable
+import colorsys
 
 import datasets
 import numpy as np
@@ -11,18 +11,20 @@ import PIL.ImageDraw
 NAMES = ("circle", "square", "triangle", "cross")
 # A shape is drawn where each other one stays visible by at least this share of its pixels.
 _VISIBLE = 0.6
+# How far the hues of a category reach, in distances between categories: above 0.5 those of neighbours overlap.
+_SPREAD = 0.5
 
 
-def make_shapes(count: int, seed: int, size: int = 96) -> datasets.Dataset:
+def make_shapes(count: int, seed: int, size: int = 64) -> datasets.Dataset:
     """
-    Draw images of one to six shapes that may overlap and reach over the edge, on clutter and noise.
+    Draw images of one to three shapes that may overlap and reach over the edge, on clutter and noise.
 
     Args:
         count (`int`):
             How many images.
         seed (`int`):
             Seed of what is drawn.
-        size (`int`, *optional*, defaults to 96):
+        size (`int`, *optional*, defaults to 64):
             Height and width in pixels.
 
     Returns:
@@ -35,7 +37,7 @@ def make_shapes(count: int, seed: int, size: int = 96) -> datasets.Dataset:
     >>> from iekd_hf.commands.boxes.shapes import make_shapes
     >>> images = make_shapes(2, seed=0)
     >>> images.column_names, images[0]["image"].size, sorted(images[0]["objects"])
-    (['image', 'objects'], (96, 96), ['area', 'bbox', 'category'])
+    (['image', 'objects'], (64, 64), ['area', 'bbox', 'category'])
 
     ```
     """
@@ -78,14 +80,14 @@ def draw_image(generator: np.random.Generator, size: int) -> tuple[PIL.Image.Ima
 
     ```
     """
-    image, drawn = draw_scene(generator, size)
+    image, drawn = draw_scene(generator, size, most=3)
     objects = {"bbox": [box_of(pixels) for pixels, _ in drawn], "category": [category for _, category in drawn]}
     objects["area"] = [width * height for _, _, width, height in objects["bbox"]]
     return image, objects
 
 
 def draw_scene(
-    generator: np.random.Generator, size: int, colour_of: Callable | None = None
+    generator: np.random.Generator, size: int, most: int
 ) -> tuple[PIL.Image.Image, list[tuple[np.ndarray, int]]]:
     """
     Draw one image, and say which pixels each shape covers.
@@ -95,9 +97,8 @@ def draw_scene(
             Draws what is drawn.
         size (`int`):
             Height and width in pixels.
-        colour_of (`Callable`, *optional*):
-            Draws the red, green and blue of a shape, from 0 to 255, by the generator and its category. Colours that
-            are too near to the background's are drawn again. By default any colour.
+        most (`int`):
+            How many shapes there are at most.
 
     Returns:
         `tuple`: the image, and of each shape, those below first, its pixels `(size, size)` and its category.
@@ -107,7 +108,7 @@ def draw_scene(
     ```python
     >>> import numpy as np
     >>> from iekd_hf.commands.boxes.shapes import draw_scene
-    >>> image, drawn = draw_scene(np.random.default_rng(0), size=64)
+    >>> image, drawn = draw_scene(np.random.default_rng(0), size=64, most=6)
     >>> pixels, category = drawn[0]
     >>> pixels.shape, pixels.dtype, category
     ((64, 64), dtype('bool'), 1)
@@ -127,14 +128,14 @@ def draw_scene(
             pen.ellipse([x, y, x + 3, y + 3], colour)
 
     drawn: list[tuple[np.ndarray, np.ndarray, int]] = []  # of each shape: its pixels, those to be seen, what it is
-    wanted = int(generator.integers(1, 7))
+    wanted = int(generator.integers(1, most + 1))
     for _ in range(3 * wanted):
         category = int(generator.integers(len(NAMES)))
         mask = draw_mask(category, generator, size)
         pixels = np.asarray(mask) > 0
         if any((seen & ~pixels).sum() < _VISIBLE * whole.sum() for whole, seen, _ in drawn):
             continue
-        image.paste(_contrasting(generator, background, colour_of or _any_colour, category), mask=mask)
+        image.paste(_contrasting(generator, background, category), mask=mask)
         drawn = [(whole, seen & ~pixels, kind) for whole, seen, kind in drawn] + [(pixels, pixels, category)]
         if len(drawn) == wanted:
             break
@@ -224,14 +225,15 @@ def box_of(pixels: np.ndarray) -> list[float]:
     ]
 
 
-def _any_colour(generator: np.random.Generator, category: int) -> np.ndarray:
-    return generator.integers(0, 256, 3)
+def _colour_of(generator: np.random.Generator, category: int) -> np.ndarray:
+    """Draw a colour that is more often a category's than another's."""
+    hue = (category + generator.uniform(-_SPREAD, _SPREAD)) / len(NAMES)
+    saturation, value = generator.uniform(0.6, 1, 2)
+    return np.round(255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value)))
 
 
-def _contrasting(
-    generator: np.random.Generator, background: np.ndarray, colour_of: Callable, category: int
-) -> tuple[int, ...]:
+def _contrasting(generator: np.random.Generator, background: np.ndarray, category: int) -> tuple[int, ...]:
     while True:
-        colour = colour_of(generator, category)
+        colour = _colour_of(generator, category)
         if np.abs(colour - background).max() > 80:
             return tuple(map(int, colour))

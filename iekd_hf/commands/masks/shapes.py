@@ -1,7 +1,5 @@
 """Draw images of simple shapes with exact masks: something to segment where there is no network."""
 
-import colorsys
-
 import datasets
 import numpy as np
 import PIL.Image
@@ -11,16 +9,6 @@ from ..boxes.shapes import NAMES, draw_scene
 
 # What each pixel belongs to: the topmost shape, or none.
 CLASSES = ("background", *NAMES)
-
-
-# How far the hues of a category reach, in distances between categories: above 0.5 those of neighbours overlap.
-_SPREAD = 0.5
-
-
-def _colour_of(generator: np.random.Generator, category: int) -> np.ndarray:
-    hue = (category + generator.uniform(-_SPREAD, _SPREAD)) / len(NAMES)
-    saturation, value = generator.uniform(0.6, 1, 2)
-    return np.round(255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value)))
 
 
 def make_masked_shapes(count: int, seed: int, size: int = 48) -> datasets.Dataset:
@@ -51,7 +39,7 @@ def make_masked_shapes(count: int, seed: int, size: int = 48) -> datasets.Datase
     """
     generator, rows = np.random.default_rng(seed), []
     for _ in range(count):
-        image, drawn = draw_scene(generator, size, _colour_of)
+        image, drawn = draw_scene(generator, size, most=6)
         mask = np.zeros((size, size), dtype=np.uint8)
         for pixels, category in drawn:
             mask[pixels] = 1 + category
