@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForObjectDetection
 from transformers.backbone_utils import BackboneMixin
 
-from iekd_hf import Paraphraser, list_layers, reconstruction_loss
+from iekd_hf import Paraphraser, inherit_head, list_layers, reconstruction_loss
+from iekd_hf.commands.boxes.tiny_detectors import tiny_config, tiny_detector
 from iekd_hf.features.layers import default_layers, pair_layers
 from iekd_hf.features.tap import FeatureTap
 from iekd_hf.method.objective import factor_losses
@@ -27,6 +28,7 @@ from iekd_hf.training.checks import check_dataset
 from iekd_hf.training.paraphraser_trainer import ParaphraserTrainer
 
 
+CATS = {0: "cat", 1: "dog"}
 LEVELS = {"out_features": ["stage2", "stage3", "stage4"]}
 LAST = {"out_features": ["stage4"]}
 ATTENTION = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
@@ -697,3 +699,26 @@ def test_a_teacher_by_name_brings_its_processor(make_detection, tmp_path):
     assert type(trainer.teacher.teacher) is t.DetrForObjectDetection
     assert trainer.teacher.to_teacher_inputs(trainer.sample_batch())["pixel_values"].shape[2:] == (96, 96)
     trainer.train()
+
+
+def test_a_student_takes_the_head_of_its_teacher_and_nothing_else():
+    config = tiny_config("tiny-rt-detr-8", id2label=CATS)
+    teacher = t.RTDetrForObjectDetection(tiny_config("tiny-rt-detr-16", id2label=CATS))
+    student = t.RTDetrForObjectDetection(t.RTDetrConfig(**{**config.to_dict(), "decoder_layers": 1}))
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in (student, teacher)]
+    names = inherit_head(student, teacher)
+    assert same(teacher.state_dict(), before[1])
+    for name, value in student.state_dict().items():
+        assert value.equal((before[1] if name in names else before[0])[name]), name
+    assert not any("backbone" in name for name in names)
+    assert any("decoder.layers.0" in name for name in names) and "model.decoder.class_embed.0.weight" in names
+    # The convolutions that take the backbone's channels are as wide as it is.
+    assert "model.encoder_input_proj.0.0.weight" not in names
+
+
+def test_a_head_that_does_not_fit_is_refused():
+    tiny = tiny_detector("tiny-rt-detr-8", id2label=CATS)
+    with pytest.raises(ValueError, match=r"a student with a backbone, .* got ResNetForImageClassification: leave"):
+        inherit_head(make_resnet(8), tiny)
+    with pytest.raises(ValueError, match=r"same name and shape as the student's, got ResNetFor.* for RTDetr.*family"):
+        inherit_head(tiny, make_resnet(8))

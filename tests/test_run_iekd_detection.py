@@ -55,7 +55,7 @@ def test_the_shapes_from_nothing_to_the_table(run, tmp_path):
     student, info = AutoModelForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and student.config.id2label[3] == "cross"
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["settings"]["seed"] == 42 and list(results["models"]) == [
+    assert results["settings"]["seed"] == 42 and results["settings"]["inherit_head"] and list(results["models"]) == [
         "teacher",
         "plain student",
         "distilled student",
@@ -69,7 +69,7 @@ def test_the_shapes_from_nothing_to_the_table(run, tmp_path):
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     with torch.no_grad():
         outputs = student.eval()(**processor(image, return_tensors="pt"))
-    (found,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(96, 96)])
+    (found,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[image.size[::-1]])
     first = [entry for entry in predictions if entry["image_id"] == 0]
     torch.testing.assert_close(torch.tensor([entry["score"] for entry in first]), found["scores"], atol=1e-5, rtol=0)
     assert [entry["category"] for entry in first] == [student.config.id2label[i] for i in found["labels"].tolist()]
@@ -198,7 +198,11 @@ def test_what_cannot_be_had(run, tmp_path):
         run("--output_dir", tmp_path, *QUICK, *FEW, "--student", "tiny-rt-detr-6")
     with pytest.raises(ValueError, match=r"takes, got 56x64 pixels \(.*give --image_size multiples of .* 16 in tiny"):
         run("--output_dir", tmp_path, *QUICK, *FEW, "--image_size", "56", "64")
-    assert not (tmp_path / "_teacher").exists()
+    with pytest.raises(ValueError, match=r"a teacher whose head has weights of the same name and shape .* got ResNet"):
+        classifier = ("--teacher", tmp_path / "classifier", "--inherit_head", "true")
+        make_resnet(16, num_labels=5).save_pretrained(tmp_path / "classifier")
+        run("--output_dir", tmp_path, *QUICK, *FEW, *classifier)
+    assert not (tmp_path / "_teacher").exists() and not (tmp_path / "_plain_student").exists()
 
 
 class TensorsInMemory(TrainerCallback):

@@ -120,11 +120,10 @@ class DetectRun(DetectionRun):
 
     def prepare_student(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         """Give the student the teacher's head, where that is wanted."""
-        wanted = self.args.inherit_head
-        if wanted is None:
+        if self.args.inherit_head is None:
             width = getattr(student.config, "d_model", None)
-            wanted = is_tiny(self.student_name) and getattr(teacher.config, "d_model", None) == width
-        if wanted:
+            self.args.inherit_head = is_tiny(self.student_name) and getattr(teacher.config, "d_model", None) == width
+        if self.args.inherit_head:
             inherit_head(student, teacher)
 
     def measure_student(self, trainer: DistillationTrainer, result: Result) -> dict[str, float]:
