@@ -1,17 +1,15 @@
 """`IEKDTrainingArguments` and `MutualTrainingArguments`: `TrainingArguments` and what each trainer adds."""
 
-import inspect
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import get_args, get_origin
 
 import torch
 from transformers import TrainingArguments
 
+from .argument_types import check_types
 from .method.factors import DECODERS, SPLIT_MODES
 from .method.knowledge import KNOWLEDGE
 from .method.logits import KD_DISTANCES
@@ -64,6 +62,9 @@ class IETrainingArguments(TrainingArguments):
             Seed of the random split.
         factor_channels (`int`, *optional*):
             Channels k of the factors. By default half of the teacher's channels.
+        encoder_kernel_size (`int`, *optional*, defaults to 3):
+            Height and width of the convolutions in encoders and paraphraser, an odd number. 3 is the papers'; with 1
+            they have a ninth of the weights.
         paraphraser_learning_rate (`float`, *optional*, defaults to 0.1):
             Peak learning rate of the paraphraser (SGD, Nesterov momentum 0.9, weight decay 5e-4).
         paraphraser_decoder (`str`, *optional*, defaults to `"conv"`):
@@ -99,6 +100,10 @@ class IETrainingArguments(TrainingArguments):
     factor_channels: int | None = field(
         default=None, metadata={"help": "Channels k of the factors. Default: half of the teacher's."}
     )
+    encoder_kernel_size: int = field(
+        default=3,
+        metadata={"help": "Size of the convolutions in encoders and paraphraser; 1 has a ninth of the weights."},
+    )
     paraphraser_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of the paraphraser."})
     paraphraser_decoder: str = choice("conv", DECODERS, "Convolutions of the paraphraser's decoder.")
     reconstruction_distance: str = choice("l1", RECONSTRUCTION_DISTANCES, "Reconstruction loss of the paraphraser.")
@@ -118,7 +123,7 @@ class IETrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_types()
+        check_types(self)
         self.check_choice("lambda_schedule", LAMBDA_SCHEDULES)
         self.check_choice("inheritance_distance", INHERITANCE_DISTANCES)
         self.check_choice("exploration_distance", EXPLORATION_DISTANCES)
@@ -143,19 +148,8 @@ class IETrainingArguments(TrainingArguments):
             raise ValueError(f"Expected split_seed within 64 bits, got {self.split_seed}.")
         if self.factor_channels is not None and self.factor_channels < 1:
             raise ValueError(f"Expected factor_channels of at least 1, or None, got {self.factor_channels}.")
-
-    def check_types(self) -> None:
-        """Refuse values of another type than their field's, such as numbers in quotes."""
-        # By the annotations: HfArgumentParser takes the None out of the types of a dataclass's fields.
-        types = {k: v for cls in reversed(type(self).__mro__) for k, v in inspect.get_annotations(cls).items()}
-        for f in fields(self):
-            kinds, value = get_args(types[f.name]) or (types[f.name],), getattr(self, f.name)
-            if f.name in _FIELDS_OF_TRAINER or any(_is_a(value, kind) for kind in kinds):
-                continue
-            # A list by what is in it: list[str].
-            names = " or ".join(str(kind) if get_args(kind) else kind.__name__ for kind in kinds)
-            names = names.replace("NoneType", "None")
-            raise ValueError(f"Expected {f.name} of type {names}, got {value!r} of type {type(value).__name__}.")
+        if self.encoder_kernel_size < 1 or self.encoder_kernel_size % 2 == 0:
+            raise ValueError(f"Expected an odd encoder_kernel_size, 1, 3, ..., got {self.encoder_kernel_size}.")
 
     def check_choice(self, name: str, known) -> None:
         """Refuse a name that is not known."""
@@ -195,22 +189,6 @@ class IETrainingArguments(TrainingArguments):
     def lambda_scale(self, progress: float) -> float:
         """Return the factor in [0, 1] on the λs when a share `progress` of the training steps is done."""
         return lambda_scale(progress, self.lambda_schedule, self.lambda_warmup_ratio)
-
-
-# Of Trainer's own arguments, those whose types it does not look at itself until it fails.
-_NUMBERS_OF_TRAINER = {"learning_rate", "max_steps", "num_train_epochs", "gradient_accumulation_steps", "seed"}
-_NUMBERS_OF_TRAINER |= {"per_device_train_batch_size", "per_device_eval_batch_size"}
-_FIELDS_OF_TRAINER = {f.name for f in fields(TrainingArguments)} - _NUMBERS_OF_TRAINER
-
-
-def _is_a(value, kind: type) -> bool:
-    """Return whether a value is of a field's type; an int is a float, a bool is neither."""
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
-    kind = get_origin(kind) or kind
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return value is None if kind is NoneType else isinstance(value, kind)
 
 
 def _without_folder(value):
@@ -407,7 +385,7 @@ class IEKDTrainingArguments(IETrainingArguments):
     def __post_init__(self):
         for name in SHARE_OF:
             setattr(self, name, _as_weight(name, getattr(self, name)))
-        self.check_types()
+        check_types(self)
         self.check_choice("method", METHODS)
         for name, value in METHODS[self.method].items():
             if getattr(self, name) is None:

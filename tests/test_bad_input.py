@@ -28,6 +28,7 @@ from iekd_hf import ChannelSplit, IEKDTrainingArguments, MutualTrainer, MutualTr
         ({"temperature": 0.0}, "temperature above 0"),
         ({"paraphraser_epochs": 0}, "paraphraser_epochs above 0"),
         ({"factor_channels": 0}, "at least 1"),
+        ({"encoder_kernel_size": 2}, "an odd encoder_kernel_size, 1, 3, ..., got 2"),
         ({"save_strategy": "steps", "save_steps": 0}, "save_steps above 0, got 0"),
         ({"teacher_layers": ["a", "b"], "student_layers": ["a"]}, "got 2 and 1"),
         ({"teacher_layers": []}, "got 0:"),

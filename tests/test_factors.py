@@ -42,6 +42,20 @@ def test_split_is_state_and_leaves_the_global_generator_alone():
     assert natural.inheritance_indices.tolist() == [0, 1, 2]
 
 
+def test_smaller_convolutions_have_a_ninth_of_the_weights():
+    """Weights ~ N(0, sqrt(2 / (k^2 C_out))); a 1x1 encoder sees one position at a time."""
+    torch.manual_seed(0)
+    for module in (Paraphraser(64, 32, kernel_size=1), FactorEncoder(64, 32, kernel_size=1)):
+        convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+        for convolution in convolutions:
+            assert (convolution.kernel_size, convolution.padding) == ((1, 1), (0, 0))
+            std = math.sqrt(2 / convolution.out_channels)
+            assert convolution.weight.std().item() == pytest.approx(std, rel=0.1)
+    f_S = torch.randn(1, 64, 5, 7)
+    encoder = FactorEncoder(64, 32, kernel_size=1).eval()
+    torch.testing.assert_close(encoder(f_S)[..., 2:3, 4:5], encoder(f_S[..., 2:3, 4:5]))
+
+
 def test_the_authors_autoencoder():
     """129,600 parameters at 64 -> 32; LeakyReLU first, no bias, weights ~ N(0, sqrt(2 / (9 C_out)))."""
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ LAYERS = (
     ("data", "models"),
     ("features",),
     ("method",),
+    ("argument_types",),
     ("arguments",),
     ("hub", "teacher"),
     ("training",),

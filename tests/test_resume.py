@@ -209,6 +209,9 @@ def test_resume_refuses_other_shapes_and_keeps_the_disk(make_trainer, tmp_path):
     other_split = make_trainer(inheritance_ratio=0.25, **ARGUMENTS)
     with pytest.raises(ValueError, match="inheritance_ratio"):
         other_split.train(resume_from_checkpoint=True)
+    cheaper = make_trainer(encoder_kernel_size=1, **ARGUMENTS)
+    with pytest.raises(ValueError, match="encoder_kernel_size"):
+        cheaper.train(resume_from_checkpoint=True)
     other_paraphraser = make_trainer(paraphraser=Paraphraser(16, 8), **ARGUMENTS)
     with pytest.raises(ValueError, match="paraphraser that the checkpoint"):
         other_paraphraser.train(resume_from_checkpoint=True)

@@ -499,6 +499,21 @@ def test_factor_encoder_of_each_half(make_trainer):
         assert [p.shape for p in encoder.parameters()] == [p.shape for p in expected.parameters()]
 
 
+def test_cheaper_encoders_in_both_stages(make_trainer, make_mutual, tmp_path):
+    trainer = make_trainer(encoder_kernel_size=1)
+    trainer.train()
+    (paraphraser,) = trainer.teacher.paraphrasers
+    sides = (paraphraser, trainer.student_side.inheritance_encoders, trainer.student_side.exploration_encoders)
+    sizes = {m.kernel_size for side in sides for m in side.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert sizes == {(1, 1)}
+    # Kept with the paraphraser, whatever the next run's encoders are.
+    kept = Paraphraser.from_pretrained(tmp_path / "out" / "_paraphraser")
+    assert same(kept.state_dict(), paraphraser.state_dict())
+    peers = make_mutual(encoder_kernel_size=1).group
+    encoders = (*peers.paraphrasers, *(peer.inheritance_encoders for peer in peers.peers))
+    assert {m.kernel_size for e in encoders for m in e.modules() if isinstance(m, torch.nn.Conv2d)} == {(1, 1)}
+
+
 def test_iterable_dataset(make_trainer):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

@@ -68,7 +68,8 @@ SECTIONS = {
     "large files": ("JPEG files of about 1500x1125 to 224x224, batch 32", lambda: jpeg_files(3), file_paths, 6),
 }
 MEMORY = {"student alone, Trainer": "alone", "bare IE-KD loop": "bare", "IEKDTrainer": "live"}
-MEMORY |= {"IEKDTrainer, cached teacher": "cached"}
+MEMORY |= {"IEKDTrainer, cached teacher": "cached", "IEKDTrainer, encoder_kernel_size=1": "live 1x1"}
+MEMORY |= {"IEKDTrainer, cached teacher, encoder_kernel_size=1": "cached 1x1"}
 PLACES = {"cifar": CIFAR, "imagenet": IMAGENET}
 
 

@@ -45,7 +45,11 @@ class Setting:
             Make the models, as they start.
         factor_channels (`int`, *optional*):
             Channels of the factors. By default half of the teacher's.
+
+    `kernel_size` is that of the encoders and the paraphraser; it can be changed before they are made.
     """
+
+    kernel_size = 3
 
     def __init__(self, image_size, batch_size, num_images, make_teacher, make_student, factor_channels=None):
         self.batch_size, self.make_teacher, self.make_student = batch_size, make_teacher, make_student
@@ -72,7 +76,7 @@ class Setting:
     @functools.cached_property
     def paraphraser(self) -> Paraphraser:
         channels = self.teacher.config.hidden_sizes[-1]
-        return Paraphraser(channels, self.factor_channels or channels // 2).eval()
+        return Paraphraser(channels, self.factor_channels or channels // 2, kernel_size=self.kernel_size).eval()
 
     def arguments(self, **kwargs) -> IEKDTrainingArguments:
         kwargs = {"lambda_inh": 1000.0, "lambda_exp": 100.0, **kwargs}  # those of the bare loop
@@ -80,7 +84,7 @@ class Setting:
             output_dir=self.folder.name,
             max_steps=10**6,
             per_device_train_batch_size=self.batch_size,
-            per_device_eval_batch_size=256,
+            per_device_eval_batch_size=2 * self.batch_size,
             learning_rate=SGD["lr"],
             lr_scheduler_type="constant",
             optim="sgd",
@@ -109,6 +113,7 @@ class Setting:
 
     def iekd(self, **kwargs) -> IEKDTrainer:
         """Make our trainer."""
+        kwargs = {"encoder_kernel_size": self.kernel_size, **kwargs}
         return IEKDTrainer(teacher_model=self.teacher, paraphraser=self.paraphraser, **self.common(**kwargs))
 
     def alone(self, **kwargs) -> Trainer:
@@ -402,8 +407,9 @@ def peak(which: str) -> dict:
     if case == "bare":
         step = BareLoop(setting)
     else:
+        setting.kernel_size = 1 if case.endswith("1x1") else 3
         cached = functools.partial(setting.iekd, cache_teacher=True)
-        step = StepsOf({"alone": setting.alone, "live": setting.iekd, "cached": cached}[case])
+        step = StepsOf({"alone": setting.alone, "live": setting.iekd, "cached": cached}[case.removesuffix(" 1x1")])
     for _ in range(8):
         step()
     if torch.cuda.is_available():

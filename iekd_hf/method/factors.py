@@ -76,12 +76,12 @@ class ChannelSplit(nn.Module):
         )
 
 
-def _coder(in_channels: int, out_channels: int, convolution: type[nn.Module] = nn.Conv2d) -> nn.Sequential:
-    """Build three 3x3 convolutions, the second changing the width, as the authors order and initialise them."""
+def _coder(in_channels: int, out_channels: int, size: int, convolution: type[nn.Module] = nn.Conv2d) -> nn.Sequential:
+    """Build three convolutions, the second changing the width, as the authors order and initialise them."""
     layers: list[nn.Module] = [nn.LeakyReLU(0.1)]
     for c_in, c_out in ((in_channels, in_channels), (in_channels, out_channels), (out_channels, out_channels)):
-        conv = convolution(c_in, c_out, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.normal_(conv.weight, std=math.sqrt(2 / (9 * c_out)))
+        conv = convolution(c_in, c_out, kernel_size=size, stride=1, padding=size // 2, bias=False)
+        nn.init.normal_(conv.weight, std=math.sqrt(2 / (size**2 * c_out)))
         layers += [conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers)
 
@@ -90,13 +90,15 @@ class FactorEncoder(nn.Module):
     """
     Encode one part of the student's feature map into a factor of the teacher's factor's width (section 3.1).
 
-    LeakyReLU(0.1), then three times: 3x3 convolution without bias, BatchNorm, LeakyReLU(0.1). Height and width stay.
+    LeakyReLU(0.1), then three times: convolution without bias, BatchNorm, LeakyReLU(0.1). Height and width stay.
 
     Args:
         in_channels (`int`):
             Channels of the part, i.e. of `f_inh` or `f_exp`.
         factor_channels (`int`):
             Channels k of the factor.
+        kernel_size (`int`, *optional*, defaults to 3):
+            Height and width of the convolutions, an odd number.
 
     Example:
 
@@ -110,9 +112,9 @@ class FactorEncoder(nn.Module):
     ```
     """
 
-    def __init__(self, in_channels: int, factor_channels: int):
+    def __init__(self, in_channels: int, factor_channels: int, kernel_size: int = 3):
         super().__init__()
-        self.layers = _coder(in_channels, factor_channels)
+        self.layers = _coder(in_channels, factor_channels, kernel_size)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Map `(batch_size, in_channels, height, width)` to `(batch_size, factor_channels, height, width)`."""
@@ -142,6 +144,8 @@ class Paraphraser(
             Channels k of the factor; half of `in_channels` in both papers.
         decoder (`str`, *optional*, defaults to `"conv"`):
             `"conv"` (plain convolutions) or `"transposed"` (transposed ones, as the papers' text says).
+        kernel_size (`int`, *optional*, defaults to 3):
+            Height and width of the convolutions, an odd number.
 
     Raises:
         `ValueError`: an unknown decoder.
@@ -161,16 +165,16 @@ class Paraphraser(
     `facts` is what [`IEKDTrainer`] knows of the paraphraser that it has trained, for its model card.
     """
 
-    def __init__(self, in_channels: int, factor_channels: int, decoder: str = "conv"):
+    def __init__(self, in_channels: int, factor_channels: int, decoder: str = "conv", kernel_size: int = 3):
         super().__init__()
         if decoder not in DECODERS:
             raise ValueError(f"Expected paraphraser_decoder to be one of {', '.join(DECODERS)}; got {decoder!r}.")
         self.in_channels = in_channels
         self.factor_channels = factor_channels
         self.facts: dict[str, str | float] = {}
-        self.encoder = _coder(in_channels, factor_channels)
+        self.encoder = _coder(in_channels, factor_channels, kernel_size)
         convolution = nn.Conv2d if decoder == "conv" else nn.ConvTranspose2d
-        self.decoder = _coder(factor_channels, in_channels, convolution)
+        self.decoder = _coder(factor_channels, in_channels, kernel_size, convolution)
 
     def encode(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return the factor `(batch_size, factor_channels, height, width)` of a teacher's map."""

@@ -101,7 +101,8 @@ class Knowledge:
     """Describe what the maps of a pair of layers are compared by, and the modules that make it of either map."""
 
     teacher_side: type[nn.Module]  # turns the teacher's map into the target, by `encode`
-    student_side: Callable[[int, int], nn.Module]  # from a part's channels and the target's: the part's encoder
+    # From a part's channels, the target's, and the size of convolutions: the part's encoder.
+    student_side: Callable[[int, int, int], nn.Module]
     width: Callable[[int, int | None], int]  # from the teacher's channels and `factor_channels`: the target's
     is_kept: bool = True  # whether the teacher's side has weights, which stage 1 makes and a run keeps
     is_trained: bool = True  # by the reconstruction error; otherwise stage 1 measures them
@@ -115,14 +116,14 @@ KNOWLEDGE = {
     ),
     "attention": Knowledge(
         AttentionMap,
-        student_side=lambda in_channels, out_channels: AttentionMap(),
+        student_side=lambda in_channels, out_channels, kernel_size: AttentionMap(),
         width=lambda channels, factor_channels: 1,
         is_kept=False,
         is_trained=False,
     ),
     "preactivation": Knowledge(
         MarginReLU,
-        Connector,
+        student_side=lambda in_channels, out_channels, kernel_size: Connector(in_channels, out_channels),
         width=lambda channels, factor_channels: channels,
         is_trained=False,
         before_activation=True,

@@ -28,6 +28,7 @@ class StudentWithEncoders(nn.Module):
         inherit: bool,
         explore: bool,
         knowledge: Knowledge = KNOWLEDGE["factors"],
+        kernel_size: int = 3,
     ):
         super().__init__()
         self.student = student
@@ -37,7 +38,7 @@ class StudentWithEncoders(nn.Module):
         def encoders(indices: str, wanted: bool) -> nn.ModuleList:
             widths = [len(getattr(split, indices)) for split in splits]
             return nn.ModuleList(
-                knowledge.student_side(width, k)
+                knowledge.student_side(width, k, kernel_size)
                 for width, k in zip(widths, factor_channels, strict=True)
                 if wanted and width
             )
@@ -50,7 +51,7 @@ class StudentWithEncoders(nn.Module):
         """Split maps of these channels and make encoders as the arguments say."""
         splits = [ChannelSplit(width, args.inheritance_ratio, args.split_mode, args.split_seed) for width in widths]
         inherit, explore = is_on(args.lambda_inh), is_on(args.lambda_exp)
-        return cls(tap.model, tap, splits, factor_channels, inherit, explore, knowledge)
+        return cls(tap.model, tap, splits, factor_channels, inherit, explore, knowledge, args.encoder_kernel_size)
 
     def forward(self, **inputs) -> tuple[dict, list[torch.Tensor], list[torch.Tensor]]:
         """Return the student's output and the factors F_inh and F_exp of each pair; an unused half has none."""
@@ -145,5 +146,7 @@ class PeerGroup(nn.Module):
             peer = Peer.of(tap, [width] * len(tap.layers), others, args, KNOWLEDGE["factors"])
             self.peers.append(peer.to(tap.model.dtype))
             if tap.layers:
-                paraphraser = Paraphraser(width, factor_channels[i], decoder=args.paraphraser_decoder)
+                paraphraser = Paraphraser(
+                    width, factor_channels[i], args.paraphraser_decoder, args.encoder_kernel_size
+                )
                 self.paraphrasers.append(paraphraser.to(tap.model.dtype))

@@ -103,8 +103,8 @@ def read_encoders(module: nn.Module, folder: str) -> dict[str, torch.Tensor]:
     if different:
         raise ValueError(
             f"Expected a checkpoint of encoders as the arguments make them, got another one in {folder} "
-            f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels "
-            "and the losses that are in use as they were, or use another output_dir."
+            f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels, "
+            "encoder_kernel_size and the losses that are in use as they were, or use another output_dir."
         )
     return tensors
 

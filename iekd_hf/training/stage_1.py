@@ -87,7 +87,7 @@ def train_paraphrasers(
 ) -> tuple[list[Paraphraser], dict[str, float]]:
     """Train a paraphraser for each map of the teacher."""
     set_seed(args.seed)  # the same paraphrasers whatever was built before them
-    paraphrasers = [Paraphraser(c, k, decoder=args.paraphraser_decoder) for c, k in widths]
+    paraphrasers = [Paraphraser(c, k, args.paraphraser_decoder, args.encoder_kernel_size) for c, k in widths]
     trainer = ParaphraserTrainer(ParaphraserStack(paraphrasers), teacher, args, output_dir=str(output_dir), **images)
     logger.info(f"Stage 1: training the paraphraser, {args.paraphraser_epochs:g} epochs.")
     output = trainer.train(ResumePoint(checkpoint) if checkpoint else None)
@@ -126,7 +126,7 @@ def split_images(train_dataset: Dataset, eval_dataset, seed: int) -> tuple[Datas
 def stage_1_settings(widths: list[tuple[int, int]], args: IEKDTrainingArguments) -> tuple:
     """Return what the paraphrasers depend on; a hyperparameter search may change it between two runs."""
     distance, epochs, rate = args.reconstruction_distance, args.paraphraser_epochs, args.paraphraser_learning_rate
-    return tuple(widths), args.paraphraser_decoder, distance, epochs, rate
+    return tuple(widths), args.paraphraser_decoder, args.encoder_kernel_size, distance, epochs, rate
 
 
 def remove_checkpoints(folder: Path) -> None:
