@@ -21,8 +21,8 @@ def average(run_example):
     return functools.partial(run_example, average_detection)
 
 
-def write_run(folder, seed, distilled, plain=None, method="ie-ft", weights=(3000.0, 300.0), teacher=TEACHER):
-    settings = {"seed": seed, "method": method, "lambda_inh": weights[0], "lambda_exp": weights[1]}
+def write_run(folder, seed, distilled, plain=None, method="ie-ft", weights=(3000.0, 300.0), teacher=TEACHER, **more):
+    settings = {"seed": seed, "method": method, "lambda_inh": weights[0], "lambda_exp": weights[1], **more}
 
     def model(parameters, value):
         metrics = {"map": value, "map_50": 0.5, "map_75": 0.25, "map_cat": 0.125}
@@ -44,6 +44,7 @@ def test_the_table_by_hand(average, tmp_path):
         write_run(tmp_path / "a", 1, 0.45, plain=0.4),
         write_run(tmp_path / "b", 2, 0.56, plain=0.5),
         write_run(tmp_path / "c", 2, 0.52, method="ft", weights=(1500.0, 0.0)),  # the same teacher, no plain student
+        write_run(tmp_path / "d", 1, 0.5, method="plain", weights=(0.0, 0.0), inherit_head=True),
     ]
     file = tmp_path / "all.json"
     lines = average("--runs", *runs, "--output_file", file).splitlines()
@@ -53,9 +54,10 @@ def test_the_table_by_hand(average, tmp_path):
         "| plain student | 1,000 | 2 | 45.0 ± 63.5 | 50.0 | 25.0 | 12.5 |  |",
         "| ie-ft, 3000, 300 | 1,000 | 2 | 50.5 ± 69.9 | 50.0 | 25.0 | 12.5 | +5.50 ± 6.35 |",
         "| ft, 1500 | 1,000 | 1 | 52.0 | 50.0 | 25.0 | 12.5 | +2.00 |",
+        "| plain, teacher's head | 1,000 | 1 | 50.0 | 50.0 | 25.0 | 12.5 | +10.00 |",
     ]
     written = json.loads(file.read_text())
-    assert [run["settings"]["seed"] for run in written] == [1, 2, 2]
+    assert [run["settings"]["seed"] for run in written] == [1, 2, 2, 1]
     assert written[0]["gradient_shares"] == {"inheritance_loss_gradient_share": 0.5}
 
 

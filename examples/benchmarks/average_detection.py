@@ -73,8 +73,8 @@ def by_model(runs: list[dict]) -> dict[str, dict[int, dict]]:
             What [`read_runs`] gave.
 
     Returns:
-        `dict[str, dict[int, dict]]`: by name, with method and weights where it is distilled, and by seed. Teachers
-        have no seed of their own: each one is counted once.
+        `dict[str, dict[int, dict]]`: by name, with method, weights and whether it began with the teacher's head where
+        it is distilled, and by seed. Teachers have no seed of their own: each one is counted once.
 
     Example:
 
@@ -98,7 +98,8 @@ def by_model(runs: list[dict]) -> dict[str, dict[int, dict]]:
                     found[name][len(known)] = model
                 continue
             weights = [f"{settings[key]:g}" for key in ("lambda_inh", "lambda_exp") if settings[key]]
-            title = ", ".join([settings["method"], *weights]) if name == DISTILLED else name
+            head = ["teacher's head"] if settings.get("inherit_head") else []  # which older runs do not know
+            title = ", ".join([settings["method"], *weights, *head]) if name == DISTILLED else name
             found[title][settings["seed"]] = model
     return dict(found)
 

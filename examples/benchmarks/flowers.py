@@ -223,12 +223,14 @@ class Flowers:
             ),
         }
 
-    def paraphraser(self, knowledge: str, count: int, which: str, images: DecodedImages) -> str:
+    def paraphraser(self, like: IEKDTrainingArguments, count: int, which: str, images: DecodedImages) -> str:
         """Train the paraphraser on these images, or measure OD's margins, once for all seeds; return the folder."""
-        folder = self.folder / "paraphrasers" / knowledge / (which if which == "all" else str(count))
+        kind = "margins" if like.knowledge == "preactivation" else f"{like.encoder_kernel_size}x"
+        folder = self.folder / "paraphrasers" / kind / (which if which == "all" else str(count))
         if not (folder / "metrics.json").is_file():
             args = self.arguments(
-                *(folder, 0, images, "ft" if knowledge == "factors" else "od"),
+                *(folder, 0, images, "od" if kind == "margins" else "ft"),
+                encoder_kernel_size=like.encoder_kernel_size,
                 cache_teacher=False,
                 max_steps=1,  # stage 1 is what is wanted
                 paraphraser_max_steps=self.what.paraphraser_steps,
@@ -250,7 +252,7 @@ class Flowers:
             student,
             self.teacher(count, args.lambda_kd > 0),
             args,
-            paraphraser=self.paraphraser(args.knowledge, count, which, images) if has_stage_1 else None,
+            paraphraser=self.paraphraser(args, count, which, images) if has_stage_1 else None,
             **self.common(images),
         )
         metrics = trainer.train().metrics
