@@ -19,6 +19,7 @@ from iekd_hf import (
 )
 from iekd_hf.teacher import cache
 from iekd_hf.teacher.frozen import FrozenTeacher
+from iekd_hf.training import weights
 
 
 def common(output_dir: str) -> dict:
@@ -87,6 +88,33 @@ def distil(output_dir: str, student: str) -> tuple[IEKDTrainer, dict]:
         "reconstruction_loss": output.metrics["paraphraser_reconstruction_loss"],
         "logs": [logs for logs in trainer.state.log_history if "inheritance_loss" in logs],
     }
+
+
+def distil_auto(output_dir: str) -> tuple[IEKDTrainer, dict]:
+    """Distil with weights that are measured at each second step, unbroken and broken off before the second one."""
+    weights._LEAST, weights._MOST, held = 2, 2, {}
+    for name, stop in (("unbroken", None), ("broken", 3), ("resumed", None)):
+        out = f"{output_dir}/{'unbroken' if name == 'unbroken' else 'broken'}"
+        settings = {**common(out), "logging_steps": 1, "eval_strategy": "no", "save_steps": 1000}
+        trainer = IEKDTrainer(
+            model=make_resnet(seed=1),
+            teacher_model=make_resnet(16, seed=2),
+            args=IEKDTrainingArguments(
+                paraphraser_epochs=1, method="ie-ft+kd", **dict.fromkeys(weights.SHARE_OF, "auto"), **settings
+            ),
+            train_dataset=DATA["train_dataset"],
+            callbacks=[StopAt(stop)],
+        )
+        trainer.train(resume_from_checkpoint=name == "resumed")
+        held[name] = {
+            "weights": [
+                [logs[weight] for weight in weights.SHARE_OF]
+                for logs in trainer.state.log_history
+                if "lambda_kd" in logs
+            ],
+            "student_side": trainer.student_side.state_dict(),
+        }
+    return trainer, held
 
 
 def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
@@ -212,7 +240,7 @@ def main(output_dir: str, job: str) -> None:
         trainer, state = teach_each_other(output_dir, mutual_loss)
     else:
         special = {"cached": distil_cached, "unlabelled": distil_unlabelled, "sharded": distil_sharded}
-        special |= {"streams": distil_streams}
+        special |= {"streams": distil_streams, "auto": distil_auto}
         trainer, state = special[job](output_dir) if job in special else distil(output_dir, job)
     trainer.save_model(f"{output_dir}/saved")
     state["world_size"] = trainer.accelerator.num_processes

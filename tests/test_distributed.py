@@ -29,7 +29,7 @@ def torchrun(*arguments: str, timeout: int = 300) -> str:
     return done.stdout
 
 
-JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled", "sharded", "streams"]
+JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled", "sharded", "streams", "auto"]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,19 @@ def test_two_ranks_share_a_stream_and_go_on_in_it(ranks, split):
     # 24 images: three batches of four on each rank are a pass, of which no image is on both.
     images = [{image.numpy().tobytes() for image in rank["unbroken"]["seen"][:12]} for rank in (first, second)]
     assert len(images[0]) == len(images[1]) == 12 and len(images[0] | images[1]) == 24
+
+
+@pytest.mark.slow
+def test_two_ranks_find_the_same_weights_and_go_on_with_them(ranks):
+    first, second = held_by(ranks / "auto")
+    for rank in (first, second):
+        # Measured before the first and the third of four steps.
+        at = rank["unbroken"]["weights"]
+        assert at[0] == at[1] != at[2] == at[3] and min(at[0]) > 0
+        assert rank["resumed"]["weights"] == at  # its log begins with that of the checkpoint
+        assert same(rank["unbroken"]["student_side"], rank["resumed"]["student_side"])
+    assert first["unbroken"]["weights"] == second["unbroken"]["weights"]
+    assert same(first["unbroken"]["student_side"], second["unbroken"]["student_side"])
 
 
 @pytest.mark.slow
