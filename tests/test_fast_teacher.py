@@ -1,5 +1,6 @@
 """The fast teacher gives the same maps as the given one, which stays as it was; what a step must not do."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import make_images, make_resnet, make_vit, same
 from test_whole_batches import make_augmentation, make_decoded
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -17,6 +19,7 @@ from transformers import (
     RegNetConfig,
     RegNetForImageClassification,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from iekd_hf import CifarResNetConfig, CifarResNetForImageClassification, Paraphraser
@@ -202,6 +205,54 @@ def test_no_step_waits_for_the_device(make_trainer, make_mutual, trainer):
         trainer.train()
         assert torch.ones(()).item() == 1 and reads.count > counts[-1]  # a read is counted
     assert len(set(counts)) == 1 and len(counts) == 6
+
+
+class NoteOtherDevices(TorchDispatchMode):
+    """Note what makes a tensor that is not on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.found += [str(func) for tensor in tensors if tensor.device.type != "meta"]
+        return result
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ie-ft+kd", "lambda_schedule": "cosine"},
+        {"method": "ie-at"},
+        {"method": "od+kd", "kd_distance": "dist"},
+        {"method": "kd", "kd_distance": "dkd"},
+        {"method": "ie-ft+kd", "kd_distance": "standardized", "exploration_distance": "cka"},
+    ],
+)
+def test_a_step_makes_no_tensor_on_another_device(make_trainer, monkeypatch, settings):
+    """With all that trains and teaches on the meta device, as on a GPU; a value that is read there is an error."""
+    images = make_images(8)
+    images[0]["labels"] = -100
+    trainer = make_trainer(max_steps=1, train_dataset=images, **settings)
+    trainer.train()
+    for side in (trainer.student_side, trainer.teacher):
+        side.to("meta")
+    trainer.student_side.train()
+    trainer.student_side.tap.attach()
+    trainer.teacher.tap.attach()
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("meta"))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # has no meta device
+    labels = torch.empty(4, dtype=torch.long, device="meta")
+    with NoteOtherDevices() as noted:
+        loss = trainer.compute_loss(
+            trainer.student_side, {"pixel_values": torch.empty(4, 3, 32, 32, device="meta"), "labels": labels}
+        )
+        loss.backward()
+        assert loss.device.type == "meta" and noted.found == []
+        torch.ones(())
+    assert noted.found == ["aten.ones.default"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
