@@ -1,6 +1,7 @@
 """Two ranks on CPU (gloo): the same weights on both, in both stages; engines that cannot work are refused."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,22 @@ def torchrun(*arguments: str, timeout: int = 300) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def two_machines(tmp_path: Path, folders: list[Path], job: str) -> list[tuple[int, str]]:
+    """Run a job on two ranks that torchrun starts as two machines on the loopback address, each with its folder."""
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started, logs = [], [tmp_path / f"machine-{rank}.log" for rank in range(2)]
+    for rank, (folder, log) in enumerate(zip(folders, logs, strict=True)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank)]
+        command += ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
+        command += [str(HERE / "distributed_script.py"), str(folder), job]
+        with log.open("w") as file:
+            started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+    return [(process.wait(300), log.read_text()) for process, log in zip(started, logs, strict=True)]
 
 
 JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled", "sharded", "streams", "auto"]
@@ -112,8 +129,14 @@ def test_two_ranks_share_a_stream_and_go_on_in_it(ranks, split):
 
 
 @pytest.mark.slow
-def test_two_ranks_find_the_same_weights_and_go_on_with_them(ranks):
-    first, second = held_by(ranks / "auto")
+@pytest.mark.parametrize("started_as", ["one machine", "two machines"])
+def test_two_ranks_find_the_same_weights_and_go_on_with_them(request, tmp_path, started_as):
+    if started_as == "one machine":
+        folder = request.getfixturevalue("ranks")
+    else:
+        folder = tmp_path
+        two_machines(tmp_path, [folder, folder], "auto")
+    first, second = held_by(folder / "auto")
     for rank in (first, second):
         # Measured before the first and the third of four steps.
         at = rank["unbroken"]["weights"]
@@ -122,6 +145,15 @@ def test_two_ranks_find_the_same_weights_and_go_on_with_them(ranks):
         assert same(rank["unbroken"]["student_side"], rank["resumed"]["student_side"])
     assert first["unbroken"]["weights"] == second["unbroken"]["weights"]
     assert same(first["unbroken"]["student_side"], second["unbroken"]["student_side"])
+
+
+@pytest.mark.slow
+def test_machines_that_share_no_disk_cannot_go_on(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    _, (code, printed) = two_machines(tmp_path, folders, "auto")
+    assert code != 0
+    assert "or name the run's output_dir, which all machines must see" in printed
+    assert not (folders[1] / "auto" / "rank_1.pt").exists()
 
 
 @pytest.mark.slow

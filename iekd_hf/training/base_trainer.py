@@ -296,7 +296,7 @@ class DistillationTrainer(HubTrainer):
         if point is None and resume_from_checkpoint:
             raise ValueError(
                 f"Expected a checkpoint to resume from in output_dir={str(Path(self.args.output_dir))!r}, got none: "
-                "train without resume_from_checkpoint, or name the run's output_dir."
+                "train without resume_from_checkpoint, or name the run's output_dir, which all machines must see."
             )
         if point and point.checkpoint:
             self.check_checkpoint(point.checkpoint)
