@@ -119,6 +119,30 @@ def test_when_it_is_measured():
             steps.append(step)
             kept.take({}, step)
     assert steps == [0, 100, 200, 400, 800, 1300, 1800, 2300]
+    # Those of numbers are logged at the same steps, but for the first, whose shares are among the run's metrics.
+    assert [step for step in range(2400) if weights._is_time(step)] == steps[1:]
+
+
+def test_shares_of_numbers_are_logged_on_the_way(make_trainer, tmp_path, often):
+    """After 2, 4 and 7 steps, which changes nothing else; a resumed run goes on with it."""
+
+    def make(folder, **kwargs):
+        common = {"max_steps": 9, "save_strategy": "no", "output_dir": str(tmp_path / folder)}
+        return make_trainer(make_vit(seed=1, hidden_dropout_prob=0.1), **common, **kwargs)
+
+    straight, resumed = make("straight"), make("broken", callbacks=[StopAt(4)])
+    straight.train()
+    resumed.train()
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert [logs["step"] for logs in measured(straight)] == [2, 4, 7]
+    assert measured(straight)[0].keys() == {*SHARES[:2], "epoch", "step"}
+    assert measured(resumed) == measured(straight) and same(everything(resumed), everything(straight))
+    weights._LEAST = weights._MOST = 100
+    without = make("without")
+    without.train()
+    assert measured(without) == [] and same(everything(without), everything(straight))
+    assert logged(without) == logged(straight)
 
 
 def test_what_is_no_ratio_changes_nothing():

@@ -38,7 +38,7 @@ class AutoWeights(TrainerCallback, ExportableState):
 
     def is_due(self, step: int) -> bool:
         """Return whether it is time to measure."""
-        return self.measured_at is None or step >= self.measured_at + min(max(self.measured_at, _LEAST), _MOST)
+        return self.measured_at is None or step >= next_measurement(self.measured_at)
 
     def take(self, ratios: dict[str, float], step: int) -> None:
         """Take in a measurement; each counts as much as all before it."""
@@ -46,6 +46,11 @@ class AutoWeights(TrainerCallback, ExportableState):
             if 0 < ratio < math.inf:
                 self.ratios[name] = math.sqrt(self.ratios.get(name, ratio) * ratio)
         self.measured_at = step
+
+
+def next_measurement(step: int) -> int:
+    """Return the step at which shares are measured after they were at a step."""
+    return step + min(max(step, _LEAST), _MOST)
 
 
 def begin_weights(trainer: Trainer) -> None:
@@ -73,9 +78,12 @@ def measure_gradient_shares(trainer: Trainer) -> dict[str, float]:
 
 
 def update_weights(trainer: Trainer) -> None:
-    """Set "auto" weights for the step that begins: measure them where it is time, and log what they amount to."""
+    """Where it is time, measure and log what the weights amount to; set those that are "auto" for the next step."""
     kept = _kept(trainer)
     if kept is None:
+        weights = trainer.distillation_objective.weights()
+        if weights and _is_time(trainer.state.global_step) and (ratios := measure_ratios(trainer)):
+            trainer.log(_named(weighted(ratios, weights)))
         return
     if kept.is_due(trainer.state.global_step):
         ratios = measure_ratios(trainer)
@@ -98,6 +106,14 @@ def warn_of_clipping(trainer: Trainer) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _is_time(step: int) -> bool:
+    """Return whether a step is one of those, from 0 on."""
+    at = _LEAST
+    while at < min(step, _MOST):
+        at = next_measurement(at)
+    return step >= at and (step - at) % _MOST == 0 if at >= _MOST else step == at
 
 
 def _kept(trainer: Trainer) -> AutoWeights | None:
