@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import average_accuracy
 import average_detection
+import flowers
 import comparison_report
 from comparison_report import accuracies, interval, paired
 from transformers import TrainingArguments
@@ -468,6 +469,17 @@ def presets() -> str:
     return rows_to_table(["`method`", *(f"`{title}`" for title in titles)], rows, left=2)
 
 
+def photographs(which: str) -> str:
+    """Return a table of flowers.py: what is trained by SGD, by AdamW, or with convolutions of other sizes."""
+    kinds = {"adamw": "optim=adamw_torch", "sizes": "encoder_kernel_size"}
+    cells = results("flowers")
+    if which == "sgd":
+        return flowers.markdown([c for c in cells if not any(kind in c["recipe"] for kind in kinds.values())])
+    cells = [c for c in cells if kinds[which] in c["recipe"] or (which == "sizes" and c["recipe"] in ("plain", "ie-ft"))]
+    baseline = "ie-ft" if which == "sizes" else next(c["recipe"] for c in cells if "> plain," in c["recipe"])
+    return flowers.markdown(cells, baselines=(baseline,))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "six-methods": six_methods,
     "cifar10": lambda: comparison("cifar10", PAIR),
@@ -482,6 +494,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "halves": halves,
     "blood-cells": lambda: detection("bccd"),
     "shapes": lambda: detection("shapes"),
+    "flowers": lambda: photographs("sgd"),
+    "flowers-adamw": lambda: photographs("adamw"),
+    "flowers-sizes": lambda: photographs("sizes"),
     "masked-shapes": lambda: average_accuracy.markdown(results("masked_shapes")),
     "speed-steps": speed_steps,
     "speed-ratios": speed_ratios,
