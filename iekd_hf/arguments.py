@@ -68,7 +68,7 @@ class IETrainingArguments(TrainingArguments):
         paraphraser_learning_rate (`float`, *optional*, defaults to 0.1):
             Peak learning rate of the paraphraser (SGD, Nesterov momentum 0.9, weight decay 5e-4).
         paraphraser_decoder (`str`, *optional*, defaults to `"conv"`):
-            `"conv"` or `"transposed"`, see [`Paraphraser`].
+            `"conv"`, `"transposed"` or `"linear"`, see [`Paraphraser`].
         reconstruction_distance (`str`, *optional*, defaults to `"l1"`):
             Distance of [`reconstruction_loss`].
         temperature (`float`, *optional*, defaults to 4.0):
@@ -105,7 +105,7 @@ class IETrainingArguments(TrainingArguments):
         metadata={"help": "Size of the convolutions in encoders and paraphraser; 1 has a ninth of the weights."},
     )
     paraphraser_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of the paraphraser."})
-    paraphraser_decoder: str = choice("conv", DECODERS, "Convolutions of the paraphraser's decoder.")
+    paraphraser_decoder: str = choice("conv", DECODERS, "The paraphraser's decoder; `linear` suits maps with a sign.")
     reconstruction_distance: str = choice("l1", RECONSTRUCTION_DISTANCES, "Reconstruction loss of the paraphraser.")
     temperature: float = field(default=4.0, metadata={"help": "Temperature of the logit term."})
     channels_last: bool = field(

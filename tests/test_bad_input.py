@@ -20,7 +20,7 @@ from iekd_hf import ChannelSplit, IEKDTrainingArguments, MutualTrainer, MutualTr
         ({"lambda_schedule": "step"}, "one of constant, linear, cosine; got 'step'"),
         ({"loss_reduction": "none"}, "mean, sum"),
         ({"split_mode": "odd"}, "random, natural"),
-        ({"paraphraser_decoder": "mlp"}, "conv, transposed"),
+        ({"paraphraser_decoder": "mlp"}, "conv, transposed, linear"),
         ({"reconstruction_distance": "l3"}, "one of l1, l2"),
         ({"lambda_exp": -1.0}, "at least 0, got -1.0; the exploration loss has its sign already"),
         ({"lambda_inh": float("nan")}, "finite weight"),

@@ -42,6 +42,15 @@ def test_split_is_state_and_leaves_the_global_generator_alone():
     assert natural.inheritance_indices.tolist() == [0, 1, 2]
 
 
+def test_a_linear_decoder_reaches_negative_values_as_positive_ones():
+    """The last thing that it does is BatchNorm; it has the same weights."""
+    linear, conv = Paraphraser(8, 4, decoder="linear"), Paraphraser(8, 4)
+    linear.load_state_dict(conv.state_dict())
+    f_T = torch.randn(2, 8, 5, 7)
+    torch.testing.assert_close(nn.functional.leaky_relu(linear.eval()(f_T), 0.1), conv.eval()(f_T))
+    assert isinstance(linear.decoder[-1], nn.BatchNorm2d)
+
+
 def test_smaller_convolutions_have_a_ninth_of_the_weights():
     """Weights ~ N(0, sqrt(2 / (k^2 C_out))); a 1x1 encoder sees one position at a time."""
     torch.manual_seed(0)

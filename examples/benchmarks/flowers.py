@@ -225,12 +225,14 @@ class Flowers:
 
     def paraphraser(self, like: IEKDTrainingArguments, count: int, which: str, images: DecodedImages) -> str:
         """Train the paraphraser on these images, or measure OD's margins, once for all seeds; return the folder."""
-        kind = "margins" if like.knowledge == "preactivation" else f"{like.encoder_kernel_size}x"
+        kind = f"{like.encoder_kernel_size}x-{like.paraphraser_decoder}"
+        kind = "margins" if like.knowledge == "preactivation" else kind
         folder = self.folder / "paraphrasers" / kind / (which if which == "all" else str(count))
         if not (folder / "metrics.json").is_file():
             args = self.arguments(
                 *(folder, 0, images, "od" if kind == "margins" else "ft"),
                 encoder_kernel_size=like.encoder_kernel_size,
+                paraphraser_decoder=like.paraphraser_decoder,
                 cache_teacher=False,
                 max_steps=1,  # stage 1 is what is wanted
                 paraphraser_max_steps=self.what.paraphraser_steps,

@@ -12,7 +12,7 @@ from torch import nn
 
 
 SPLIT_MODES = ("random", "natural")
-DECODERS = ("conv", "transposed")
+DECODERS = ("conv", "transposed", "linear")
 
 
 class ChannelSplit(nn.Module):
@@ -143,7 +143,8 @@ class Paraphraser(
         factor_channels (`int`):
             Channels k of the factor; half of `in_channels` in both papers.
         decoder (`str`, *optional*, defaults to `"conv"`):
-            `"conv"` (plain convolutions) or `"transposed"` (transposed ones, as the papers' text says).
+            `"conv"` (plain convolutions), `"transposed"` (transposed ones, as the papers' text says) or `"linear"`
+            (plain ones without the last LeakyReLU, for maps that are negative as often as positive).
         kernel_size (`int`, *optional*, defaults to 3):
             Height and width of the convolutions, an odd number.
 
@@ -173,8 +174,10 @@ class Paraphraser(
         self.factor_channels = factor_channels
         self.facts: dict[str, str | float] = {}
         self.encoder = _coder(in_channels, factor_channels, kernel_size)
-        convolution = nn.Conv2d if decoder == "conv" else nn.ConvTranspose2d
+        convolution = nn.ConvTranspose2d if decoder == "transposed" else nn.Conv2d
         self.decoder = _coder(factor_channels, in_channels, kernel_size, convolution)
+        if decoder == "linear":
+            del self.decoder[-1]
 
     def encode(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return the factor `(batch_size, factor_channels, height, width)` of a teacher's map."""
