@@ -91,8 +91,8 @@ def test_transposed_decoder():
     paraphraser = Paraphraser(8, 4, decoder="transposed")
     assert [type(m) for m in paraphraser.decoder if hasattr(m, "kernel_size")] == [nn.ConvTranspose2d] * 3
     assert paraphraser(torch.randn(2, 8, 5, 7)).shape == (2, 8, 5, 7)
-    with pytest.raises(ValueError, match="conv, transposed; got 'linear'"):
-        Paraphraser(8, 4, decoder="linear")
+    with pytest.raises(ValueError, match="conv, transposed, linear; got 'mlp'"):
+        Paraphraser(8, 4, decoder="mlp")
 
 
 def test_paraphraser_is_saved_in_safetensors_and_comes_back_frozen(tmp_path):
