@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", flags=re.DOTALL)
 HEAD = "teacher's head"
+FEATURES_FIRST, ADAMW = "od,images=all,labels=none", "optim=adamw_torch,learning_rate=0.001"
 PAIR, PEERS = "cifar-resnet-56:cifar-resnet-20", "cifar-resnet-20+cifar-resnet-20"
 LARGER, SMALL = "cifar-resnet-20:cifar-resnet-56", "cifar-resnet-20:cifar-resnet-8"
 
@@ -504,6 +505,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "blood-cells": lambda: detection("bccd"),
     "shapes": lambda: detection("shapes"),
     "flowers": lambda: photographs(None, "plain"),
+    "flowers-adamw": lambda: photographs("optim=adamw_torch", f"{FEATURES_FIRST} > plain,{ADAMW}"),
     "masked-shapes": lambda: average_accuracy.markdown(results("masked_shapes")),
     "speed-steps": speed_steps,
     "speed-ratios": speed_ratios,
