@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", flags=re.DOTALL)
 HEAD = "teacher's head"
+LINEAR = "ie-ft,paraphraser_decoder=linear"
 FEATURES_FIRST, ADAMW = "od,images=all,labels=none", "optim=adamw_torch,learning_rate=0.001"
 PAIR, PEERS = "cifar-resnet-56:cifar-resnet-20", "cifar-resnet-20+cifar-resnet-20"
 LARGER, SMALL = "cifar-resnet-20:cifar-resnet-56", "cifar-resnet-20:cifar-resnet-8"
@@ -482,7 +483,7 @@ def presets() -> str:
 
 def photographs(kind: str | None, baseline: str, *beside: str) -> str:
     """Return a table of flowers.py: recipes of one kind, or those of none, and a few beside them."""
-    kinds = ("optim=adamw_torch", "encoder_kernel_size")
+    kinds = ("optim=adamw_torch", "encoder_kernel_size", "paraphraser_decoder")
 
     def is_shown(recipe: str) -> bool:
         return recipe in beside or (kind in recipe if kind else not any(other in recipe for other in kinds))
@@ -506,6 +507,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shapes": lambda: detection("shapes"),
     "flowers": lambda: photographs(None, "plain"),
     "flowers-adamw": lambda: photographs("optim=adamw_torch", f"{FEATURES_FIRST} > plain,{ADAMW}"),
+    "flowers-coders": lambda: photographs("encoder_kernel_size", "ie-ft", "ie-ft", LINEAR),
     "masked-shapes": lambda: average_accuracy.markdown(results("masked_shapes")),
     "speed-steps": speed_steps,
     "speed-ratios": speed_ratios,
