@@ -26,6 +26,7 @@ import average_accuracy
 import average_detection
 import comparison_report
 import flowers
+from average_detection import HEAD
 from comparison_report import accuracies, interval, paired
 from transformers import TrainingArguments
 
@@ -37,7 +38,6 @@ from iekd_hf.commands.parser import CommandParser
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", flags=re.DOTALL)
-HEAD = "teacher's head"
 LINEAR = "ie-ft,paraphraser_decoder=linear"
 FEATURES_FIRST, ADAMW = "od,images=all,labels=none", "optim=adamw_torch,learning_rate=0.001"
 PAIR, PEERS = "cifar-resnet-56:cifar-resnet-20", "cifar-resnet-20+cifar-resnet-20"

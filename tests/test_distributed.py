@@ -21,18 +21,21 @@ from iekd_hf.training.base_trainer import DistillationTrainer
 HERE = Path(__file__).parent
 
 
+def environment() -> dict[str, str]:
+    """Return that of ranks, who import from here and have one thread each."""
+    return {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
+
+
 def torchrun(*arguments: str, timeout: int = 300) -> str:
     """`accelerate launch --cpu --num_processes 2` starts one process; torchrun starts two."""
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def two_machines(tmp_path: Path, folders: list[Path], job: str) -> list[tuple[int, str]]:
     """Run a job on two ranks that torchrun starts as two machines on the loopback address, each with its folder."""
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -42,7 +45,7 @@ def two_machines(tmp_path: Path, folders: list[Path], job: str) -> list[tuple[in
         command += ["--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
         command += [str(HERE / "distributed_script.py"), str(folder), job]
         with log.open("w") as file:
-            started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+            started.append(subprocess.Popen(command, env=environment(), stdout=file, stderr=file))
     return [(process.wait(300), log.read_text()) for process, log in zip(started, logs, strict=True)]
 
 

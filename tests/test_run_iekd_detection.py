@@ -55,16 +55,8 @@ def test_the_shapes_from_nothing_to_the_table(run, tmp_path):
     student, info = AutoModelForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and student.config.id2label[3] == "cross"
     results = json.loads((tmp_path / "results.json").read_text())
-    assert (
-        results["settings"]["seed"] == 42
-        and results["settings"]["inherit_head"]
-        and list(results["models"])
-        == [
-            "teacher",
-            "plain student",
-            "distilled student",
-        ]
-    )
+    assert results["settings"]["seed"] == 42 and results["settings"]["inherit_head"]
+    assert list(results["models"]) == ["teacher", "plain student", "distilled student"]
     metrics = results["models"]["distilled student"]["metrics"]
     assert {"map", "map_50", "map_75", "map_small", "mar_100", "map_circle", "loss"} <= set(metrics)
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_map"] == metrics["map"]

@@ -21,7 +21,7 @@ from iekd_hf.commands.report.results import RESULTS
 
 # Titles by the metrics' names; after them come the classes.
 COLUMNS = {"map": "mAP", "map_50": "mAP50", "map_75": "mAP75"}
-PLAIN, DISTILLED = "plain student", "distilled student"
+PLAIN, DISTILLED, HEAD = "plain student", "distilled student", "teacher's head"
 
 
 @dataclass
@@ -98,7 +98,7 @@ def by_model(runs: list[dict]) -> dict[str, dict[int, dict]]:
                     found[name][len(known)] = model
                 continue
             weights = [f"{settings[key]:g}" for key in ("lambda_inh", "lambda_exp") if settings[key]]
-            head = ["teacher's head"] if settings.get("inherit_head") else []  # which older runs do not know
+            head = [HEAD] if settings.get("inherit_head") else []  # which older runs do not know
             title = ", ".join([settings["method"], *weights, *head]) if name == DISTILLED else name
             found[title][settings["seed"]] = model
     return dict(found)

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassifica
 from iekd_hf import METHODS, BatchAugmentation, DecodedImages, IEKDTrainer, IEKDTrainingArguments
 from iekd_hf.commands.images.metrics import TopKAccuracy
 from iekd_hf.commands.parser import parse_arguments
+from iekd_hf.method.knowledge import KNOWLEDGE
 from iekd_hf.training.checkpoints import load_weights
 
 
@@ -225,8 +226,8 @@ class Flowers:
 
     def paraphraser(self, like: IEKDTrainingArguments, count: int, which: str, images: DecodedImages) -> str:
         """Train the paraphraser on these images, or measure OD's margins, once for all seeds; return the folder."""
-        kind = f"{like.encoder_kernel_size}x-{like.paraphraser_decoder}"
-        kind = "margins" if like.knowledge == "preactivation" else kind
+        coders = f"{like.encoder_kernel_size}x-{like.paraphraser_decoder}"
+        kind = coders if KNOWLEDGE[like.knowledge].is_trained else "margins"
         folder = self.folder / "paraphrasers" / kind / (which if which == "all" else str(count))
         if not (folder / "metrics.json").is_file():
             args = self.arguments(
@@ -249,7 +250,7 @@ class Flowers:
         which, labels = changes.pop("images", "labelled"), changes.pop("labels", "all")
         images = self.images(count, which, labels)
         args = self.arguments(folder, seed, images, method, **changes)
-        has_stage_1 = args.knowledge != "attention" and (args.lambda_inh > 0 or args.lambda_exp > 0)
+        has_stage_1 = KNOWLEDGE[args.knowledge].is_kept and (args.lambda_inh > 0 or args.lambda_exp > 0)
         trainer = IEKDTrainer(
             student,
             self.teacher(count, args.lambda_kd > 0),

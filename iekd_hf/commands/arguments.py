@@ -60,11 +60,12 @@ class ScriptArguments:
     )
 
     # Epochs on the data that a command makes itself, and on all other data.
-    own_epochs = DIGITS_EPOCHS
+    own_epochs, own_teacher_epochs = DIGITS_EPOCHS, DIGITS_TEACHER_EPOCHS
     other_epochs = OTHER_EPOCHS
 
     def __post_init__(self):
         # Which default holds is known when the data is.
+        self.uses_own_epochs = False
         self.undecided = [name for name in self.own_epochs if getattr(self, name, 0) is None]
         for name in self.undecided:
             setattr(self, name, self.other_epochs)
@@ -79,6 +80,12 @@ class ScriptArguments:
         """Take the epochs of a command's own data where none were given."""
         for name in self.undecided:
             setattr(self, name, self.own_epochs[name])
+        self.uses_own_epochs = "num_train_epochs" in self.undecided
+
+    @property
+    def default_teacher_epochs(self) -> float:
+        """Return the epochs of a teacher that starts from scratch, where none were given."""
+        return self.own_teacher_epochs if self.uses_own_epochs else self.num_train_epochs
 
 
 @dataclass

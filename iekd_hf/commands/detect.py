@@ -30,13 +30,7 @@ from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
 from .arguments import ModelArguments
 from .boxes.data import DetectionDataArguments
-from .boxes.run import (
-    PICTURE,
-    SHAPES_TEACHER_EPOCHS,
-    DetectionRun,
-    DetectionScriptArguments,
-    build_detector,
-)
+from .boxes.run import PICTURE, DetectionRun, DetectionScriptArguments, build_detector
 from .boxes.tiny_detectors import is_tiny
 from .packages import require
 from .parser import parse_arguments
@@ -103,9 +97,7 @@ class DetectRun(DetectionRun):
         name, epochs = model_args.teacher or "tiny-rt-detr-32", model_args.teacher_epochs
         hub, dtype = model_args.hub("teacher"), model_args.dtype
         if epochs is None:
-            own = not self.data_args.is_given and "num_train_epochs" in self.args.undecided
-            epochs = SHAPES_TEACHER_EPOCHS if own else self.args.num_train_epochs
-            epochs = epochs if is_tiny(name) else 0
+            epochs = self.args.default_teacher_epochs if is_tiny(name) else 0
         processor = None
         if is_tiny(name) or epochs > 0:
             teacher = build_detector(name, "--teacher", self.names, self.most_objects, False, dtype=dtype, **hub)

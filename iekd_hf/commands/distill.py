@@ -27,7 +27,7 @@ from iekd_hf import IEKDTrainingArguments
 from ..method.presets import METHODS
 from ..models.loading import explain_unreachable, find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import DIGITS_TEACHER_EPOCHS, ModelArguments, ScriptArguments
+from .arguments import ModelArguments, ScriptArguments
 from .images.few_labels import StudentDataArguments
 from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
@@ -105,9 +105,7 @@ class DistillRun(ImageRun):
         name, epochs = model_args.teacher or "cifar-resnet-20", model_args.teacher_epochs
         hub, dtype = model_args.hub("teacher"), model_args.dtype
         if epochs is None:
-            own = self.data_args.uses_digits and "num_train_epochs" in self.args.undecided
-            epochs = DIGITS_TEACHER_EPOCHS if own else self.args.num_train_epochs
-            epochs = epochs if is_shorthand(name) else 0
+            epochs = self.args.default_teacher_epochs if is_shorthand(name) else 0
         own_classes = is_shorthand(name) or epochs > 0 or has_classes(name, self.names, **hub)
         processor = None
         if is_shorthand(name) or epochs > 0:

@@ -32,7 +32,6 @@ from .arguments import ModelArguments
 from .masks.data import SegmentationDataArguments
 from .masks.run import (
     PICTURE,
-    SHAPES_TEACHER_EPOCHS,
     SegmentationRun,
     SegmentationScriptArguments,
     build_segmenter,
@@ -122,9 +121,7 @@ class SegmentRun(SegmentationRun):
         name, epochs = model_args.teacher or "tiny-upernet-16", model_args.teacher_epochs
         hub, dtype = model_args.hub("teacher"), model_args.dtype
         if epochs is None:
-            own = not self.data_args.is_given and "num_train_epochs" in self.args.undecided
-            epochs = SHAPES_TEACHER_EPOCHS if own else self.args.num_train_epochs
-            epochs = epochs if is_tiny(name) else 0
+            epochs = self.args.default_teacher_epochs if is_tiny(name) else 0
         processor = None
         if is_tiny(name) or epochs > 0:
             ignore_index = self.data_args.ignore_index

@@ -113,7 +113,7 @@ def _is_time(step: int) -> bool:
     at = _LEAST
     while at < min(step, _MOST):
         at = next_measurement(at)
-    return step >= at and (step - at) % _MOST == 0 if at >= _MOST else step == at
+    return step >= at and (step - at) % _MOST == 0
 
 
 def _kept(trainer: Trainer) -> AutoWeights | None:

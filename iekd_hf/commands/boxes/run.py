@@ -53,7 +53,7 @@ class DetectionScriptArguments(ScriptArguments):
         default=True, metadata={"help": "Must stay on: predictions are not kept, but for their boxes."}
     )
 
-    own_epochs = SHAPES_EPOCHS
+    own_epochs, own_teacher_epochs = SHAPES_EPOCHS, SHAPES_TEACHER_EPOCHS
     other_epochs = 50.0
 
 

@@ -55,7 +55,7 @@ class SegmentationScriptArguments(ScriptArguments):
         default=True, metadata={"help": "Must stay on: predictions are not kept, their pixels are counted."}
     )
 
-    own_epochs = SHAPES_EPOCHS
+    own_epochs, own_teacher_epochs = SHAPES_EPOCHS, SHAPES_TEACHER_EPOCHS
     other_epochs = 50.0
 
 
