@@ -14,10 +14,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
 import comparison_report
-from comparison_cells import MultiStep, cell_folder
+import datasets
+from comparison_cells import MultiStep, cell_folder, flip_labels
+from comparison_explorations import EXPLORATIONS
 from comparison_methods import label, parse_method
 
-from iekd_hf import METHODS
+from iekd_hf import METHODS, IEKDTrainer, IEKDTrainingArguments, exploration_loss, inheritance_loss
+from iekd_hf.teacher.frozen import TeacherTargets
+from iekd_hf.training.task_loss import TaskLabels
 
 
 QUICK = ["--epochs", "1", "--teacher_epochs", "1", "--paraphraser_epochs", "1", "--held_out", "200", "--use_cpu"]
@@ -103,6 +107,54 @@ def test_a_cell_is_named_by_its_weights_whatever_the_presets_are(monkeypatch):
     assert label("ie-ft,lambda_exp=0") == "ie-ft,lambda_inh=7,lambda_exp=0"
 
 
+def test_automatic_weights_name_a_cell_and_have_no_place_in_the_sweep():
+    method = label("ft,lambda_inh=auto")
+    assert method == label(method) == "ft,lambda_inh=auto"
+    made = cell(method, 0, 0.5, validation_accuracy=0.5)
+    made["arguments"] = {**METHODS["ft"], "lambda_inh": "auto"}
+    assert "| ft | auto | 1 | 50.00 |" in comparison_report.markdown([made])
+    del made["metrics"]["test_accuracy"]
+    assert comparison_report.sweep_points([made]) == ({}, {})
+
+
+def test_flipped_labels():
+    labels = [i % 4 for i in range(200)]
+    features = datasets.Features(image=datasets.Value("int64"), label=datasets.ClassLabel(num_classes=4))
+    images = datasets.Dataset.from_dict({"image": range(200), "label": labels}, features=features)
+    flipped = flip_labels(images, 0.25)
+    changed = [new for old, new in zip(labels, flipped["label"], strict=True) if new != old]
+    assert len(changed) == 50 and set(changed) == {0, 1, 2, 3}
+    assert flipped["image"] == images["image"] and flipped.features["label"] == features["label"]
+    assert flip_labels(images, 0.25)["label"] == flipped["label"]
+
+
+@pytest.fixture
+def losses_of(monkeypatch, tmp_path):
+    """Return what a way to explore makes of factors of two images, of which the teacher knows the first."""
+
+    def losses(exploration, F_inh, F_exp, F_T):
+        monkeypatch.setattr(IEKDTrainer, "_losses", lambda *args: {"task_loss": 1.0, "exploration_loss": 2.0})
+        trainer = object.__new__(EXPLORATIONS[exploration])
+        trainer.args = IEKDTrainingArguments(str(tmp_path), report_to="none")
+        targets = TeacherTargets([F_T], torch.tensor([[2.0, 1.0], [2.0, 1.0]]))
+        return trainer._losses(None, [F_inh], [F_exp], TaskLabels(torch.tensor([0, 1]), None, None), targets, {})
+
+    return losses
+
+
+def test_ways_to_explore(losses_of):
+    F_inh, F_exp, F_T = torch.randn(3, 2, 4, 3, 3, generator=torch.manual_seed(0))
+    found = losses_of("own", F_inh, F_exp, F_T)
+    assert found == {"task_loss": 1.0, "exploration_loss": exploration_loss(F_exp, F_inh)}
+    found, shifted = (losses_of("centred", F_inh, F_exp + shift, F_T)["exploration_loss"] for shift in (0.0, 5.0))
+    assert found == pytest.approx(shifted.item(), rel=1e-5)  # what all images have in common is no answer
+    half = (F_exp[0] - F_exp[1])[None], (F_T[0] - F_T[1])[None]
+    assert found == pytest.approx(exploration_loss(*half).item(), rel=1e-5)
+    found = losses_of("where-wrong", F_inh, F_exp, F_T)
+    assert found["inheritance_loss"] == pytest.approx(inheritance_loss(F_inh[:1], F_T[:1]).item() / 2)
+    assert found["exploration_loss"] == pytest.approx(exploration_loss(F_exp[1:], F_T[1:]).item() / 2)
+
+
 def test_milestones():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -138,6 +190,22 @@ def test_the_whole_line_on_the_digits(compare, tmp_path):
     assert {"test_accuracy", "validation_accuracy", "made", "cpu_seconds"} <= set(cells[0]["metrics"])
     for picture in ("comparison.png", "sweep.png"):
         assert (tmp_path / picture).stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_students_that_were_trained_alone_before_and_a_teacher_that_was_told_wrong(compare, tmp_path):
+    common = ["--output_dir", tmp_path, *QUICK, "--networks", "cifar-resnet-8:cifar-resnet-8", "--seeds", "0"]
+    common += ["--plain_epochs", "1", "--flipped_labels", "1", "--teacher_epochs", "4"]
+    compare(*common, "--methods", "plain", "ie-ft+kd,lambda_inh=auto,exploration=where-wrong")
+    before = json.loads((tmp_path / "plain_students" / "cifar-resnet-8" / "seed-0" / "metrics.json").read_text())
+    cells = {cell["method"]: cell for cell in json.loads((tmp_path / "comparison.json").read_text())}
+    assert cells["plain"]["metrics"]["validation_loss"] < before["validation_loss"]
+    explored = cells["ie-ft+kd,lambda_inh=auto,lambda_exp=300,lambda_kd=1,exploration=where-wrong"]
+    assert explored["arguments"]["lambda_inh"] == "auto"
+    assert explored["arguments"]["exploration"] == "where-wrong"
+    (teacher,) = tmp_path.glob("teachers/*/metrics.json")
+    # Nine wrong labels are as likely; by the right ones its loss is 1.1.
+    assert json.loads(teacher.read_text())["train_loss"] > 0.95 * math.log(9)
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ from urllib.parse import quote
 
 import accelerate
 import datasets
+import numpy as np
 import torch
 import transformers
+from comparison_explorations import EXPLORATIONS
 from comparison_methods import MUTUAL, label, parse_method
 from huggingface_hub.utils import WeakFileLock
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
@@ -24,6 +26,7 @@ from iekd_hf.commands.images.data import DataArguments, load_images
 from iekd_hf.commands.images.metrics import TopKAccuracy
 from iekd_hf.commands.images.run import build_model, build_processor, is_shorthand
 from iekd_hf.commands.images.transforms import prepare
+from iekd_hf.method.objective import is_on
 from iekd_hf.models.loading import find_processor, load_model
 from iekd_hf.training.base_trainer import DistillationTrainer
 from iekd_hf.training.checkpoints import load_weights
@@ -37,7 +40,14 @@ class ScheduleArguments:
     """Say how every network is trained; the same for all methods."""
 
     epochs: float = field(default=30.0, metadata={"help": "Epochs of each student and peer."})
+    plain_epochs: float = field(
+        default=0.0,
+        metadata={"help": "Epochs of plain training before, once for each student and seed; all go on from there."},
+    )
     teacher_epochs: float = field(default=30.0, metadata={"help": "Epochs of the teachers."})
+    flipped_labels: float = field(
+        default=0.0, metadata={"help": "Share of the teachers' training labels that are flipped to another class."}
+    )
     paraphraser_epochs: float = field(default=30.0, metadata={"help": "Epochs of stage 1, once for each teacher."})
     student_samples: int | None = field(
         default=None, metadata={"help": "Train students, peers and paraphrasers on so many images. Default: all."}
@@ -134,12 +144,29 @@ class Comparison:
         self.images, self.augmentation = prepare(parts, self.processor, data_args, seed=0)
         fewer = prepare(datasets.DatasetDict(train=few), self.processor, data_args, seed=0)[0]
         self.images["few"] = fewer["train"]
+        if schedule.flipped_labels > 0:
+            flipped = datasets.DatasetDict(train=flip_labels(train, schedule.flipped_labels))
+            self.images["train"] = prepare(flipped, self.processor, data_args, seed=0)[0]["train"]
         self.metric = TopKAccuracy(keep_in_memory=True)
 
     def build(self, name: str, seed: int) -> PreTrainedModel:
         """Make a network from scratch."""
         set_seed(seed)
         return build_model(name, "network", self.names, from_scratch=True, trust_remote_code=False)
+
+    def student(self, name: str, seed: int) -> PreTrainedModel:
+        """Make a student: from scratch, or trained alone for `plain_epochs` before."""
+        model = self.build(name, seed)
+        if self.schedule.plain_epochs > 0:
+            folder = self.folder / "plain_students" / name / f"seed-{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(folder / "lock"):
+                if not (folder / "metrics.json").is_file():
+                    logger.warning("Training %s alone, seed %d.", name, seed)
+                    trainer, metrics = self.train_alone(model, folder, seed, self.schedule.plain_epochs, "few")
+                    write(folder / "metrics.json", {**metrics, **self.accuracies(trainer, ["validation"])})
+            load_weights(model, str(folder))
+        return model
 
     def common(self, part: str) -> dict:
         """Return the arguments that every trainer takes."""
@@ -247,8 +274,8 @@ class Comparison:
 
     def _run_pair(self, networks: str, method: str, changes: dict, folder: Path, seed: int, parts: list[str]) -> tuple:
         teacher_name, _, student_name = networks.rpartition(":")
-        (teacher, processor), student = self.teacher(teacher_name), self.build(student_name, seed)
-        views = self.schedule.cache_views
+        (teacher, processor), student = self.teacher(teacher_name), self.student(student_name, seed)
+        views, exploration = self.schedule.cache_views, changes.pop("exploration", "as in the paper")
         args = IEKDTrainingArguments(
             method=method,
             split_seed=seed,
@@ -257,15 +284,15 @@ class Comparison:
             teacher_cache_dir=str(self.folder / "teacher_cache"),
             **self.schedule.training_arguments(folder / "student", seed, self.schedule.epochs, **changes),
         )
-        needs_paraphraser = args.knowledge == "factors" and (args.lambda_inh > 0 or args.lambda_exp > 0)
+        needs_paraphraser = args.knowledge == "factors" and (is_on(args.lambda_inh) or is_on(args.lambda_exp))
         paraphraser = self.paraphraser(teacher_name, teacher, processor) if needs_paraphraser else None
-        trainer = IEKDTrainer(
+        trainer = EXPLORATIONS[exploration](
             student, teacher, args, paraphraser=paraphraser, teacher_processor=processor, **self.common("few")
         )
         metrics = trainer.train().metrics
         trainer.save_model()
         names = [*METHODS[method], "temperature", "lambda_schedule", "lambda_warmup_ratio", "split_mode", "split_seed"]
-        used = {**changes, **{name: getattr(args, name) for name in names}}
+        used = {**changes, "exploration": exploration, **{name: getattr(args, name) for name in names}}
         return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
 
     def _run_peers(
@@ -289,6 +316,15 @@ class Comparison:
         trainer.save_model()
         used = {**changes, "mutual_loss": args.mutual_loss, **trainer.distillation_objective.weights()}
         return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
+
+
+def flip_labels(images: datasets.Dataset, share: float) -> datasets.Dataset:
+    """Give a share of the images, the same ones at each call, another label, each other one as likely."""
+    rng, labels = np.random.default_rng(0), np.array(images["label"])
+    flipped = rng.permutation(len(labels))[: round(share * len(labels))]
+    classes = images.features["label"].num_classes
+    labels[flipped] = (labels[flipped] + rng.integers(1, classes, len(flipped))) % classes
+    return images.remove_columns("label").add_column("label", labels.tolist(), feature=images.features["label"])
 
 
 def cell_folder(folder: Path, networks: str, method: str, seed: int) -> Path:

@@ -62,9 +62,31 @@ def label(method: str) -> str:
     name, changes = parse_method(method)
     preset = METHODS[name] if name in METHODS else _preset_of_peers(name)
     weights = {key: value for key, value in {**preset, **changes}.items() if key in LAMBDAS}
-    parts = [f"{key}={weights[key]:g}" for key in LAMBDAS if weights.get(key) or key in changes]
+    parts = [f"{key}={written(weights[key])}" for key in LAMBDAS if weights.get(key) or key in changes]
     parts += [f"{key}={value}" for key, value in sorted(changes.items()) if key not in LAMBDAS]
     return ",".join([name, *parts])
+
+
+def written(value: float | str) -> str:
+    """
+    Write a weight, a number or "auto".
+
+    Args:
+        value (`float` or `str`):
+            The weight.
+
+    Returns:
+        `str`: as short as it can be.
+
+    Example:
+
+    ```python
+    >>> written(300.0), written("auto")
+    ('300', 'auto')
+
+    ```
+    """
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _preset_of_peers(name: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-from comparison_methods import LAMBDAS, label
+from comparison_methods import LAMBDAS, label, written
 
 
 BASELINES = ("plain", "kd", "ft", "alone", "dml")
@@ -155,7 +155,7 @@ def markdown(cells: list[dict]) -> str:
             for method in order:
                 of_method = [c for c in cells if c["method"] == method and c["networks"] == networks.split(",")[0]]
                 used = of_method[0]["arguments"]
-                weights = ", ".join(f"{used[name]:g}" for name in LAMBDAS if used.get(name)) or "-"
+                weights = ", ".join(written(used[name]) for name in LAMBDAS if used.get(name)) or "-"
                 mean, deviation, half = interval(list(methods[method].values()))
                 seconds = np.mean([cell["metrics"]["train_runtime"] for cell in of_method])
                 row = [without_weights(method), weights, str(len(methods[method])), f"{mean:.2f}"]
@@ -219,7 +219,7 @@ def sweep_points(cells: list[dict]) -> tuple[dict, dict]:
         used, metrics = cell["arguments"], cell["metrics"]
         if used.get("knowledge") != "factors" or "validation_accuracy" not in metrics or "test_accuracy" in metrics:
             continue
-        if "," in without_weights(cell["method"]):  # another distance, ratio or schedule
+        if "," in without_weights(cell["method"]) or "auto" in used.values():  # another distance, ratio or schedule
             continue
         kd = " + KD" if used["lambda_kd"] else ""
         if used["lambda_inh"] > 0:
