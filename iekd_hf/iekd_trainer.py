@@ -155,7 +155,7 @@ class IEKDTrainer(DistillationTrainer):
         self.student_side: StudentWithEncoders | None = None
         self.cache: TeacherCache | None = None
         self._held_out: HeldOutLosses | None = None  # while images are evaluated
-        self.has_given_paraphrasers = paraphraser is not None
+        self.given_paraphrasers = paraphraser
         self._fingerprint: str | None = None  # of the paraphrasers, once stage 1 is over
         self._metrics_before: dict[str, float] = {}  # of stage 1, and the gradient shares
         self._trained_with: tuple | None = None  # the settings of a stage 1 that has run here
@@ -175,7 +175,7 @@ class IEKDTrainer(DistillationTrainer):
                 self.teacher.use_fast_copy(
                     self._sample, dtype, args.compile_teacher, with_logits=is_on(args.lambda_kd)
                 )
-            if self.has_given_paraphrasers:
+            if paraphraser is not None:
                 self.teacher.set_paraphrasers(get_paraphrasers(paraphraser, self.teacher_channels, args))
             if args.cache_teacher:
                 cells = sum(k * shape[1:].numel() for k, shape in zip(self._factor_channels(), shapes, strict=True))
@@ -272,6 +272,7 @@ class IEKDTrainer(DistillationTrainer):
             self.sync_buffers(self.student_side)
         finally:
             self.cache = None
+            self.teacher.wake()
             self.teacher.tap.detach()
             self.student_side.tap.detach()
             # Give the student's side its own forward back, without accelerate's autocast around it.
@@ -291,6 +292,7 @@ class IEKDTrainer(DistillationTrainer):
         self._fingerprint = fingerprint(self.teacher.paraphrasers)
         if self.args.cache_teacher and self.distillation_objective.weights():
             self.cache = TeacherCache(self.teacher, self.train_dataset, self.augmentation, self.args, self.accelerator)
+            self.teacher.rest()
         if not checkpoint and not self.model_init:
             metrics |= measure_gradient_shares(self)
         self._metrics_before = metrics
@@ -319,7 +321,7 @@ class IEKDTrainer(DistillationTrainer):
             return {}
         widths = list(zip(self.teacher_channels, self._factor_channels(), strict=True))
         settings = stage_1_settings(widths, args)
-        if self.has_given_paraphrasers or (settings == self._trained_with and not checkpoint):
+        if self.given_paraphrasers is not None or (settings == self._trained_with and not checkpoint):
             return {}
         if point and point.paraphrasers:
             self.teacher.set_paraphrasers(get_paraphrasers(str(point.paraphrasers), self.teacher_channels, args))
@@ -332,14 +334,14 @@ class IEKDTrainer(DistillationTrainer):
         self.teacher.set_paraphrasers(paraphrasers)
         self._trained_with = settings
         if args.should_save:
-            save_paraphrasers(self.teacher.paraphrasers, finished, self.run)
+            save_paraphrasers(paraphrasers, finished, self.run)
             remove_checkpoints(unfinished)
         self.accelerator.wait_for_everyone()
         return metrics
 
     def _factor_channels(self) -> list[int]:
         """Return the channels of what is compared in each pair; a given paraphraser decides its own."""
-        if self.has_given_paraphrasers:
+        if self.given_paraphrasers is not None:
             return [paraphraser.factor_channels for paraphraser in self.teacher.paraphrasers]
         widths = [self.knowledge.width(channels, self.args.factor_channels) for channels in self.teacher_channels]
         check_factor_channels(widths, self.teacher_channels)
@@ -443,7 +445,9 @@ class IEKDTrainer(DistillationTrainer):
     def complete_checkpoint(self, folder: str) -> None:
         """Add the paraphrasers, which are kept in `output_dir`, to a checkpoint that is pushed."""
         if self.knowledge.is_kept and self.teacher.paraphrasers:
-            save_paraphrasers(self.teacher.paraphrasers, Path(folder) / PARAPHRASER_FOLDER)
+            source = self.given_paraphrasers or str(Path(self.args.output_dir) / PARAPHRASER_FOLDER)
+            whole = get_paraphrasers(source, self.teacher_channels, self.args)
+            save_paraphrasers(whole, Path(folder) / PARAPHRASER_FOLDER)
         super().complete_checkpoint(folder)
 
     def check_checkpoint(self, folder: str) -> None:

@@ -220,7 +220,7 @@ trainer = IEKDTrainer(
     paraphraser="user/paraphraser",
 )
 metrics = trainer.train().metrics
-state, used = paraphraser.state_dict(), trainer.teacher.paraphrasers[0].state_dict()
+state, used = (p.encoder.state_dict() for p in (paraphraser, trainer.teacher.paraphrasers[0]))
 print(json.dumps({
     "difference": difference,
     "spread": spread,

@@ -270,3 +270,30 @@ def test_resuming_reads_the_same_cache(make, images_seen):
     parts.train(resume_from_checkpoint=str(parts.args.output_dir) + "/checkpoint-6")
     assert images_seen["images"] == 0
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+
+
+def test_the_teacher_waits_in_the_hosts_memory_unless_it_is_needed(make, monkeypatch):
+    """It runs for the cache and on held-out images without labels, and is where it runs then, and after training."""
+    places, runs, to, maps = [], [], FrozenTeacher.to, FrozenTeacher.feature_maps
+
+    def moved(self, place, *args, **kwargs):
+        places.append(place)
+        return to(self, place, *args, **kwargs)
+
+    def noted(self, *args, **kwargs):
+        runs.append(places[-1])
+        return maps(self, *args, **kwargs)
+
+    monkeypatch.setattr(FrozenTeacher, "to", moved)
+    monkeypatch.setattr(FrozenTeacher, "feature_maps", noted)
+    unlabelled = make_decoded(8)
+    unlabelled.table = unlabelled.table.remove_columns("labels")
+    trainer = make(eval_dataset=unlabelled, eval_strategy="epoch")
+    places.clear()
+    places.append(trainer.args.device)
+    trainer.train()
+    assert "eval_inheritance_loss" in trainer.state.log_history[-2]
+    there, device = "cpu", trainer.args.device  # a name, and torch's device, so that they differ here
+    assert set(map(type, runs)) == {torch.device} and len(runs) > 4
+    assert [type(place) for place in places] == [torch.device, str, *2 * [torch.device, str], torch.device]
+    assert places[-1] == device and places[1] == there

@@ -1,6 +1,7 @@
 """The promises of IEKDTrainer: what moves, what stays, what is logged, and that it computes the paper's objective."""
 
 import copy
+import gc
 import warnings
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_the_paraphraser_is_frozen_in_stage_2(make_trainer):
     trainer = make_trainer(paraphraser=paraphraser)
     trainer.train()
     assert same(paraphraser.state_dict(), before)
-    assert not paraphraser.training
+    assert not paraphraser.encoder.training
 
 
 def test_logs_hold_the_raw_components_and_the_weights(make_trainer):
@@ -118,8 +119,21 @@ def test_stage_1_logs_reports_and_is_kept(make_trainer, tmp_path):
         output = trainer.train()
     assert output.metrics["paraphraser_reconstruction_loss"] > output.metrics["paraphraser_mean_map_loss"] > 0
     kept = Paraphraser.from_pretrained(tmp_path / "out" / "_paraphraser")
-    assert same(kept.state_dict(), trainer.teacher.paraphrasers[0].state_dict())
+    assert same(kept.encoder.state_dict(), trainer.teacher.paraphrasers[0].encoder.state_dict())
     assert not list((tmp_path / "out" / "_stage_1").glob("checkpoint-*"))
+
+
+def test_after_stage_1_only_what_encodes_is_kept_in_memory(make_trainer):
+    def whole():
+        gc.collect()
+        return [x for x in gc.get_objects() if isinstance(x, Paraphraser) and "decoder" in dict(x.named_children())]
+
+    before = len(whole())
+    trainer = make_trainer()
+    trainer.train()
+    (paraphraser,) = trainer.teacher.paraphrasers
+    assert {name.split(".")[0] for name in paraphraser.state_dict()} == {"encoder"}
+    assert len(whole()) <= before
 
 
 def test_a_good_paraphraser_does_not_warn(make_trainer):
@@ -508,7 +522,7 @@ def test_cheaper_encoders_in_both_stages(make_trainer, make_mutual, tmp_path):
     assert sizes == {(1, 1)}
     # Kept with the paraphraser, whatever the next run's encoders are.
     kept = Paraphraser.from_pretrained(tmp_path / "out" / "_paraphraser")
-    assert same(kept.state_dict(), paraphraser.state_dict())
+    assert same(kept.encoder.state_dict(), paraphraser.encoder.state_dict())
     peers = make_mutual(encoder_kernel_size=1).group
     encoders = (*peers.paraphrasers, *(peer.inheritance_encoders for peer in peers.peers))
     assert {m.kernel_size for e in encoders for m in e.modules() if isinstance(m, torch.nn.Conv2d)} == {(1, 1)}

@@ -116,6 +116,15 @@ class Setting:
         kwargs = {"encoder_kernel_size": self.kernel_size, **kwargs}
         return IEKDTrainer(teacher_model=self.teacher, paraphraser=self.paraphraser, **self.common(**kwargs))
 
+    def iekd_by_name(self, **kwargs) -> IEKDTrainer:
+        """Make our trainer of a teacher and a paraphraser that are read from a disk, and held by nothing else."""
+        folders = {name: str(Path(self.folder.name, name)) for name in ("teacher", "paraphraser")}
+        for name, folder in folders.items():
+            getattr(self, name).save_pretrained(folder)
+            vars(self).pop(name)
+        models = {"teacher_model": folders["teacher"], "paraphraser": folders["paraphraser"]}
+        return IEKDTrainer(**models, **self.common(encoder_kernel_size=self.kernel_size, **kwargs))
+
     def alone(self, **kwargs) -> Trainer:
         """Make a trainer of the student alone: Trainer itself, but for the images."""
         return DistillationTrainer(**self.common(**kwargs))
@@ -408,8 +417,8 @@ def peak(which: str) -> dict:
         step = BareLoop(setting)
     else:
         setting.kernel_size = 1 if case.endswith("1x1") else 3
-        cached = functools.partial(setting.iekd, cache_teacher=True)
-        step = StepsOf({"alone": setting.alone, "live": setting.iekd, "cached": cached}[case.removesuffix(" 1x1")])
+        live, cached = setting.iekd_by_name, functools.partial(setting.iekd_by_name, cache_teacher=True)
+        step = StepsOf({"alone": setting.alone, "live": live, "cached": cached}[case.removesuffix(" 1x1")])
     for _ in range(8):
         step()
     if torch.cuda.is_available():

@@ -134,8 +134,8 @@ class Paraphraser(
     Trained once per teacher on its reconstruction error alone, then frozen; many students of that teacher can reuse it
     (`save_pretrained`, `from_pretrained` and `push_to_hub` work as for any Hugging Face model, in safetensors).
     Sources: Kim et al., *Paraphrasing Complex Network*, NeurIPS 2018; Huang et al., CVPR 2021, section 3.1. Layer
-    order,
-    missing biases, initialisation and the plain convolutions of the decoder are those of the latter's released code.
+    order, missing biases, initialisation and the plain convolutions of the decoder are those of the latter's released
+    code.
 
     Args:
         in_channels (`int`):
@@ -182,6 +182,12 @@ class Paraphraser(
     def encode(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return the factor `(batch_size, factor_channels, height, width)` of a teacher's map."""
         return self.encoder(feature_map)
+
+    def without_decoder(self) -> "Paraphraser":
+        """Return a paraphraser that shares this one's encoder and can do no more than encode."""
+        encoding = copy.copy(self)
+        encoding._modules = {"encoder": self.encoder}
+        return encoding
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """Return the reconstruction of `(batch_size, in_channels, height, width)`."""

@@ -14,6 +14,7 @@ from ..arguments import IEKDTrainingArguments
 from ..features.patches import cut_patches, patch_size_of
 from ..features.tap import FeatureTap
 from ..features.trace import image_size_of
+from ..method.factors import Paraphraser
 from ..method.padding import mask_at
 from .fast_copy import copy_fast
 from .pixels import TeacherPixels
@@ -55,6 +56,7 @@ class FrozenTeacher(nn.Module):
         self.tap = tap
         self.teacher_pixels = teacher_pixels
         self.paraphrasers = nn.ModuleList()
+        self.device = self._home = next((p.device for p in teacher.parameters()), torch.device("cpu"))
         self.fast = self.sharded = False
         parameters = inspect.signature(teacher.forward).parameters.values()
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -71,8 +73,9 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     def set_paraphrasers(self, paraphrasers: list[nn.Module]) -> None:
-        """Set the trained paraphrasers, one for each layer."""
-        self.paraphrasers = nn.ModuleList(paraphrasers).eval()
+        """Set the trained paraphrasers, one for each layer; all that is needed of them is what encodes."""
+        encoding = (p.without_decoder() if isinstance(p, Paraphraser) else p for p in paraphrasers)
+        self.paraphrasers = nn.ModuleList(encoding).eval().to(self.device)
 
     def placed(self, args: IEKDTrainingArguments) -> "FrozenTeacher":
         """Move the teacher to its device, or share a copy of it out over all processes."""
@@ -85,6 +88,7 @@ class FrozenTeacher(nn.Module):
             self.tap = FeatureTap(self.teacher, self.tap.layers, self.tap.before_activation)
             shard(self.teacher, args.device)
             self.sharded = True
+        self.device = args.device
         return self.to(args.device)
 
     @torch.no_grad()
@@ -102,7 +106,8 @@ class FrozenTeacher(nn.Module):
             finally:
                 tap.detach()
 
-        self.teacher = copy_fast(self.teacher, run, keep=self.tap.layers)
+        given, self.teacher = self.teacher, copy_fast(self.teacher, run, keep=self.tap.layers)
+        given.to(self._home)  # one of both is enough where memory is scarce
         self.dtype = dtype or self.dtype
         self.teacher.to(self.dtype)
         self.tap = FeatureTap(self.teacher, self.tap.layers, self.tap.before_activation)
@@ -111,6 +116,15 @@ class FrozenTeacher(nn.Module):
             # Outside the hooks: the last one leaves the forward pass.
             for module in dict.fromkeys(self.tap.modules):
                 module.forward = torch.compile(module.forward)
+
+    def rest(self) -> None:
+        """Wait in the host's memory, while what it says is read from a cache."""
+        if not self.sharded:
+            self.to("cpu")
+
+    def wake(self) -> None:
+        """Come back to where it runs."""
+        self.to(self.device)
 
     def probe(self, sample: dict, with_logits: bool) -> tuple[torch.Tensor | None, list[torch.Size]]:
         """Return the logits and the maps' shapes; raise `ValueError` where the student's batch does not suit it."""

@@ -50,6 +50,7 @@ class HeldOutLosses:
     def both_sides_ready(self) -> Iterator[None]:
         """Attach the taps of both sides where they are not, and let the encoders be alike on all ranks."""
         trainer = self.trainer
+        trainer.teacher.wake()
         idle = [tap for tap in (trainer.teacher.tap, trainer.student_side.tap) if not tap.is_attached]
         for tap in idle:
             tap.attach()
@@ -58,5 +59,7 @@ class HeldOutLosses:
         try:
             yield
         finally:
+            if trainer.cache is not None:
+                trainer.teacher.rest()
             for tap in idle:
                 tap.detach()

@@ -46,7 +46,7 @@ def get_paraphrasers(source, teacher_channels: list[int], args: IEKDTrainingArgu
                 f"Expected a paraphraser with factor_channels={args.factor_channels}, got one with "
                 f"{paraphraser.factor_channels}: leave factor_channels at None, or pass another paraphraser."
             )
-    return [paraphraser.to(args.device) for paraphraser in paraphrasers]
+    return paraphrasers
 
 
 def make_paraphrasers(
