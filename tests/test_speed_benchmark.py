@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks")
 import lockstep
 import speed
 import speed_cases
+import streams
 from conftest import same
 from lockstep import StepsOf, compare
 from transformers import Trainer
@@ -77,6 +78,28 @@ def test_ratios_are_of_the_same_round(monkeypatch):
     assert results["b"] == {"milliseconds": 6.5, "ratio": 1.25, "lowest": 1.0, "highest": 1.5}
 
 
+def test_streams_and_files_have_the_same_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "IMAGES_PER_TAR", 12)
+    streams.write_images(tmp_path, 32)
+    assert len([*tmp_path.glob("*.tar")]) == 3
+    rows = streams.open_images("parquet", tmp_path)
+    streamed = sorted(streams.open_images("tars", tmp_path), key=lambda row: row["__key__"])
+    assert len(rows) == len(streamed) == 32
+    for row, other in zip(rows, streamed, strict=True):
+        assert row["labels"] == other["labels"] and torch.equal(row["pixel_values"], other["pixel_values"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", streams.PATHS)
+def test_training_on_a_stream_is_watched(tmp_path, monkeypatch, path):
+    monkeypatch.setattr(streams, "BATCH_SIZE", 8)
+    streams.write_images(tmp_path, 80)
+    measured = streams.train(path, tmp_path, 80)
+    assert [noted["step"] for noted in measured["noted"]] == [1, 2, 5, 8, 10]
+    assert measured["images_per_second"] > 0 and min(noted["mebibytes"] for noted in measured["noted"]) > 50
+    assert "| MiB after 8 |" in streams.table({path: measured})
+
+
 @pytest.mark.slow
 def test_every_section_runs_and_is_laid_out(tmp_path, monkeypatch, capsys):
     measured = {}
@@ -89,7 +112,7 @@ def test_every_section_runs_and_is_laid_out(tmp_path, monkeypatch, capsys):
         return speed.SECTIONS[argument][2](made, 1)
 
     monkeypatch.setattr(speed, "in_a_process", in_this_process)
-    names = [name for name in speed.SECTIONS if name not in ("compile", "torchdistill") and "imagenet" not in name]
+    names = [name for name in speed.SECTIONS if name != "compile" and "imagenet" not in name]
     monkeypatch.setattr(sys, "argv", ["speed.py", "--output_dir", str(tmp_path), "--sections", *names, "memory"])
     speed.main()
     printed = capsys.readouterr().out

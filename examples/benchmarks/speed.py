@@ -11,7 +11,6 @@ sections that were measured earlier stay there.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -33,10 +32,10 @@ from speed_cases import (
     imagenet_setting,
     jpeg_files,
     peak,
+    peers_steps,
     photographs,
     steps,
     tiny_setting,
-    torchdistill_steps,
 )
 
 
@@ -59,7 +58,8 @@ SECTIONS = {
     "imagenet": (IMAGENET, imagenet_setting, steps, 6),
     "imagenet k=256": (f"{IMAGENET}, factor_channels=256", lambda: imagenet_setting(256), cached_steps, 6),
     "imagenet bf16": (f"{IMAGENET}, bf16", imagenet_setting, bf16_steps, 6),
-    "torchdistill": (f"{CIFAR}, factor transfer", cifar_setting, torchdistill_steps, 12),
+    "peers": (f"{CIFAR}, beside others", cifar_setting, peers_steps, 12),
+    "imagenet peers": (f"{IMAGENET}, beside others", imagenet_setting, peers_steps, 6),
     "evaluation": ("ResNet-20, 2,048 images of 32x32", cifar_setting, evaluations, 8),
     "imagenet evaluation": ("ResNet-18, 64 images of 224x224", imagenet_setting, evaluations, 6),
     "data": ("images of 32x32, batch 128", cifar_setting, data_paths, 30),
@@ -149,8 +149,6 @@ def draw(sections: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*SECTIONS, "memory"]
-    if importlib.util.find_spec("torchdistill") is None:
-        names.remove("torchdistill")
     parser.add_argument(
         "--sections", nargs="+", choices=names, default=names, metavar="SECTION", help=", ".join(names)
     )

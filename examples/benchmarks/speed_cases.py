@@ -5,13 +5,17 @@ import functools
 import io
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
 import numpy as np
 import PIL.Image
+import repdistiller_ft
+import timm_features
 import torch
 import torch.nn.functional as F
+import torchdistill_ft
 from lockstep import StepsOf, compare
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, Trainer, ViTImageProcessorPil
 
@@ -295,22 +299,30 @@ def compiled_steps(setting: Setting, rounds: int) -> dict:
     return compare(contenders, rounds)
 
 
-def torchdistill_steps(setting: Setting, rounds: int) -> dict:
-    """Time torchdistill's factor transfer beside ours, which is the whole map inheriting; needs torchdistill."""
-    from torchdistill_ft import factor_transfer
-
-    bare = BareLoop(setting)
-    no_checkpoint = str(Path(setting.folder.name, "none"))
-    step = factor_transfer(setting.teacher, copy.deepcopy(setting.student), SGD, DEVICE, no_checkpoint)
+def peers_steps(setting: Setting, rounds: int) -> dict:
+    """Time factor transfer, the whole map inheriting, beside what others do, of those that can be imported."""
+    bare, transfer = BareLoop(setting), {"inheritance_ratio": 1.0, "lambda_exp": 0.0}
     contenders = {
         BARE: bare,
         CONTROL: BareLoop(setting),
         "IEKDTrainer as factor transfer, fast_teacher=False": StepsOf(
-            lambda: setting.iekd(inheritance_ratio=1.0, lambda_exp=0.0, fast_teacher=False)
+            lambda: setting.iekd(**transfer, fast_teacher=False)
         ),
-        "IEKDTrainer as factor transfer": StepsOf(lambda: setting.iekd(inheritance_ratio=1.0, lambda_exp=0.0)),
-        "torchdistill's factor transfer": lambda: step(*bare.batch()),
+        "IEKDTrainer as factor transfer": StepsOf(lambda: setting.iekd(**transfer)),
+        "student alone, Trainer": StepsOf(setting.alone),
     }
+    steps = {}
+    if isinstance(setting.teacher, CifarResNetForImageClassification):
+        if find_spec("torchdistill") is not None:
+            no_checkpoint = str(Path(setting.folder.name, "none"))
+            given = (setting.teacher, copy.deepcopy(setting.student), SGD, DEVICE)
+            steps["torchdistill, factor transfer"] = torchdistill_ft.factor_transfer(*given, no_checkpoint)
+        if find_spec("distiller_zoo") is not None:
+            steps["RepDistiller, factor transfer"] = repdistiller_ft.factor_transfer(SGD, DEVICE)
+    elif find_spec("timm") is not None:
+        steps["timm, feature distillation"] = timm_features.feature_distillation(SGD, DEVICE)
+    for name, step in steps.items():
+        contenders[name] = lambda step=step: step(*bare.batch())
     return compare(contenders, rounds)
 
 
