@@ -2,6 +2,7 @@
 Time what a step, an epoch, an evaluation and a batch of images cost, and how much memory they take.
 
     python examples/benchmarks/speed.py --output_dir speed
+    python examples/benchmarks/speed.py --output_dir speed-gpu --device cuda
 
 Each section runs in a process of its own, on one thread unless OMP_NUM_THREADS says otherwise; within it all cases
 take turns, step by step, and each ratio is the median over the rounds of the ratio to the section's first case, which
@@ -22,13 +23,14 @@ import matplotlib
 import torch
 import transformers
 from speed_cases import (
-    bf16_steps,
     cached_steps,
     cifar_setting,
     compiled_steps,
     data_paths,
     evaluations,
     file_paths,
+    fp16_steps,
+    half_steps,
     imagenet_setting,
     jpeg_files,
     peak,
@@ -52,12 +54,14 @@ MALLOC = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "100
 CIFAR, IMAGENET = "ResNet-56 -> ResNet-20, 32x32, batch 128", "ResNet-50 -> ResNet-18, 224x224, batch 8"
 SECTIONS = {
     "steps": (CIFAR, cifar_setting, steps, 12),
-    "bf16": (f"{CIFAR}, bf16", cifar_setting, bf16_steps, 12),
+    "bf16": (f"{CIFAR}, bf16", cifar_setting, half_steps, 12),
+    "fp16": (f"{CIFAR}, fp16", cifar_setting, fp16_steps, 12),
     "compile": (f"{CIFAR}, bf16, compiled", cifar_setting, compiled_steps, 12),
     "tiny": ("ResNet-8 -> narrow ResNet-8, 28x28, batch 16", tiny_setting, steps, 60),
     "imagenet": (IMAGENET, imagenet_setting, steps, 6),
     "imagenet k=256": (f"{IMAGENET}, factor_channels=256", lambda: imagenet_setting(256), cached_steps, 6),
-    "imagenet bf16": (f"{IMAGENET}, bf16", imagenet_setting, bf16_steps, 6),
+    "imagenet bf16": (f"{IMAGENET}, bf16", imagenet_setting, half_steps, 6),
+    "imagenet fp16": (f"{IMAGENET}, fp16", imagenet_setting, fp16_steps, 6),
     "peers": (f"{CIFAR}, beside others", cifar_setting, peers_steps, 12),
     "imagenet peers": (f"{IMAGENET}, beside others", imagenet_setting, peers_steps, 6),
     "evaluation": ("ResNet-20, 2,048 images of 32x32", cifar_setting, evaluations, 8),
@@ -150,11 +154,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*SECTIONS, "memory"]
     parser.add_argument(
-        "--sections", nargs="+", choices=names, default=names, metavar="SECTION", help=", ".join(names)
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Where. Sections in fp16 are for GPUs. Default: cuda where there is one.",
+    )
+    parser.add_argument(
+        "--sections", nargs="+", choices=names, metavar="SECTION", help=f"Default: all. {', '.join(names)}."
     )
     parser.add_argument("--output_dir", type=Path, default=Path("speed"))
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here.")
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the sections' processes
     if options.only:
         torch.manual_seed(0)
         if ":" in options.only:
@@ -166,7 +180,7 @@ def main() -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     written = options.output_dir / "speed.json"
     sections = json.loads(written.read_text())["sections"] if written.is_file() else {}
-    for name in options.sections:
+    for name in options.sections or [n for n in names if options.device == "cuda" or "fp16" not in n]:
         print(f"{name} ...", file=sys.stderr, flush=True)
         sections.update(measure_memory() if name == "memory" else measure_times(name))
         order = [*SECTIONS, *(f"memory {place}" for place in PLACES)]

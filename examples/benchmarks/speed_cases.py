@@ -263,27 +263,33 @@ def cached_steps(setting: Setting, rounds: int) -> dict:
     return compare(contenders, rounds)
 
 
-def bf16_steps(setting: Setting, rounds: int) -> dict:
-    """Time bf16 steps against the fp32 loop."""
-    bf16, bare = {"bf16": True}, BareLoop(setting)
+def half_steps(setting: Setting, rounds: int, precision: str = "bf16") -> dict:
+    """Time steps in half precision, bf16 or fp16, against the fp32 loop."""
+    half, bare = {precision: True}, BareLoop(setting)
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
     pixels, _ = bare.batch()
     contenders = {
         BARE: bare,
         CONTROL: BareLoop(setting),
-        "IEKDTrainer, bf16": StepsOf(lambda: setting.iekd(**bf16)),
-        "IEKDTrainer, bf16, channels_last": StepsOf(lambda: setting.iekd(**bf16, channels_last=True)),
-        "IEKDTrainer, bf16, channels_last, teacher_dtype=bfloat16": StepsOf(
-            lambda: setting.iekd(**bf16, channels_last=True, teacher_dtype="bfloat16")
+        f"IEKDTrainer, {precision}": StepsOf(lambda: setting.iekd(**half)),
+        f"IEKDTrainer, {precision}, channels_last": StepsOf(lambda: setting.iekd(**half, channels_last=True)),
+        f"IEKDTrainer, {precision}, channels_last, teacher_dtype={dtype}": StepsOf(
+            lambda: setting.iekd(**half, channels_last=True, teacher_dtype=dtype)
         ),
-        "IEKDTrainer, bf16, channels_last, cached teacher": StepsOf(
-            lambda: setting.iekd(**bf16, channels_last=True, cache_teacher=True)
+        f"IEKDTrainer, {precision}, channels_last, cached teacher": StepsOf(
+            lambda: setting.iekd(**half, channels_last=True, cache_teacher=True)
         ),
-        "student alone, Trainer, bf16, channels_last": StepsOf(lambda: setting.alone(**bf16, channels_last=True)),
-        "teacher and its encoder, forward, bf16 fast copy": teaching(
-            setting.iekd(**bf16, teacher_dtype="bfloat16"), pixels
+        f"student alone, Trainer, {precision}, channels_last": StepsOf(
+            lambda: setting.alone(**half, channels_last=True)
+        ),
+        f"teacher and its encoder, forward, {precision} fast copy": teaching(
+            setting.iekd(**half, teacher_dtype=dtype), pixels
         ),
     }
     return compare(contenders, rounds)
+
+
+fp16_steps = functools.partial(half_steps, precision="fp16")
 
 
 def compiled_steps(setting: Setting, rounds: int) -> dict:
