@@ -26,6 +26,7 @@ import average_accuracy
 import average_detection
 import comparison_report
 import flowers
+import streams
 from average_detection import HEAD
 from comparison_report import accuracies, interval, paired
 from transformers import TrainingArguments
@@ -76,7 +77,8 @@ def with_interval(values: list[float], digits: int = 2, unit: str = "") -> str:
 
 def comparison(name: str, networks: str) -> str:
     """Return the report's table of one pair of networks, from the cells that read the test split."""
-    cells = [cell for cell in results(name) if cell["networks"] == networks and "test_accuracy" in cell["metrics"]]
+    cells = [cell for cell in results(name) if cell["settings"]["networks"] == networks]
+    cells = [cell for cell in cells if "test_accuracy" in cell["models"]["student"]["metrics"]]
     report = comparison_report.markdown(cells).split("\n### ")[0]
     return "\n".join(line for line in report.splitlines() if line.startswith("|"))
 
@@ -121,7 +123,7 @@ def peers() -> str:
 
 def variants() -> str:
     """Return what was tried to make exploration gain accuracy, in the order of accuracy."""
-    cells = [cell for cell in results("cifar10_small") if cell["seed"] >= 10]
+    cells = [cell for cell in results("cifar10_small") if cell["settings"]["seed"] >= 10]
     values = accuracies(cells, "validation")[SMALL]
 
     def as_typed(method: str) -> str:
@@ -321,8 +323,6 @@ def speed_steps() -> str:
         ("teacher and its encoder, forward", "steps", "teacher and its encoder, forward"),
         ("the same, fast copy", "steps", "the same, fast copy"),
         ("the same, fast copy in bf16", "bf16", "teacher and its encoder, forward, bf16 fast copy"),
-        ("torchdistill 1.1.5, factor transfer", "torchdistill", "torchdistill's factor transfer"),
-        ("`IEKDTrainer` as factor transfer", "torchdistill", "IEKDTrainer as factor transfer"),
     ]
     rows = []
     for title, section, name in listed:
@@ -330,6 +330,16 @@ def speed_steps() -> str:
         rows.append([title, f"{case['milliseconds']:.0f}", f"{case['ratio']:.3f}"])
     title = results("speed")["sections"]["steps"]["title"]
     return rows_to_table([title, "ms", "bare fp32 loop = 1"], rows)
+
+
+def speed_peers() -> str:
+    """Return what a step costs beside others' libraries, at both sizes."""
+    rows = []
+    for section in results("speed_peers")["sections"].values():
+        for case in section["cases"]:
+            at = section["title"].split(",")[1].strip()
+            rows.append([case["name"], at, f"{case['milliseconds']:,.0f}", f"{case['ratio']:.2f}"])
+    return rows_to_table(["one step", "images", "ms", "bare IE-KD loop = 1"], rows)
 
 
 def speed_ratios() -> str:
@@ -488,7 +498,9 @@ def photographs(kind: str | None, baseline: str, *beside: str) -> str:
     def is_shown(recipe: str) -> bool:
         return recipe in beside or (kind in recipe if kind else not any(other in recipe for other in kinds))
 
-    return flowers.markdown([c for c in results("flowers") if is_shown(c["recipe"])], baselines=(baseline,))
+    return flowers.markdown(
+        [c for c in results("flowers") if is_shown(c["settings"]["method"])], baselines=(baseline,)
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -513,6 +525,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-ratios": speed_ratios,
     "speed-data": speed_data,
     "speed-files": speed_files,
+    "speed-peers": speed_peers,
+    "streams": lambda: streams.table(results("streams")),
     "presets": presets,
     "iekd-arguments": lambda: arguments_of(IEKDTrainingArguments, rare=False),
     "iekd-arguments-rare": lambda: arguments_of(IEKDTrainingArguments, rare=True),

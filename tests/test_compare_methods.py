@@ -35,17 +35,12 @@ def compare(run_example):
     return functools.partial(run_example, compare_methods)
 
 
-def cell(method, seed, accuracy, networks="a:b", **metrics):
-    arguments = {"lambda_inh": 10.0, "lambda_exp": 0.0, "lambda_kd": 0.0}
-    metrics = {"test_accuracy": accuracy, "train_runtime": 5.0, **metrics}
-    return {
-        "networks": networks,
-        "method": method,
-        "seed": seed,
-        "metrics": metrics,
-        "arguments": arguments,
-        "log": [],
-    }
+def cell(method, seed, accuracy, networks="a:b", arguments=None, **metrics):
+    arguments = {"lambda_inh": 10.0, "lambda_exp": 0.0, "lambda_kd": 0.0, **(arguments or {})}
+    accuracies = {} if accuracy is None else {"test_accuracy": accuracy}
+    return comparison_report.as_run(
+        networks, method, seed, {"train_runtime": 5.0, **accuracies, **metrics}, arguments, []
+    )
 
 
 def test_interval_by_hand():
@@ -67,7 +62,6 @@ def test_the_table_has_a_row_for_each_method():
     ie = label("ie-ft,inheritance_ratio=0.25")
     cells = [cell("plain", 0, 0.70), cell("plain", 1, 0.72), cell(ie, 0, 0.71), cell(ie, 1, 0.75)]
     cells += [cell("dml", 0, None, "a+b", test_peer_1_accuracy=0.5, test_peer_2_accuracy=0.6)]
-    del cells[-1]["metrics"]["test_accuracy"]
     text = comparison_report.markdown(cells)
     assert "| plain | 10 | 2 | 71.00 | 1.41 | ± 12.71 |  | 5 |" in text
     assert "| ie-ft,inheritance_ratio=0.25 | 10 | 2 | 73.00 | 2.83 | ± 25.41 | +2.00 ± 12.71 | 5 |" in text
@@ -76,15 +70,13 @@ def test_the_table_has_a_row_for_each_method():
 
 def test_the_sweep_is_of_weights_alone_and_of_nothing_the_test_split_was_read_for():
     def of(method, accuracy, **metrics):
-        made = cell(label(method), 0, None, validation_accuracy=accuracy, **metrics)
         name, changes = parse_method(method)
-        made["arguments"] = {**METHODS[name], **changes}
-        del made["metrics"]["test_accuracy"]
-        return made
+        arguments = {**METHODS[name], **changes}
+        return cell(label(method), 0, None, arguments=arguments, validation_accuracy=accuracy, **metrics)
 
     cells = [of("ft", 0.6), of("ie-ft,lambda_inh=1000,lambda_exp=100", 0.7, exploration_loss_gradient_share=0.5)]
     cells += [of("ie-ft,exploration_distance=cka", 0.8), of("at", 0.8), of("ie-ft", 0.8)]
-    cells[-1]["metrics"]["test_accuracy"] = 0.8
+    cells[-1]["models"]["student"]["metrics"]["test_accuracy"] = 0.8
     lines, shares = comparison_report.sweep_points(cells)
     assert lines == {"FT": {1500.0: [60.0]}, "IE-FT, lambda_exp 0.1 of lambda_inh": {1000: [70.0]}}
     assert shares == {"exploration": [(100, 0.5)]}
@@ -110,10 +102,8 @@ def test_a_cell_is_named_by_its_weights_whatever_the_presets_are(monkeypatch):
 def test_automatic_weights_name_a_cell_and_have_no_place_in_the_sweep():
     method = label("ft,lambda_inh=auto")
     assert method == label(method) == "ft,lambda_inh=auto"
-    made = cell(method, 0, 0.5, validation_accuracy=0.5)
-    made["arguments"] = {**METHODS["ft"], "lambda_inh": "auto"}
+    made = cell(method, 0, None, arguments={**METHODS["ft"], "lambda_inh": "auto"}, validation_accuracy=0.5)
     assert "| ft | auto | 1 | 50.00 |" in comparison_report.markdown([made])
-    del made["metrics"]["test_accuracy"]
     assert comparison_report.sweep_points([made]) == ({}, {})
 
 
@@ -185,9 +175,10 @@ def test_the_whole_line_on_the_digits(compare, tmp_path):
     assert (tmp_path / "teachers" / "cifar-resnet-8" / "model.safetensors").stat().st_mtime_ns == teacher
     cells = json.loads((tmp_path / "comparison.json").read_text())
     assert len(cells) == 7
-    rates = {cell["method"].split(",")[0]: cell["arguments"]["learning_rate"] for cell in cells}
+    rates = {cell["settings"]["method"].split(",")[0]: cell["settings"]["learning_rate"] for cell in cells}
     assert rates == {"plain": 0.1, "ie-ft+kd": 0.1, "od": 0.02}  # what a cell was made with, not what is common
-    assert {"test_accuracy", "validation_accuracy", "made", "cpu_seconds"} <= set(cells[0]["metrics"])
+    assert {"test_accuracy", "validation_accuracy"} <= set(cells[0]["models"]["student"]["metrics"])
+    assert "torch" in cells[0]["made"] and "cpu_seconds" in cells[0]["training"]
     for picture in ("comparison.png", "sweep.png"):
         assert (tmp_path / picture).stat().st_size > 5_000
 
@@ -198,11 +189,11 @@ def test_students_that_were_trained_alone_before_and_a_teacher_that_was_told_wro
     common += ["--plain_epochs", "1", "--flipped_labels", "1", "--teacher_epochs", "4"]
     compare(*common, "--methods", "plain", "ie-ft+kd,lambda_inh=auto,exploration=where-wrong")
     before = json.loads((tmp_path / "plain_students" / "cifar-resnet-8" / "seed-0" / "metrics.json").read_text())
-    cells = {cell["method"]: cell for cell in json.loads((tmp_path / "comparison.json").read_text())}
-    assert cells["plain"]["metrics"]["validation_loss"] < before["validation_loss"]
+    cells = {cell["settings"]["method"]: cell for cell in json.loads((tmp_path / "comparison.json").read_text())}
+    assert cells["plain"]["models"]["student"]["metrics"]["validation_loss"] < before["validation_loss"]
     explored = cells["ie-ft+kd,lambda_inh=auto,lambda_exp=300,lambda_kd=1,exploration=where-wrong"]
-    assert explored["arguments"]["lambda_inh"] == "auto"
-    assert explored["arguments"]["exploration"] == "where-wrong"
+    assert explored["settings"]["lambda_inh"] == "auto"
+    assert explored["settings"]["exploration"] == "where-wrong"
     (teacher,) = tmp_path.glob("teachers/*/metrics.json")
     # Nine wrong labels are as likely; by the right ones its loss is 1.1.
     assert json.loads(teacher.read_text())["train_loss"] > 0.95 * math.log(9)
@@ -216,8 +207,9 @@ def test_peers_and_the_test_split_that_is_not_read(compare, tmp_path):
     )
     assert "### cifar-resnet-8+cifar-resnet-8, peer 2 (validation)" in printed and "(test)" not in printed
     for cell in json.loads((tmp_path / "comparison.json").read_text()):
-        assert not [name for name in cell["metrics"] if name.startswith("test_")]
-        assert {"validation_peer_1_accuracy", "validation_peer_2_accuracy"} <= set(cell["metrics"])
+        assert list(cell["models"]) == ["peer 1", "peer 2"]
+        for peer in cell["models"].values():
+            assert "validation_accuracy" in peer["metrics"] and "test_accuracy" not in peer["metrics"]
 
 
 @pytest.mark.slow

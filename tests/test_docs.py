@@ -2,6 +2,7 @@
 
 import configparser
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -108,3 +109,22 @@ def test_links_of_the_package_index_work_there():
     text = (ROOT / config["metadata"]["long_description"].removeprefix("file: ")).read_text()
     targets = re.findall(r"\]\(([^)]+)\)", text)
     assert targets and all(target.startswith("https://") for target in targets)
+
+
+RESULTS = sorted((ROOT / "examples" / "benchmarks" / "results").glob("*.json"))
+NOT_OF_RUNS = {"analysis", "speed", "speed_peers", "streams"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RESULTS if path.stem not in NOT_OF_RUNS], ids=lambda path: path.stem
+)
+def test_results_of_runs_have_one_form(path):
+    """As docs/results/index.md has it: settings, models with their metrics, and gradient shares."""
+    runs = json.loads(path.read_text())
+    assert len({json.dumps(run["settings"], sort_keys=True) for run in runs}) == len(runs)
+    for run in runs:
+        assert run.keys() <= {"settings", "models", "gradient_shares", "training", "made", "log", "phases"}
+        assert isinstance(run["settings"]["seed"], int)
+        assert run["models"] and isinstance(run["gradient_shares"], dict)
+        for model in run["models"].values():
+            assert all(isinstance(value, (int, float)) for value in model["metrics"].values())

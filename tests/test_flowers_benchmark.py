@@ -19,7 +19,8 @@ from flowers import markdown
 
 
 def cell(labelled, recipe, seed, accuracy):
-    return {"labelled": labelled, "recipe": recipe, "seed": seed, "metrics": {"test_accuracy": accuracy}}
+    settings = {"labelled": labelled, "method": recipe, "seed": seed}
+    return {"settings": settings, "models": {"student": {"metrics": {"test_accuracy": accuracy}}}}
 
 
 def test_the_table_by_hand():
@@ -29,7 +30,8 @@ def test_the_table_by_hand():
         cell(10, "a > b", 1, 0.7),
         cell(10, "a > b", 2, 0.8),
     ]
-    cells += [cell(100, "plain", 1, 0.8), {**cell(100, "plain", 0, 0.1), "metrics": {"validation_accuracy": 0.1}}]
+    not_tested = {**cell(100, "plain", 0, 0.1), "models": {"student": {"metrics": {"validation_accuracy": 0.1}}}}
+    cells += [cell(100, "plain", 1, 0.8), not_tested]
     rows = markdown(cells).splitlines()
     assert rows[0] == "| recipe | 10 labels | - plain | 100 labels | - plain |"
     assert rows[2:] == [
@@ -99,11 +101,11 @@ def test_cells_are_run_once(stand_ins, run_example):
     printed = run_example(flowers, *arguments, "--recipes", *recipes)
     assert "| recipe | 9 labels | - plain | 18 labels | - plain |" in printed and f"| `{alone}` |" in printed
     cells = json.loads((stand_ins / "out" / "flowers.json").read_text())
-    assert {(c["labelled"], c["recipe"], c["seed"]) for c in cells} == {
+    assert {tuple(c["settings"].values()) for c in cells} == {
         (n, recipe, seed) for n in (9, 18) for recipe in recipes for seed in (1, 2)
     }
-    assert all(0 <= c["metrics"]["test_accuracy"] <= 1 for c in cells)
-    of_alone = [c["phases"] for c in cells if c["recipe"] == alone]
+    assert all(0 <= m["metrics"]["test_accuracy"] <= 1 for c in cells for m in c["models"].values())
+    of_alone = [c["phases"] for c in cells if c["settings"]["method"] == alone]
     assert [len(phases) for phases in of_alone] == [2] * 4
     assert of_alone[0][0]["log"][0]["task_loss"] == 0
     without = stand_ins / "out" / "without_labels"  # once for each seed, not for each number of labels

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from urllib.parse import unquote
@@ -28,22 +29,61 @@ def collect(folder: Path) -> list[dict]:
             The comparison's folder.
 
     Returns:
-        `list[dict]`: `networks`, `method`, `seed`, `metrics`, `arguments` and `log` of each.
+        `list[dict]`: what [`as_run`] makes of each.
     """
     cells = []
     for done in sorted(folder.glob("cells/*/*/seed-*/metrics.json")):
         networks, method, seed = done.parts[-4:-1]
-        content = {name: json.loads((done.parent / f"{name}.json").read_text()) for name in ("arguments", "log")}
-        cells.append(
-            {
-                "networks": unquote(networks.replace("-to-", ":")),
-                "method": method,
-                "seed": int(seed.removeprefix("seed-")),
-                "metrics": json.loads(done.read_text()),
-                **content,
-            }
-        )
+        arguments, log = (json.loads((done.parent / f"{name}.json").read_text()) for name in ("arguments", "log"))
+        networks, seed = unquote(networks.replace("-to-", ":")), int(seed.removeprefix("seed-"))
+        cells.append(as_run(networks, method, seed, json.loads(done.read_text()), arguments, log))
     return cells
+
+
+def as_run(networks: str, method: str, seed: int, metrics: dict, arguments: dict, log: list[dict]) -> dict:
+    """
+    Give what a cell has measured the form that `results.json` of the commands has.
+
+    Args:
+        networks (`str`), method (`str`), seed (`int`):
+            The cell.
+        metrics (`dict`), arguments (`dict`), log (`list[dict]`):
+            What its files say.
+
+    Returns:
+        `dict`: `settings`, `models` with the `metrics` of the student or of each peer, and `gradient_shares`; beside
+        them `training`, what it took, `made`, when and by which versions, and `log`.
+
+    Example:
+
+    ```python
+    >>> run = as_run("a:b", "ft", 1, {"test_accuracy": 0.5, "train_runtime": 9.0}, {"lambda_inh": 300.0}, [])
+    >>> run["settings"], run["models"], run["training"]
+    ({'networks': 'a:b', 'method': 'ft', 'seed': 1, 'lambda_inh': 300.0}, {'student': {'metrics': {'test_accuracy': \
+0.5}}}, {'train_runtime': 9.0})
+
+    ```
+    """
+    models, shares, training = defaultdict(lambda: {"metrics": {}}), {}, {}
+    for name, value in metrics.items():
+        peer = re.match(r"(validation|test)_peer_(\d)_(.*)", name)
+        if peer:
+            models[f"peer {peer[2]}"]["metrics"][f"{peer[1]}_{peer[3]}"] = value
+        elif name.startswith(("validation_", "test_")):
+            if "+" not in networks:  # of peers it is their mean
+                models["student"]["metrics"][name] = value
+        elif name != "made":
+            (shares if name.endswith("gradient_share") else training)[name] = value
+    settings = {"networks": networks, "method": method, "seed": seed, **arguments}
+    made = {"made": metrics["made"]} if "made" in metrics else {}
+    return {
+        "settings": settings,
+        "models": dict(models),
+        "gradient_shares": shares,
+        "training": training,
+        **made,
+        "log": log,
+    }
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -87,13 +127,12 @@ def accuracies(cells: list[dict], part: str) -> dict[str, dict[str, dict[int, fl
     """
     found = defaultdict(lambda: defaultdict(dict))
     for cell in cells:
-        names = cell["networks"].split("+")
-        keys = {cell["networks"]: f"{part}_accuracy"}
-        if len(names) > 1:
-            keys = {f"{cell['networks']}, peer {i}": f"{part}_peer_{i}_accuracy" for i in range(1, len(names) + 1)}
-        for name, key in keys.items():
-            if key in cell["metrics"]:
-                found[name][cell["method"]][cell["seed"]] = 100 * cell["metrics"][key]
+        settings = cell["settings"]
+        for model, measured in cell["models"].items():
+            name = settings["networks"] + (f", {model}" if model.startswith("peer") else "")
+            if f"{part}_accuracy" in measured["metrics"]:
+                accuracy = 100 * measured["metrics"][f"{part}_accuracy"]
+                found[name][settings["method"]][settings["seed"]] = accuracy
     return {name: dict(methods) for name, methods in found.items()}
 
 
@@ -121,6 +160,11 @@ def paired(values: dict[int, float], baseline: dict[int, float]) -> str:
         return "-"
     mean, _, half = interval([values[seed] - baseline[seed] for seed in seeds])
     return f"{mean:+.2f}" + ("" if math.isnan(half) else f" \u00b1 {half:.2f}")
+
+
+def is_of(cell: dict, networks: str, method: str) -> bool:
+    """Return whether a cell is one of these networks and this method."""
+    return cell["settings"]["networks"] == networks and cell["settings"]["method"] == method
 
 
 def without_weights(method: str) -> str:
@@ -153,11 +197,11 @@ def markdown(cells: list[dict]) -> str:
             means = {method: np.mean(list(values.values())) for method, values in methods.items()}
             order = sorted(methods, key=lambda method: (method not in baselines.values(), means[method]))
             for method in order:
-                of_method = [c for c in cells if c["method"] == method and c["networks"] == networks.split(",")[0]]
-                used = of_method[0]["arguments"]
+                of_method = [cell for cell in cells if is_of(cell, networks.split(",")[0], method)]
+                used = of_method[0]["settings"]
                 weights = ", ".join(written(used[name]) for name in LAMBDAS if used.get(name)) or "-"
                 mean, deviation, half = interval(list(methods[method].values()))
-                seconds = np.mean([cell["metrics"]["train_runtime"] for cell in of_method])
+                seconds = np.mean([cell["training"]["train_runtime"] for cell in of_method])
                 row = [without_weights(method), weights, str(len(methods[method])), f"{mean:.2f}"]
                 row += ["-", "-"] if math.isnan(half) else [f"{deviation:.2f}", f"\u00b1 {half:.2f}"]
                 row += ["" if b == method else paired(methods[method], methods[b]) for b in baselines.values()]
@@ -216,10 +260,10 @@ def sweep_points(cells: list[dict]) -> tuple[dict, dict]:
     """
     lines, shares = defaultdict(lambda: defaultdict(list)), defaultdict(list)
     for cell in cells:
-        used, metrics = cell["arguments"], cell["metrics"]
+        used, metrics = cell["settings"], cell["models"].get("student", {"metrics": {}})["metrics"]
         if used.get("knowledge") != "factors" or "validation_accuracy" not in metrics or "test_accuracy" in metrics:
             continue
-        if "," in without_weights(cell["method"]) or "auto" in used.values():  # another distance, ratio or schedule
+        if "," in without_weights(used["method"]) or "auto" in used.values():  # another distance, ratio or schedule
             continue
         kd = " + KD" if used["lambda_kd"] else ""
         if used["lambda_inh"] > 0:
@@ -227,8 +271,8 @@ def sweep_points(cells: list[dict]) -> tuple[dict, dict]:
             kind = "FT" if used["inheritance_ratio"] == 1 else f"IE-FT, lambda_exp {ratio:.2g} of lambda_inh"
             lines[kind + kd][used["lambda_inh"]].append(100 * metrics["validation_accuracy"])
         for loss, weight in (("inheritance", "lambda_inh"), ("exploration", "lambda_exp")):
-            if f"{loss}_loss_gradient_share" in metrics:
-                shares[loss].append((used[weight], metrics[f"{loss}_loss_gradient_share"]))
+            if f"{loss}_loss_gradient_share" in cell["gradient_shares"]:
+                shares[loss].append((used[weight], cell["gradient_shares"][f"{loss}_loss_gradient_share"]))
     return {kind: dict(points) for kind, points in lines.items()}, dict(shares)
 
 
@@ -247,8 +291,9 @@ def draw_sweep(cells: list[dict], path: str) -> None:
     for colour, (name, points) in enumerate(sorted(lines.items())):
         xs = sorted(points)
         left.plot(xs, [np.mean(points[x]) for x in xs], "o-", color=f"C{colour}", label=name)
-    plain = [c["metrics"] for c in cells if c["method"] == "plain" and "test_accuracy" not in c["metrics"]]
-    plain = [100 * metrics["validation_accuracy"] for metrics in plain if "validation_accuracy" in metrics]
+    plain = [c["models"]["student"]["metrics"] for c in cells if c["settings"]["method"] == "plain"]
+    plain = [m for m in plain if "test_accuracy" not in m and "validation_accuracy" in m]
+    plain = [100 * metrics["validation_accuracy"] for metrics in plain]
     if plain:
         left.axhline(np.mean(plain), color="C7", linestyle="--", label="plain")
     left.set(xscale="log", xlabel="lambda_inh", ylabel="accuracy on held-out training images, %")

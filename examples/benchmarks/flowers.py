@@ -280,9 +280,17 @@ class Flowers:
             for part in parts:
                 found = trainer.evaluate(self.parts[part], metric_key_prefix=part)
                 metrics |= {name: value for name, value in found.items() if name.endswith(("accuracy", "loss"))}
-        metrics |= {"cpu_seconds": time.process_time() - start, "made": made()}
+        of_last = phases[-1]["metrics"] if phases else {}
+        run = {
+            "settings": {"labelled": count, "method": recipe, "seed": seed},
+            "models": {"teacher" if recipe == "teacher" else "student": {"metrics": metrics}},
+            "gradient_shares": {name: value for name, value in of_last.items() if name.endswith("gradient_share")},
+            "training": {"cpu_seconds": time.process_time() - start},
+            "made": made(),
+            "phases": phases,
+        }
         cell.parent.mkdir(parents=True, exist_ok=True)
-        write(cell, {"labelled": count, "recipe": recipe, "seed": seed, "metrics": metrics, "phases": phases})
+        write(cell, run)
 
     def train_or_load(self, student: PreTrainedModel, phase: str, count: int, seed: int) -> dict:
         """Train a student in a phase that others follow; what it learns of all images is learnt once and kept."""
@@ -330,10 +338,11 @@ def markdown(cells: list[dict], part: str = "test", baselines: tuple[str, ...] =
     """
     values: dict[int, dict[str, dict[int, float]]] = {}
     for cell in cells:
-        if f"{part}_accuracy" in cell["metrics"]:
-            of_count = values.setdefault(cell["labelled"], {}).setdefault(cell["recipe"], {})
-            of_count[cell["seed"]] = 100 * cell["metrics"][f"{part}_accuracy"]
-    counts, recipes = sorted(values), list(dict.fromkeys(cell["recipe"] for cell in cells))
+        settings, (model,) = cell["settings"], cell["models"].values()
+        if f"{part}_accuracy" in model["metrics"]:
+            of_count = values.setdefault(settings["labelled"], {}).setdefault(settings["method"], {})
+            of_count[settings["seed"]] = 100 * model["metrics"][f"{part}_accuracy"]
+    counts, recipes = sorted(values), list(dict.fromkeys(cell["settings"]["method"] for cell in cells))
     titles = ["recipe", *(title for n in counts for title in (f"{n:,} labels", *(f"- {b}" for b in baselines)))]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
 
