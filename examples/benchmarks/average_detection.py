@@ -12,11 +12,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from comparison_methods import written
 from comparison_report import interval, paired
 
 from iekd_hf.commands.boxes.metrics import SUMMARY
 from iekd_hf.commands.parser import parse_arguments
 from iekd_hf.commands.report.results import RESULTS
+from iekd_hf.method.objective import AUTO
 
 
 # Titles by the metrics' names; after them come the classes.
@@ -83,6 +85,9 @@ def by_model(runs: list[dict]) -> dict[str, dict[int, dict]]:
     >>> model = {"parameters": 9, "metrics": {"map": 0.5}}
     >>> by_model([{"settings": settings, "models": {"teacher": model, "distilled student": model}}]).keys()
     dict_keys(['teacher', 'ft, 300'])
+    >>> settings |= {"lambda_inh": "auto", "inheritance_share": 10.0, "exploration_share": 1.0}
+    >>> by_model([{"settings": settings, "models": {"distilled student": model}}]).keys()
+    dict_keys(['ft, auto, shares 10 and 1'])
 
     ```
     """
@@ -97,7 +102,9 @@ def by_model(runs: list[dict]) -> dict[str, dict[int, dict]]:
                 if _precisions(model) not in known:
                     found[name][len(known)] = model
                 continue
-            weights = [f"{settings[key]:g}" for key in ("lambda_inh", "lambda_exp") if settings[key]]
+            weights = [written(settings[key]) for key in ("lambda_inh", "lambda_exp") if settings[key]]
+            if AUTO in weights:
+                weights.append(f"shares {settings['inheritance_share']:g} and {settings['exploration_share']:g}")
             head = [HEAD] if settings.get("inherit_head") else []  # which older runs do not know
             title = ", ".join([settings["method"], *weights, *head]) if name == DISTILLED else name
             found[title][settings["seed"]] = model

@@ -321,6 +321,17 @@ def collect(folder: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("cells/*/*/seed-*.json"))]
 
 
+def accuracies(cells: list[dict], part: str) -> dict[int, dict[str, dict[int, float]]]:
+    """Sort accuracies, in percent, by number of labels, recipe and seed."""
+    found: dict[int, dict[str, dict[int, float]]] = {}
+    for cell in cells:
+        settings, (model,) = cell["settings"], cell["models"].values()
+        if f"{part}_accuracy" in model["metrics"]:
+            of_count = found.setdefault(settings["labelled"], {}).setdefault(settings["method"], {})
+            of_count[settings["seed"]] = 100 * model["metrics"][f"{part}_accuracy"]
+    return found
+
+
 def markdown(cells: list[dict], part: str = "test", baselines: tuple[str, ...] = ("plain",)) -> str:
     """
     Write a table with a row for each recipe, and for each number of labels its accuracy and paired differences.
@@ -336,12 +347,7 @@ def markdown(cells: list[dict], part: str = "test", baselines: tuple[str, ...] =
     Returns:
         `str`: Markdown.
     """
-    values: dict[int, dict[str, dict[int, float]]] = {}
-    for cell in cells:
-        settings, (model,) = cell["settings"], cell["models"].values()
-        if f"{part}_accuracy" in model["metrics"]:
-            of_count = values.setdefault(settings["labelled"], {}).setdefault(settings["method"], {})
-            of_count[settings["seed"]] = 100 * model["metrics"][f"{part}_accuracy"]
+    values = accuracies(cells, part)
     counts, recipes = sorted(values), list(dict.fromkeys(cell["settings"]["method"] for cell in cells))
     titles = ["recipe", *(title for n in counts for title in (f"{n:,} labels", *(f"- {b}" for b in baselines)))]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]

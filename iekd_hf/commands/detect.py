@@ -34,7 +34,7 @@ from .boxes.run import PICTURE, DetectionRun, DetectionScriptArguments, build_de
 from .boxes.tiny_detectors import is_tiny
 from .packages import require
 from .parser import parse_arguments
-from .report.results import write_results
+from .report.results import SETTINGS, write_results
 from .report.table import Result, detection_table, gain
 from .run import Compared
 from .terminal import command
@@ -140,8 +140,8 @@ class DetectRun(DetectionRun):
     def report(self, compared: list[Compared]) -> None:
         """Write results.json, print the table, and draw what the students find."""
         results = [row.result for row in compared]
-        settings = ("seed", "method", "inherit_head", "lambda_inh", "lambda_exp", "num_train_epochs", "learning_rate")
-        write_results(results, {name: getattr(self.args, name) for name in settings}, self.args.output_dir)
+        settings = {name: getattr(self.args, name) for name in (*SETTINGS, "inherit_head")}
+        write_results(results, settings, self.args.output_dir)
         print("\n" + detection_table(results) + "\n")
         if self.args.do_eval:
             print("mAP: COCO's, in percent; images/s: one image at a time, CPU, 1 thread, float32, median")

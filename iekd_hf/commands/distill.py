@@ -32,7 +32,7 @@ from .images.few_labels import StudentDataArguments
 from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
 from .parser import parse_arguments
-from .report.results import write_results
+from .report.results import SETTINGS, write_results
 from .report.table import Result, gain, table
 from .run import Compared
 from .terminal import command
@@ -146,8 +146,7 @@ class DistillRun(ImageRun):
         if not (self.args.do_train or self.args.do_eval):
             return
         results = [row.result for row in compared]
-        settings = ("seed", "method", "lambda_inh", "lambda_exp", "lambda_kd", "num_train_epochs", "learning_rate")
-        settings = {name: getattr(self.args, name) for name in settings}
+        settings = {name: getattr(self.args, name) for name in SETTINGS}
         settings["labelled_samples"] = self.data_args.labelled_samples
         settings["unlabelled"] = self.data_args.unlabelled is not False
         write_results(results, settings, self.args.output_dir)

@@ -40,7 +40,7 @@ from .masks.run import (
 from .masks.tiny_segmenters import is_tiny
 from .packages import require
 from .parser import parse_arguments
-from .report.results import write_results
+from .report.results import SETTINGS, write_results
 from .report.table import Result, gain, segmentation_table
 from .run import Compared
 from .terminal import command
@@ -161,8 +161,7 @@ class SegmentRun(SegmentationRun):
     def report(self, compared: list[Compared]) -> None:
         """Write results.json, print the table, and draw what the students make of some images."""
         results = [row.result for row in compared]
-        settings = ("seed", "method", "lambda_inh", "lambda_exp", "lambda_kd", "num_train_epochs", "learning_rate")
-        settings = {name: getattr(self.args, name) for name in settings}
+        settings = {name: getattr(self.args, name) for name in SETTINGS}
         settings["labelled_samples"] = self.data_args.labelled_samples
         write_results(results, settings, self.args.output_dir)
         print("\n" + segmentation_table(results) + "\n")
