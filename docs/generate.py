@@ -42,6 +42,7 @@ TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", flags
 LINEAR = "ie-ft,paraphraser_decoder=linear"
 FEATURES_FIRST, ADAMW = "od,images=all,labels=none", "optim=adamw_torch,learning_rate=0.001"
 PAIR, PEERS = "cifar-resnet-56:cifar-resnet-20", "cifar-resnet-20+cifar-resnet-20"
+CONVERGENCE = "cifar10-teacher:cifar-resnet-8"
 LARGER, SMALL = "cifar-resnet-20:cifar-resnet-56", "cifar-resnet-20:cifar-resnet-8"
 
 # Methods as the results name them, with their weights.
@@ -49,6 +50,24 @@ FT, IE_FT = "ft,lambda_inh=1500", "ie-ft,lambda_inh=3000,lambda_exp=300"
 IE_FT_KD = f"ie-ft+kd,{IE_FT.split(',', 1)[1]},lambda_kd=1"
 IE_DML, IE_DML_100 = "ie-dml,lambda_inh=30,lambda_exp=3", "ie-dml,lambda_inh=100,lambda_exp=10"
 DML, DML_03 = "dml,lambda_kl=1", "dml,lambda_kl=0.3"
+
+FT_300 = "ft,lambda_inh=300"
+IE_FT_500, INHERITANCE = "ie-ft,lambda_inh=500,lambda_exp=50", "inheritance,lambda_inh=3000"
+AUTO = "ie-ft,lambda_inh=auto,lambda_exp=auto"
+AUTO_1, AUTO_1_TYPED = (
+    ",".join([AUTO, *shares])
+    for shares in (("exploration_share=0.1", "inheritance_share=1"), ("inheritance_share=1", "exploration_share=0.1"))
+)
+WHERE_WRONG = "ie-ft+kd,lambda_inh=3000,lambda_exp=300,lambda_kd=1e-09"
+EXPLORATIONS = {
+    INHERITANCE: "inherits alone",
+    IE_FT: "explores as in the paper",
+    f"{IE_FT},exploration=own": "away from its own other half",
+    f"{IE_FT},exploration=centred": "as in the paper, factors centred",
+    f"{WHERE_WRONG},exploration=where-wrong": "explores where the teacher is wrong, inherits elsewhere",
+    FT: "inherits with all channels (FT)",
+    "plain": "plain training",
+}
 
 # Arguments that only choose between the paper's text and its released code.
 RARE = ("split_mode", "loss_reduction", "paraphraser_decoder", "reconstruction_distance", "logging_nan_inf_filter")
@@ -139,15 +158,57 @@ def variants() -> str:
     return rows_to_table(["`--methods`", "accuracy", "- ft", "- plain"], rows)
 
 
+def explorations() -> str:
+    """Return ways to explore beside inheritance alone, with a teacher of right labels and one of partly wrong ones."""
+    runs = results("explorations")
+    columns = [
+        accuracies([run for run in runs if run["settings"]["flipped_labels"] == flipped], "validation")[SMALL]
+        for flipped in (0.0, 0.2)
+    ]
+    rows = []
+    for method, title in EXPLORATIONS.items():
+        row = [title]
+        for values in columns:
+            found = values.get(method, {})
+            row.append(with_interval(list(found.values())) if found else "-")
+            row.append("" if method == INHERITANCE or not found else paired(found, values[INHERITANCE]))
+        rows.append(row)
+    titles = ["what a ResNet-8 does", "teacher told right", "- inheritance", "a fifth told wrong", "- inheritance"]
+    return rows_to_table(titles, rows)
+
+
+def automatic_weights() -> str:
+    """Return what automatic weights come to, beside weights that were chosen by hand."""
+    early = [run for run in results("explorations") if run["settings"]["flipped_labels"] == 0.0]
+    places = {
+        "early learning, 2,000 images of CIFAR-10, held-out": (accuracies(early, "validation")[SMALL], IE_FT),
+        "near convergence, CIFAR-10": (accuracies(results("convergence"), "test")[CONVERGENCE], IE_FT_500),
+    }
+    shown = flowers.accuracies(results("flowers"), "test")
+    for count in (150, 1500):
+        places[f"photographs, {count:,} labels"] = (shown[count], "ie-ft")
+    places["blood cells of 96x128, mAP"] = (mean_precisions("bccd_small"), "ie-ft, 3000, 300")
+    detected = (f"ie-ft, auto, auto, shares {shares}" for shares in ("10 and 1", "1 and 0.1"))
+    names = [(*typed, name) for typed, name in zip(((AUTO,), (AUTO_1, AUTO_1_TYPED)), detected, strict=True)]
+    rows = []
+    for place, (values, chosen) in places.items():
+        weights = ", ".join(re.findall(r"\b\d+", chosen)) or "3000, 300"
+        row = [place, weights, with_interval(list(values[chosen].values()))]
+        for of_shares in names:
+            found = next((values[name] for name in of_shares if name in values), {})
+            row.append(paired(found, values[chosen]))
+        rows.append(row)
+    titles = ["IE-FT", "weights by hand", "with these", "auto, shares 10 and 1: difference", "shares 1 and 0.1"]
+    return rows_to_table(titles, rows, left=2)
+
+
 def claims() -> str:
     """Return the paper's claims, with what was measured here and what it answers."""
     cifar, small = accuracies(results("cifar10"), "test"), accuracies(results("cifar10_small"), "test")[SMALL]
     pair, larger = cifar[PAIR], cifar[LARGER]
+    late = accuracies(results("convergence"), "test")[CONVERGENCE]
     peer_1, peer_2 = (cifar[f"{PEERS}, peer {i}"] for i in (1, 2))
-    cells, drawn = (
-        {name: {seed: 100 * m["metrics"]["map"] for seed, m in seeds.items()} for name, seeds in models.items()}
-        for models in map(average_detection.by_model, (results("bccd"), results("shapes")))
-    )
+    cells, drawn = mean_precisions("bccd"), mean_precisions("shapes")
     at, ie_at = "at,lambda_inh=30", "ie-at,lambda_inh=30,lambda_exp=3"
     od, ie_od = "od,lambda_inh=20", "ie-od,lambda_inh=20,lambda_exp=10000"
     half, exploring = "inheritance,lambda_inh=3000", "exploration,lambda_exp=300"
@@ -173,14 +234,16 @@ def claims() -> str:
     rows = [
         [
             "IE improves factor transfer (FT)",
-            f"IE-FT - FT: {less(pair[IE_FT], pair[FT])}; on 2,000 images {less(small[IE_FT], small[FT])}",
+            f"IE-FT - FT: {less(pair[IE_FT], pair[FT])}; on 2,000 images {less(small[IE_FT], small[FT])}; "
+            f"[near convergence](convergence.md) {less(late[IE_FT_500], late[FT_300])}",
             "not seen",
         ],
         ["IE improves attention transfer (AT)", f"IE-AT - AT: {less(pair[ie_at], pair[at])}", "no, the opposite"],
         ["IE improves OD", f"IE-OD - OD: {less(pair[ie_od], pair[od])}", "not seen"],
         [
             "both halves are better than inheritance alone",
-            f"IE-FT - inheritance: {less(pair[IE_FT], pair[half])}",
+            f"IE-FT - inheritance: {less(pair[IE_FT], pair[half])}; near convergence "
+            f"{less(late[IE_FT_500], late['inheritance,lambda_inh=500'])}",
             "not seen",
         ],
         [
@@ -296,6 +359,12 @@ def detection(name: str) -> str:
     return average_detection.markdown(results(name))
 
 
+def mean_precisions(name: str) -> dict[str, dict[int, float]]:
+    """Return mAP by model and seed, in percent."""
+    models = average_detection.by_model(results(name))
+    return {name: {seed: 100 * m["metrics"]["map"] for seed, m in seeds.items()} for name, seeds in models.items()}
+
+
 # ---- Speed ----
 
 
@@ -350,6 +419,13 @@ def speed_ratios() -> str:
         value = case["ratio"] if to is None else case["milliseconds"] / speed_case(section, to)["milliseconds"]
         return f"{value:.{digits}f}"
 
+    def held(place: str, name: str, key: str = "in_a_step") -> str:
+        section = f"memory {place}"
+        return f"{speed_case(section, name)[key] / speed_case(section, alone)[key]:.1f}"
+
+    def at_most(place: str, name: str) -> str:
+        return held(place, name, "mebibytes")
+
     alone, cached, live = "student alone, Trainer", "IEKDTrainer, cached teacher", "IEKDTrainer"
     bf16 = ", bf16, channels_last"
     small_live, small_cached = (f"{name}, encoder_kernel_size=1" for name in (live, cached))
@@ -389,17 +465,19 @@ def speed_ratios() -> str:
             f"{ratio('imagenet evaluation', 'evaluate() of IEKDTrainer')}",
             "the same code",
         ],
-        ["peak memory over imports / student alone, 32x32", ratio("memory cifar", live, digits=2), ""],
+        ["memory in a step / student alone, 32x32", held("cifar", live), f"at most {at_most('cifar', live)}"],
         [
             "the same at 224x224",
-            ratio("memory imagenet", live, digits=1),
-            "weights: 2 x 90 MiB teacher, 504 MiB paraphraser, 284 MiB student's encoders with gradients and "
-            f"momentum; the bare loop takes {ratio('memory imagenet', 'bare IE-KD loop', digits=1)}",
+            held("imagenet", live),
+            "weights: 90 MiB teacher, 264 MiB what encodes of its paraphraser, 284 MiB student's encoders with "
+            f"gradients and momentum; the bare loop takes {held('imagenet', 'bare IE-KD loop')}. At most "
+            f"{at_most('imagenet', live)}, while the paraphraser is read",
         ],
         [
             "the same with `encoder_kernel_size=1`; cached",
-            f"{ratio('memory imagenet', small_live, digits=1)}; {ratio('memory imagenet', small_cached, digits=1)}",
-            "a ninth of the paraphraser's and the encoders' weights",
+            f"{held('imagenet', small_live)}; {held('imagenet', small_cached)}",
+            "a ninth of the paraphraser's and the encoders' weights; on a CPU a cached teacher stays where it is. At "
+            f"most {at_most('imagenet', small_live)}",
         ],
     ]
     lines = rows_to_table(["ratio", "measured", "bound by"], rows).splitlines()
@@ -493,7 +571,7 @@ def presets() -> str:
 
 def photographs(kind: str | None, baseline: str, *beside: str) -> str:
     """Return a table of flowers.py: recipes of one kind, or those of none, and a few beside them."""
-    kinds = ("optim=adamw_torch", "encoder_kernel_size", "paraphraser_decoder")
+    kinds = ("optim=adamw_torch", "encoder_kernel_size", "paraphraser_decoder", "=auto")
 
     def is_shown(recipe: str) -> bool:
         return recipe in beside or (kind in recipe if kind else not any(other in recipe for other in kinds))
@@ -514,6 +592,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "larger-student": larger_student,
     "peers": peers,
     "variants": variants,
+    "explorations": explorations,
+    "automatic-weights": automatic_weights,
+    "convergence": lambda: comparison("convergence", CONVERGENCE),
     "halves": halves,
     "blood-cells": lambda: detection("bccd"),
     "shapes": lambda: detection("shapes"),

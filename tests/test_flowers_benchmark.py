@@ -97,7 +97,7 @@ def test_cells_are_run_once(stand_ins, run_example):
     arguments += ["--steps", 2, "--paraphraser_steps", 2, "--batch_size", 4, "--views", 64, "--mixed_precision", "no"]
     arguments += ["--image_size", 64, "--teacher_size", 64, "--evaluate_on", "test"]
     alone = "od,images=all,labels=none > plain"
-    recipes = ["teacher", "plain", "ft", "kd,images=all", alone]
+    recipes = ["teacher", "plain", "ft,lambda_inh=auto", "kd,images=all", alone]
     printed = run_example(flowers, *arguments, "--recipes", *recipes)
     assert "| recipe | 9 labels | - plain | 18 labels | - plain |" in printed and f"| `{alone}` |" in printed
     cells = json.loads((stand_ins / "out" / "flowers.json").read_text())

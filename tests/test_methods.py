@@ -1,6 +1,7 @@
 """What the baselines are by their own authors' formulas, what methods make of the arguments, and how they train."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -209,6 +210,23 @@ def test_gradient_shares_against_a_plain_computation(make_trainer):
     task, inherit = (torch.autograd.grad(loss, f, retain_graph=True)[0].norm() for loss in losses.values())
     shares = weighted(gradient_ratios([([f], losses)]), {"lambda_inh": 50.0})
     assert shares == {"inheritance_loss": pytest.approx((50 * inherit / task).item(), rel=1e-5)}
+
+
+def test_of_the_batches_that_are_measured_one_graph_is_held_at_a_time():
+    from iekd_hf.training.gradient_shares import gradient_ratios
+
+    held = []
+
+    def runs():
+        for _ in range(3):
+            assert not [feature for feature in held if feature() is not None]
+            f = torch.ones(2, 3, requires_grad=True)
+            held.append(weakref.ref(f))
+            yield [f], {"task_loss": f.sum(), "inheritance_loss": 2 * f.sum()}
+            del f
+
+    assert gradient_ratios(runs()) == {"inheritance_loss": pytest.approx(2.0)}
+    assert len(held) == 3
 
 
 def test_a_weight_that_does_nothing_is_warned_of_with_a_better_one(make_trainer):

@@ -338,7 +338,15 @@ def test_every_command_is_one_of_those_run():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        benchmarks = ("average_accuracy", "average_detection", "compare_methods", "flowers", "mutual_step", "speed")
+        benchmarks = (
+            "average_accuracy",
+            "average_detection",
+            "compare_methods",
+            "flowers",
+            "mutual_step",
+            "speed",
+            "streams",
+        )
         with_tests = [f"benchmarks/{name}.py" for name in benchmarks]
         with_tests += ["analyze_student.py", "export_onnx.py"]
         with_tests += [f"run_iekd{task}.py" for task in ("", "_detection", "_segmentation")]  # of their own

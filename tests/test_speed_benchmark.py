@@ -104,7 +104,7 @@ def test_training_on_a_stream_is_watched(tmp_path, monkeypatch, path):
 def test_every_section_runs_and_is_laid_out(tmp_path, monkeypatch, capsys):
     measured = {}
 
-    def in_this_process(argument, pin):
+    def in_this_process(argument, malloc):
         if ":" in argument:
             return {"mebibytes": 100.0 + len(argument)}
         measured[argument] = speed.SECTIONS[argument][2]

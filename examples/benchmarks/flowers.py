@@ -33,6 +33,7 @@ from iekd_hf import METHODS, BatchAugmentation, DecodedImages, IEKDTrainer, IEKD
 from iekd_hf.commands.images.metrics import TopKAccuracy
 from iekd_hf.commands.parser import parse_arguments
 from iekd_hf.method.knowledge import KNOWLEDGE
+from iekd_hf.method.objective import is_on
 from iekd_hf.training.checkpoints import load_weights
 
 
@@ -250,10 +251,10 @@ class Flowers:
         which, labels = changes.pop("images", "labelled"), changes.pop("labels", "all")
         images = self.images(count, which, labels)
         args = self.arguments(folder, seed, images, method, **changes)
-        has_stage_1 = KNOWLEDGE[args.knowledge].is_kept and (args.lambda_inh > 0 or args.lambda_exp > 0)
+        has_stage_1 = KNOWLEDGE[args.knowledge].is_kept and (is_on(args.lambda_inh) or is_on(args.lambda_exp))
         trainer = IEKDTrainer(
             student,
-            self.teacher(count, args.lambda_kd > 0),
+            self.teacher(count, is_on(args.lambda_kd)),
             args,
             paraphraser=self.paraphraser(args, count, which, images) if has_stage_1 else None,
             **self.common(images),

@@ -25,13 +25,14 @@ def gradient_ratios(
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda norms: norms,
 ) -> dict[str, float]:
     """Return the gradient norm of each loss at the features over that of the task's; nothing where that is 0."""
-    norms, losses = 0.0, {}
+    norms, names = 0.0, []
     for features, losses in runs:
-        norms = norms + torch.stack([_gradient_norm(loss, features) for loss in losses.values()])
-    values = reduce(norms).tolist() if losses else [0.0]
+        norms, names = norms + torch.stack([_gradient_norm(loss, features) for loss in losses.values()]), [*losses]
+        del features, losses  # or this graph is still there while the next one is made
+    values = reduce(norms).tolist() if names else [0.0]
     if values[0] == 0:
         return {}
-    return {name: value / values[0] for name, value in zip(losses, values, strict=True) if name != "task_loss"}
+    return {name: value / values[0] for name, value in zip(names, values, strict=True) if name != "task_loss"}
 
 
 def measure_ratios(trainer: Trainer) -> dict[str, float]:
