@@ -86,9 +86,9 @@ def rows_to_table(titles: list[str], rows: list[list[str]], left: int = 1) -> st
 
 
 def with_interval(values: list[float], digits: int = 2, unit: str = "") -> str:
-    """Write a mean with half of its 95 % interval."""
+    """Write a mean with half of its 95 % interval, which a single value does not have."""
     mean, _, half = interval(values)
-    return f"{mean:.{digits}f} \u00b1 {half:.{digits}f}{unit}"
+    return f"{mean:.{digits}f}" + (f" \u00b1 {half:.{digits}f}" if len(values) > 1 else "") + unit
 
 
 # ---- Classification ----

@@ -43,7 +43,7 @@ from .training.given_optimizer import add_what_is_missing
 from .training.held_out import HeldOutLosses
 from .training.manifest import written_whole
 from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
-from .training.stage_1 import get_paraphrasers, make_paraphrasers, remove_checkpoints, stage_1_settings
+from .training.stage_1 import get_paraphrasers, make_paraphrasers, remove_checkpoints, save_whole, stage_1_settings
 from .training.task_loss import TaskLabels
 from .training.terms import check_terms
 from .training.weights import begin_weights, measure_gradient_shares, update_weights
@@ -272,8 +272,7 @@ class IEKDTrainer(DistillationTrainer):
             self.sync_buffers(self.student_side)
         finally:
             self.cache = None
-            self.teacher.wake()
-            self.teacher.tap.detach()
+            self.teacher.detach()
             self.student_side.tap.detach()
             # Give the student's side its own forward back, without accelerate's autocast around it.
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
@@ -292,7 +291,6 @@ class IEKDTrainer(DistillationTrainer):
         self._fingerprint = fingerprint(self.teacher.paraphrasers)
         if self.args.cache_teacher and self.distillation_objective.weights():
             self.cache = TeacherCache(self.teacher, self.train_dataset, self.augmentation, self.args, self.accelerator)
-            self.teacher.rest()
         if not checkpoint and not self.model_init:
             metrics |= measure_gradient_shares(self)
         self._metrics_before = metrics
@@ -445,9 +443,7 @@ class IEKDTrainer(DistillationTrainer):
     def complete_checkpoint(self, folder: str) -> None:
         """Add the paraphrasers, which are kept in `output_dir`, to a checkpoint that is pushed."""
         if self.knowledge.is_kept and self.teacher.paraphrasers:
-            source = self.given_paraphrasers or str(Path(self.args.output_dir) / PARAPHRASER_FOLDER)
-            whole = get_paraphrasers(source, self.teacher_channels, self.args)
-            save_paraphrasers(whole, Path(folder) / PARAPHRASER_FOLDER)
+            save_whole(self, Path(folder) / PARAPHRASER_FOLDER)
         super().complete_checkpoint(folder)
 
     def check_checkpoint(self, folder: str) -> None:

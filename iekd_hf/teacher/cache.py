@@ -73,6 +73,7 @@ class TeacherCache:
         self._check_shared(_COMPLETE)
         self._arrays = self._open("r")
         size = sum(array.nbytes for array in self._arrays) / 2**20
+        self.teacher.rest()
         logger.info(f"Teacher's cache: {args.cache_views} views of {len(images)} images, {size:,.0f} MiB.")
 
     def read(self, view: int, image_ids: torch.Tensor) -> TeacherTargets:

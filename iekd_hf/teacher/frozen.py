@@ -126,6 +126,11 @@ class FrozenTeacher(nn.Module):
         """Come back to where it runs."""
         self.to(self.device)
 
+    def detach(self) -> None:
+        """Be as before training: where it runs, without hooks."""
+        self.wake()
+        self.tap.detach()
+
     def probe(self, sample: dict, with_logits: bool) -> tuple[torch.Tensor | None, list[torch.Size]]:
         """Return the logits and the maps' shapes; raise `ValueError` where the student's batch does not suit it."""
         try:

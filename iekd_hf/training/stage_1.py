@@ -18,10 +18,10 @@ from ..method.knowledge import KNOWLEDGE, MarginReLU
 from ..method.padding import zero_padding
 from ..method.trainable import ParaphraserStack
 from ..teacher.frozen import FrozenTeacher
-from .checkpoints import load_paraphrasers
+from .checkpoints import load_paraphrasers, save_paraphrasers
 from .checks import is_stream
 from .paraphraser_trainer import ParaphraserTrainer
-from .resume import ResumePoint
+from .resume import PARAPHRASER_FOLDER, ResumePoint
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +47,12 @@ def get_paraphrasers(source, teacher_channels: list[int], args: IEKDTrainingArgu
                 f"{paraphraser.factor_channels}: leave factor_channels at None, or pass another paraphraser."
             )
     return paraphrasers
+
+
+def save_whole(trainer: Trainer, folder: Path) -> None:
+    """Save the paraphrasers of an [`IEKDTrainer`] whole, as they were given or as stage 1 has kept them."""
+    source = trainer.given_paraphrasers or str(Path(trainer.args.output_dir) / PARAPHRASER_FOLDER)
+    save_paraphrasers(get_paraphrasers(source, trainer.teacher_channels, trainer.args), folder)
 
 
 def make_paraphrasers(
