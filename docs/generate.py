@@ -53,10 +53,13 @@ DML, DML_03 = "dml,lambda_kl=1", "dml,lambda_kl=0.3"
 
 FT_300 = "ft,lambda_inh=300"
 IE_FT_500, INHERITANCE = "ie-ft,lambda_inh=500,lambda_exp=50", "inheritance,lambda_inh=3000"
+# Automatic weights by their shares, as compare_methods.py, flowers.py and average_detection.py name them.
 AUTO = "ie-ft,lambda_inh=auto,lambda_exp=auto"
-AUTO_1, AUTO_1_TYPED = (
-    ",".join([AUTO, *shares])
-    for shares in (("exploration_share=0.1", "inheritance_share=1"), ("inheritance_share=1", "exploration_share=0.1"))
+AUTO_10 = (AUTO, "ie-ft, auto, auto, shares 10 and 1")
+AUTO_1 = (
+    f"{AUTO},exploration_share=0.1,inheritance_share=1",
+    f"{AUTO},inheritance_share=1,exploration_share=0.1",
+    "ie-ft, auto, auto, shares 1 and 0.1",
 )
 WHERE_WRONG = "ie-ft+kd,lambda_inh=3000,lambda_exp=300,lambda_kd=1e-09"
 EXPLORATIONS = {
@@ -180,22 +183,21 @@ def explorations() -> str:
 def automatic_weights() -> str:
     """Return what automatic weights come to, beside weights that were chosen by hand."""
     early = [run for run in results("explorations") if run["settings"]["flipped_labels"] == 0.0]
-    places = {
-        "early learning, 2,000 images of CIFAR-10, held-out": (accuracies(early, "validation")[SMALL], IE_FT),
-        "near convergence, CIFAR-10": (accuracies(results("convergence"), "test")[CONVERGENCE], IE_FT_500),
-    }
-    shown = flowers.accuracies(results("flowers"), "test")
-    for count in (150, 1500):
-        places[f"photographs, {count:,} labels"] = (shown[count], "ie-ft")
-    places["blood cells of 96x128, mAP"] = (mean_precisions("bccd_small"), "ie-ft, 3000, 300")
-    detected = (f"ie-ft, auto, auto, shares {shares}" for shares in ("10 and 1", "1 and 0.1"))
-    names = [(*typed, name) for typed, name in zip(((AUTO,), (AUTO_1, AUTO_1_TYPED)), detected, strict=True)]
+    early = accuracies(early, "validation")[SMALL]
+    late = accuracies(results("convergence"), "test")[CONVERGENCE]
+    shown, cells = flowers.accuracies(results("flowers"), "test"), mean_precisions("bccd_small")
+    places = [
+        ("early learning, 2,000 images of CIFAR-10, held-out", early, IE_FT, "3000, 300"),
+        ("near convergence, CIFAR-10", late, IE_FT_500, "500, 50"),
+        ("photographs, 150 labels", shown[150], "ie-ft", "3000, 300"),
+        ("photographs, 1,500 labels", shown[1500], "ie-ft", "3000, 300"),
+        ("blood cells of 96x128, mAP", cells, "ie-ft, 3000, 300", "3000, 300"),
+    ]
     rows = []
-    for place, (values, chosen) in places.items():
-        weights = ", ".join(re.findall(r"\b\d+", chosen)) or "3000, 300"
+    for place, values, chosen, weights in places:
         row = [place, weights, with_interval(list(values[chosen].values()))]
-        for of_shares in names:
-            found = next((values[name] for name in of_shares if name in values), {})
+        for names in (AUTO_10, AUTO_1):
+            found = next((values[name] for name in names if name in values), {})
             row.append(paired(found, values[chosen]))
         rows.append(row)
     titles = ["IE-FT", "weights by hand", "with these", "auto, shares 10 and 1: difference", "shares 1 and 0.1"]
@@ -211,7 +213,7 @@ def claims() -> str:
     cells, drawn = mean_precisions("bccd"), mean_precisions("shapes")
     at, ie_at = "at,lambda_inh=30", "ie-at,lambda_inh=30,lambda_exp=3"
     od, ie_od = "od,lambda_inh=20", "ie-od,lambda_inh=20,lambda_exp=10000"
-    half, exploring = "inheritance,lambda_inh=3000", "exploration,lambda_exp=300"
+    half, exploring = INHERITANCE, "exploration,lambda_exp=300"
 
     def less(first: dict, second: dict) -> str:
         return paired(first, second)

@@ -140,13 +140,11 @@ class Comparison:
             few = few["train"]
         self.names = train.features["label"].names
         self.processor = build_processor("cifar-resnet-", data_args.image_size, train[0]["image"])
-        parts = datasets.DatasetDict(train=train, validation=held_out["test"], test=test)
+        told = flip_labels(train, schedule.flipped_labels) if schedule.flipped_labels > 0 else train
+        parts = datasets.DatasetDict(train=told, validation=held_out["test"], test=test)
         self.images, self.augmentation = prepare(parts, self.processor, data_args, seed=0)
         fewer = prepare(datasets.DatasetDict(train=few), self.processor, data_args, seed=0)[0]
         self.images["few"] = fewer["train"]
-        if schedule.flipped_labels > 0:
-            flipped = datasets.DatasetDict(train=flip_labels(train, schedule.flipped_labels))
-            self.images["train"] = prepare(flipped, self.processor, data_args, seed=0)[0]["train"]
         self.metric = TopKAccuracy(keep_in_memory=True)
 
     def build(self, name: str, seed: int) -> PreTrainedModel:
@@ -159,13 +157,7 @@ class Comparison:
         model = self.build(name, seed)
         if self.schedule.plain_epochs > 0:
             folder = self.folder / "plain_students" / name / f"seed-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(folder / "lock"):
-                if not (folder / "metrics.json").is_file():
-                    logger.warning("Training %s alone, seed %d.", name, seed)
-                    trainer, metrics = self.train_alone(model, folder, seed, self.schedule.plain_epochs, "few")
-                    write(folder / "metrics.json", {**metrics, **self.accuracies(trainer, ["validation"])})
-            load_weights(model, str(folder))
+            self.train_once(model, folder, seed, self.schedule.plain_epochs, "few", ["validation"])
         return model
 
     def common(self, part: str) -> dict:
@@ -191,6 +183,18 @@ class Comparison:
         trainer.save_model()
         return trainer, metrics
 
+    def train_once(
+        self, model: PreTrainedModel, folder: Path, seed: int, epochs: float, part: str, parts: list[str]
+    ) -> None:
+        """Train a network alone and evaluate it, or load what was trained in this folder before."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(folder / "lock"):
+            if not (folder / "metrics.json").is_file():
+                logger.warning("Training %s.", folder.relative_to(self.folder))
+                trainer, metrics = self.train_alone(model, folder, seed, epochs, part)
+                write(folder / "metrics.json", {**metrics, **self.accuracies(trainer, parts)})
+        load_weights(model, str(folder))
+
     def teacher(self, name: str) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
         """
         Train a teacher on the whole training part, or load the one that was trained before.
@@ -199,15 +203,8 @@ class Comparison:
         """
         if not is_shorthand(name):
             return load_model(name, "teacher"), find_processor(name)
-        folder = self.folder / "teachers" / name
-        model = self.build(name, seed=0)
-        folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder / "lock"):
-            if not (folder / "metrics.json").is_file():
-                logger.warning("Training the teacher %s.", name)
-                trainer, metrics = self.train_alone(model, folder, 0, self.schedule.teacher_epochs, "train")
-                write(folder / "metrics.json", {**metrics, **self.accuracies(trainer, ["validation", "test"])})
-        load_weights(model, str(folder))
+        model, folder = self.build(name, seed=0), self.folder / "teachers" / name
+        self.train_once(model, folder, 0, self.schedule.teacher_epochs, "train", ["validation", "test"])
         return model, None
 
     def paraphraser(self, name: str, teacher: PreTrainedModel, processor: BaseImageProcessor | None) -> str:

@@ -58,9 +58,10 @@ def as_run(networks: str, method: str, seed: int, metrics: dict, arguments: dict
 
     ```python
     >>> run = as_run("a:b", "ft", 1, {"test_accuracy": 0.5, "train_runtime": 9.0}, {"lambda_inh": 300.0}, [])
-    >>> run["settings"], run["models"], run["training"]
-    ({'networks': 'a:b', 'method': 'ft', 'seed': 1, 'lambda_inh': 300.0}, {'student': {'metrics': {'test_accuracy': \
-0.5}}}, {'train_runtime': 9.0})
+    >>> run["settings"]
+    {'networks': 'a:b', 'method': 'ft', 'seed': 1, 'lambda_inh': 300.0}
+    >>> run["models"], run["training"]
+    ({'student': {'metrics': {'test_accuracy': 0.5}}}, {'train_runtime': 9.0})
 
     ```
     """

@@ -421,14 +421,15 @@ def file_paths(rows: datasets.Dataset, rounds: int) -> dict:
 SETTINGS = {"cifar": cifar_setting, "imagenet": imagenet_setting}
 
 
+def memory(name: str) -> float:
+    """Return what Linux says of this process's memory under a name, in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
 def peak(which: str) -> dict:
     """Measure how much more memory than after the imports one case takes, in MiB, at most and in a step alone."""
-
-    def status(name):
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) / 1024
-
-    before = status("VmRSS")
+    before = memory("VmRSS")
     place, case = which.split(":")
     setting = SETTINGS[place]()
     if case == "bare":
@@ -439,7 +440,7 @@ def peak(which: str) -> dict:
         step = StepsOf({"alone": setting.alone, "live": live, "cached": cached}[case.removesuffix(" 1x1")])
 
     def highest():
-        return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else status("VmHWM") - before
+        return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else memory("VmHWM") - before
 
     for _ in range(3):
         step()

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from speed_cases import tiny_setting
+from speed_cases import memory, tiny_setting
 from transformers import TrainerCallback
 
 from iekd_hf import IEKDTrainer, IEKDTrainingArguments
@@ -93,10 +93,8 @@ class Watch(TrainerCallback):
         if state.global_step == 1:
             self.begun = time.process_time()
         if state.global_step in [round(share * state.max_steps) for share in SHARES]:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            resident = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
             seconds = time.process_time() - self.begun
-            self.noted.append({"step": state.global_step, "seconds": seconds, "mebibytes": resident})
+            self.noted.append({"step": state.global_step, "seconds": seconds, "mebibytes": memory("RssAnon")})
 
 
 def train(path: str, folder: Path, num_images: int) -> dict:
