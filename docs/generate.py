@@ -28,6 +28,7 @@ import comparison_report
 import flowers
 import streams
 from average_detection import HEAD
+from comparison_methods import label
 from comparison_report import accuracies, interval, paired
 from transformers import TrainingArguments
 
@@ -202,6 +203,39 @@ def automatic_weights() -> str:
         rows.append(row)
     titles = ["IE-FT", "weights by hand", "with these", "auto, shares 10 and 1: difference", "shares 1 and 0.1"]
     return rows_to_table(titles, rows, left=2)
+
+
+def preset_rows() -> str:
+    """Return for each method what was tried, what its preset came to, and what a lower weight did later."""
+    values = {part: accuracies(results("cifar10"), part)[PAIR] for part in ("validation", "test")}
+    late = accuracies(results("convergence"), "test")[CONVERGENCE]
+
+    def gains(found: dict, methods: list[str]) -> str:
+        shown = [(paired(found[method], found["plain"]), method) for method in methods if method in found]
+        return "; ".join(f"{gain} at {weights_of(method)}" for gain, method in shown) or "-"
+
+    rows = []
+    for name in METHODS:
+        preset = label(name)
+        # Choices were made on held-out images with seed 0, by the method's own weights alone.
+        kept = re.compile(rf"{re.escape(name)}(,lambda_\w+=[\d.]+)*")
+        tried = {m: of[0] for m, of in values["validation"].items() if kept.fullmatch(m) and 0 in of}
+        chosen = "; ".join(f"{weights_of(m)}: {tried[m]:.1f}" for m in sorted(tried, key=weight_numbers))
+        early = gains(values["test"], [preset])
+        if name != "plain" and early != "-":
+            others = [m for m in sorted(late, key=weight_numbers) if kept.fullmatch(m)]
+            rows.append([f"`{name}`", weights_of(preset), chosen or "-", early.split(" at ")[0], gains(late, others)])
+    return rows_to_table(["`method`", "preset", "tried", "early, - plain", "near convergence, - plain"], rows, left=3)
+
+
+def weights_of(method: str) -> str:
+    """Write the weights of a method that the results name."""
+    return ", ".join(change.split("=")[1] for change in method.split(",")[1:] if change.startswith("lambda_")) or "-"
+
+
+def weight_numbers(method: str) -> list[float]:
+    """Return the weights of a method, to sort by."""
+    return [float(value) for value in re.findall(r"lambda_\w+=([\d.]+)", method)]
 
 
 def claims() -> str:
@@ -530,9 +564,6 @@ def speed_files() -> str:
     return rows_to_table([*titles, "time / decoding"], rows)
 
 
-# ---- Flowers ----
-
-
 # ---- Arguments ----
 
 
@@ -596,6 +627,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "variants": variants,
     "explorations": explorations,
     "automatic-weights": automatic_weights,
+    "preset-rows": preset_rows,
     "convergence": lambda: comparison("convergence", CONVERGENCE),
     "halves": halves,
     "blood-cells": lambda: detection("bccd"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 
 import pytest
@@ -112,15 +113,29 @@ def test_measured_again_with_a_running_mean(make_trainer, often):
     assert measured(trainer)[0][SHARES[0]] == pytest.approx(courses[2] * ratios[2], rel=1e-5)
 
 
-def test_when_it_is_measured():
-    kept, steps = AutoWeights(), []
+@pytest.mark.parametrize(
+    ("steps_of_an_epoch", "expected"),
+    [
+        (1000, [0, 100, 200, 400, 800, 1300, 1800, 2300]),
+        (352, [0, 100, 200, 400, 752, 1104, 1456, 1808, 2160]),  # once an epoch
+        (19, [*range(0, 2400, 100)]),
+    ],
+)
+def test_when_it_is_measured(steps_of_an_epoch, expected):
+    kept, steps, most = AutoWeights(), [], weights.steps_between(10 * steps_of_an_epoch, 10)
     for step in range(2400):
-        if kept.is_due(step):
+        if kept.is_due(step, most):
             steps.append(step)
             kept.take({}, step)
-    assert steps == [0, 100, 200, 400, 800, 1300, 1800, 2300]
+    assert steps == expected
     # Those of numbers are logged at the same steps, but for the first, whose shares are among the run's metrics.
-    assert [step for step in range(2400) if weights._is_time(step)] == steps[1:]
+    assert [step for step in range(2400) if weights._is_time(step, most)] == steps[1:]
+    if steps_of_an_epoch >= 100:
+        assert {step // steps_of_an_epoch for step in steps} == {*range(1 + steps[-1] // steps_of_an_epoch)}
+
+
+def test_a_stream_has_no_epochs_to_measure_in():
+    assert weights.steps_between(10_000, sys.maxsize) == 500
 
 
 def test_shares_of_numbers_are_logged_on_the_way(make_trainer, tmp_path, often):

@@ -12,7 +12,8 @@ from ..method.objective import LAMBDA_OF, is_on
 from .gradient_shares import measure_ratios, warn_of_small_shares, weighted
 
 
-# Steps from one measurement of "auto" weights to the next: the first ones are closer, as networks change fastest then.
+# Steps from one measurement of the shares to the next, of which each costs about two: the first ones are closer, as
+# networks change fastest then, and an epoch has one at least, unless it is shorter than the least.
 _LEAST, _MOST = 100, 500
 
 
@@ -36,9 +37,9 @@ class AutoWeights(TrainerCallback, ExportableState):
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         self.ratios, self.measured_at = dict(kept["ratios"]), kept["measured_at"]
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, step: int, most: int) -> bool:
         """Return whether it is time to measure."""
-        return self.measured_at is None or step >= next_measurement(self.measured_at)
+        return self.measured_at is None or step >= next_measurement(self.measured_at, most)
 
     def take(self, ratios: dict[str, float], step: int) -> None:
         """Take in a measurement; each counts as much as all before it."""
@@ -48,9 +49,15 @@ class AutoWeights(TrainerCallback, ExportableState):
         self.measured_at = step
 
 
-def next_measurement(step: int) -> int:
-    """Return the step at which shares are measured after they were at a step."""
-    return step + min(max(step, _LEAST), _MOST)
+def next_measurement(step: int, most: int) -> int:
+    """Return the step at which shares are measured after they were at a step, `most` steps later at the latest."""
+    return step + min(max(step, _LEAST), most)
+
+
+def steps_between(max_steps: int, num_epochs: int) -> int:
+    """Return the most steps from one measurement to the next: those of an epoch, within bounds."""
+    # A stream without a length has no epochs, of which Trainer then says there are sys.maxsize.
+    return min(max(max_steps // num_epochs, _LEAST), _MOST) if num_epochs <= max_steps else _MOST
 
 
 def begin_weights(trainer: Trainer) -> None:
@@ -79,15 +86,16 @@ def measure_gradient_shares(trainer: Trainer) -> dict[str, float]:
 
 def update_weights(trainer: Trainer) -> None:
     """Where it is time, measure and log what the weights amount to; set those that are "auto" for the next step."""
-    kept = _kept(trainer)
+    kept, state = _kept(trainer), trainer.state
+    most = steps_between(state.max_steps, state.num_train_epochs)
     if kept is None:
         weights = trainer.distillation_objective.weights()
-        if weights and _is_time(trainer.state.global_step) and (ratios := measure_ratios(trainer)):
+        if weights and _is_time(state.global_step, most) and (ratios := measure_ratios(trainer)):
             trainer.log(_named(weighted(ratios, weights)))
         return
-    if kept.is_due(trainer.state.global_step):
+    if kept.is_due(state.global_step, most):
         ratios = measure_ratios(trainer)
-        _find(trainer, ratios, trainer.state.global_step)
+        _find(trainer, ratios, state.global_step)
         trainer.log(_named(weighted(ratios, trainer.distillation_objective.weights())))
     elif not trainer.distillation_objective.found:  # those of a checkpoint
         _set(trainer, kept)
@@ -108,12 +116,12 @@ def warn_of_clipping(trainer: Trainer) -> None:
         )
 
 
-def _is_time(step: int) -> bool:
+def _is_time(step: int, most: int) -> bool:
     """Return whether a step is one of those, from 0 on."""
     at = _LEAST
-    while at < min(step, _MOST):
-        at = next_measurement(at)
-    return step >= at and (step - at) % _MOST == 0
+    while at < min(step, most):
+        at = next_measurement(at, most)
+    return step >= at and (step - at) % most == 0
 
 
 def _kept(trainer: Trainer) -> AutoWeights | None:
