@@ -44,8 +44,9 @@ def accuracies(runs: list[dict]) -> dict[str, dict[int, float]]:
 
     ```python
     >>> models = {"teacher": {"metrics": {"accuracy": 0.5}}, "distilled student": {"metrics": {"accuracy": 0.25}}}
-    >>> accuracies([{"settings": {"seed": 1, "method": "kd"}, "models": models}])
-    {'teacher': {1: 50.0}, 'kd': {1: 25.0}}
+    >>> settings = {"seed": 1, "method": "kd", "lambda_kd": 1.0, "kd_distance": "dist"}
+    >>> accuracies([{"settings": settings, "models": models}])
+    {'teacher': {1: 50.0}, 'kd, dist': {1: 25.0}}
 
     ```
     """
@@ -55,7 +56,9 @@ def accuracies(runs: list[dict]) -> dict[str, dict[int, float]]:
         for name, model in run["models"].items():
             title = name
             if name == "distilled student":
-                title = settings["method"] + ("" if settings.get("unlabelled", True) else ", labelled images alone")
+                distance = settings.get("kd_distance", "kl")  # which older runs do not know
+                title = settings["method"] + ("" if distance == "kl" or not settings["lambda_kd"] else f", {distance}")
+                title += "" if settings.get("unlabelled", True) else ", labelled images alone"
             if (metric := metric_of(model)) is not None:
                 found[title][settings["seed"]] = 100 * model["metrics"][metric]
     return dict(found)

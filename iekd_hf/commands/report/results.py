@@ -9,7 +9,7 @@ from .table import Result
 RESULTS = "results.json"
 # The arguments that tell a run of a distilled student from others.
 SETTINGS = ("seed", "method", "num_train_epochs", "learning_rate", "lambda_inh", "lambda_exp", "lambda_kd")
-SETTINGS += ("inheritance_share", "exploration_share", "kd_share")
+SETTINGS += ("inheritance_share", "exploration_share", "kd_share", "kd_distance")
 
 
 def write_results(results: list[Result], settings: dict, folder: str) -> None:
