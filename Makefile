@@ -46,7 +46,7 @@ demo-segmentation: .venv/examples  ## distil a small segmenter on drawn shapes
 	rm -rf demo-segmentation
 	$(LAUNCH) examples/run_iekd_segmentation.py --output_dir demo-segmentation
 
-evidence: .venv/examples  ## compare the methods on digits and on CIFAR-10, three seeds each (hours)
+evidence: .venv/examples  ## compare the methods on digits and on CIFAR-10, three seeds each (an hour or two)
 	$(COMPARE) --output_dir evidence/digits --networks cifar-resnet-20:cifar-resnet-8 --held_out 300 \
 		--train_val_split 0.15 --student_samples 300 --teacher_epochs 20 --paraphraser_epochs 20 --epochs 40 --batch_size 32
 	$(COMPARE) --output_dir evidence/cifar10 --networks cifar-resnet-20:cifar-resnet-8 --held_out 2000 \

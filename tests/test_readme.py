@@ -347,9 +347,9 @@ def test_every_command_is_one_of_those_run():
             "speed",
             "streams",
         )
-        with_tests = [f"benchmarks/{name}.py" for name in benchmarks]
+        with_tests = [f"benchmarks/{name}.py" for name in benchmarks]  # of their own
         with_tests += ["analyze_student.py", "export_onnx.py"]
-        with_tests += [f"run_iekd{task}.py" for task in ("", "_detection", "_segmentation")]  # of their own
+        with_tests += [f"run_{name}.py" for name in ("iekd", "iekd_detection", "iekd_segmentation", "mutual")]
         known = {"make": targets, "python": [f"examples/{script}" for script in with_tests]}
         assert arguments[0] in known.get(program, []) or program in ("accelerate", "pip", "iekd-hf"), command
     # `make test` is what runs this file, and installs by the line that the README shows.

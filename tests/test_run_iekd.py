@@ -14,6 +14,7 @@ import torch
 from conftest import break_off, same
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from iekd_hf.commands.distill import RunArguments
 from iekd_hf.commands.images import data as image_data
 from iekd_hf.commands.images.metrics import TopKAccuracy
 from iekd_hf.training.manifest import read_manifest
@@ -151,10 +152,23 @@ def test_parquet_yaml_and_pretrained_models(run, tmp_path):
     assert re.search(r"^teacher +[\d,]+ +- +\d+\.\d\d ms +- +-$", printed, flags=re.MULTILINE), printed
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
     assert config.id2label == {0: "cat", 1: "dog"}
+    used = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert (used["method"], used["lambda_inh"], used["lambda_exp"]) == ("ie-ft", 300, 30)  # as it is pretrained
     (tmp_path / "recipe.json").write_text(
         json.dumps({**recipe, "output_dir": str(tmp_path / "alone"), "do_train": False})
     )
     assert re.search(r"^student +[\d,]+ +\d", run(tmp_path / "recipe.json"), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, (300, 30)), ({"method": "ie-ft"}, (3000, 300)), ({"lambda_inh": 500.0}, (500, 300))],
+    ids=["nothing given", "a method", "a weight"],
+)
+def test_weights_of_a_pretrained_student(tmp_path, given, expected):
+    args = RunArguments(str(tmp_path), **given)
+    args.choose_weights()
+    assert (args.lambda_inh, args.lambda_exp) == expected
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
         metadata={
             "help": "What is distilled: plain, kd, ft, at, od, ie-ft, ie-at, ie-od, inheritance, "
             "exploration, with or without +kd. Default: ie-ft+kd where the teacher knows the data's classes, else "
-            "ie-ft.",
+            "ie-ft; for a pretrained student with a tenth of its weights.",
             "choices": list(METHODS),
         },
     )
@@ -79,6 +79,7 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
 
     def __post_init__(self):
         self.chooses_method = self.method is None and self.lambda_kd is None
+        self.chooses_weights = self.method is None and self.lambda_inh is None and self.lambda_exp is None
         self.method = self.method or "ie-ft"
         super().__post_init__()
 
@@ -86,6 +87,12 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
         """Add the logit term where no method was given and the teacher knows the classes."""
         if self.chooses_method and teacher_knows_classes:
             self.method, self.lambda_kd = "ie-ft+kd", METHODS["ie-ft+kd"]["lambda_kd"]
+
+    def choose_weights(self) -> None:
+        """Take a tenth of the preset's weights, which are for students from scratch, where nothing was given."""
+        if self.chooses_weights:
+            preset = METHODS[self.method]
+            self.lambda_inh, self.lambda_exp = preset["lambda_inh"] / 10, preset["lambda_exp"] / 10
 
 
 def has_classes(name: str, names: list[str], **hub) -> bool:
@@ -198,6 +205,8 @@ def main(given: list[str]) -> None:
     hub = model_args.hub("student")
     student = build_model(model_args.student, "--student", run.names, from_scratch, dtype=model_args.dtype, **hub)
     run.prepare_images(model_args.student, from_scratch, **hub)
+    if not from_scratch:
+        args.choose_weights()
     run.distil(student, model_args)
 
 
