@@ -298,7 +298,7 @@ def claims() -> str:
             "IE-DML > DML, for both peers",
             f"{less(peer_1[IE_DML], peer_1[DML])} and {less(peer_2[IE_DML], peer_2[DML])}; with weights 100 and 10 "
             f"{less(peer_1[IE_DML_100], peer_1[DML])} and {less(peer_2[IE_DML_100], peer_2[DML])}",
-            "against DML as published: for peer 2, for both with weights 100 and 10; not against DML with a chosen weight",
+            "against DML as published: for peer 2, for both with 100 and 10; not against DML with a chosen weight",
         ],
         [
             "IE-KD improves [detection](detection.md#blood-cells)",
