@@ -191,6 +191,11 @@ def test_what_cannot_be_had(run, tmp_path):
         run("--output_dir", tmp_path, "--dataset_name", "nobody/nothing")
     with pytest.raises(ValueError, match=r"--student .*'nobody/nothing'.*HF_HUB_CACHE"):
         run("--output_dir", tmp_path, *QUICK, *FEW, "--student", "nobody/nothing")
+    # What the help leaves out.
+    with pytest.raises(ValueError, match="Expected no lambda_kd > 0 with a detector"):
+        run("--output_dir", tmp_path, *QUICK, *FEW, "--lambda_kd", "1")
+    with pytest.raises(ValueError, match="Expected DecodedImages and an augmentation with cache_teacher=True"):
+        run("--output_dir", tmp_path, *QUICK, *FEW, "--cache_teacher")
     with pytest.raises(ValueError, match=r"a width of 4, 8, 12, \.\.\., got 'tiny-rt-detr-6'"):
         run("--output_dir", tmp_path, *QUICK, *FEW, "--student", "tiny-rt-detr-6")
     with pytest.raises(ValueError, match=r"takes, got 56x64 pixels \(.*give --image_size multiples of .* 16 in tiny"):

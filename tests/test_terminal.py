@@ -49,7 +49,9 @@ def test_no_default_is_told_twice_and_no_opposite_is_shown(module):
     known = {
         action.option_strings[0] for action in parser._actions if not action.option_strings[0].startswith("--no_")
     }
-    assert known <= {*names, "-h", "--help_all", "--debug"}
+    refused = {f"--{name}" for kind in module.KINDS for name in getattr(kind, "_refused", ())}
+    assert known - refused <= {*names, "-h", "--help_all", "--debug"}
+    assert refused <= known and not refused & {*names}
 
 
 def test_opposites_and_abbreviations_still_work(tmp_path):

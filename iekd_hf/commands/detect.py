@@ -61,6 +61,10 @@ class DetectorArguments(ModelArguments):
 class RunArguments(DetectionScriptArguments, IEKDTrainingArguments):
     """Add the arguments of distillation to those that the commands share."""
 
+    # Two detectors' queries do not correspond, and views of images with boxes are not made again for a cache.
+    _refused = ("lambda_kd", "kd_distance", "kd_share", "temperature")
+    _refused += ("cache_teacher", "cache_views", "teacher_cache_dir")
+
     method: str = field(
         default="ie-ft",
         metadata={

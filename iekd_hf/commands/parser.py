@@ -30,7 +30,8 @@ class CommandParser(HfArgumentParser):
     Args:
         kinds (`tuple[type, ...]`):
             The data classes. `_argument_group_name` names the group of one in the help; of a trainer's arguments those
-            are "Method" that this library adds, "Training" those that the command sets.
+            are "Method" that this library adds, "Training" those that the command sets. `_refused` names those that
+            the command's task cannot have, which the help leaves out.
         description (`str`):
             What the help begins with.
         prog (`str`, *optional*):
@@ -76,7 +77,8 @@ class CommandParser(HfArgumentParser):
             if name in fields:
                 field, title = fields[name], _title(dtype, name)
                 field.type = hints[name]
-                self._parse_dataclass_field(_Group(groups[title], self.with_trainer or title != _TRAINER), field)
+                is_shown = name not in getattr(dtype, "_refused", ()) and (self.with_trainer or title != _TRAINER)
+                self._parse_dataclass_field(_Group(groups[title], is_shown), field)
 
     def read(self, given: Sequence[str]) -> tuple:
         """Return the data classes as the command line, or the one JSON or YAML file that it names, fills them."""

@@ -74,6 +74,9 @@ class SegmenterArguments(ModelArguments):
 class RunArguments(SegmentationScriptArguments, IEKDTrainingArguments):
     """Add the arguments of distillation to those that the commands share."""
 
+    # Views of images with masks are not made again for a cache.
+    _refused = ("cache_teacher", "cache_views", "teacher_cache_dir")
+
     method: str | None = field(
         default=None,
         metadata={
