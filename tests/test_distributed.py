@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit, same
 from distributed_script import distil_unlabelled
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
 
@@ -50,6 +51,7 @@ def two_machines(tmp_path: Path, folders: list[Path], job: str) -> list[tuple[in
 
 
 JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled", "sharded", "streams", "auto"]
+JOBS += ["best"]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,15 @@ def test_two_ranks_find_the_same_weights_and_go_on_with_them(request, tmp_path, 
         assert same(rank["unbroken"]["student_side"], rank["resumed"]["student_side"])
     assert first["unbroken"]["weights"] == second["unbroken"]["weights"]
     assert same(first["unbroken"]["student_side"], second["unbroken"]["student_side"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["distil", "teach each other"])
+def test_two_ranks_end_with_the_best_checkpoint(ranks, kind):
+    best = ranks / "best" / kind / "out" / "checkpoint-2"
+    saved = load_file(best / ("" if kind == "distil" else "peer_1") / "model.safetensors")
+    for held in held_by(ranks / "best"):
+        assert held[kind]["best"] == str(best) and same(held[kind]["model"], saved)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit, same
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from iekd_hf import Paraphraser
@@ -34,6 +35,17 @@ ARGUMENTS = {
     "lambda_schedule": "cosine",
     "lambda_warmup_ratio": 0.2,
     "lr_scheduler_type": "cosine",
+}
+
+BEST = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "greater_is_better": True,
+    "eval_dataset": make_images(4, seed=1),
 }
 
 
@@ -308,6 +320,40 @@ def test_a_full_disk_costs_one_checkpoint(make_trainer, tmp_path, monkeypatch, c
     assert not (tmp_path / "out" / "_saving").exists()
     assert "No space left on device" in caplog.text and "checkpoint-2 is the last whole checkpoint" in caplog.text
     assert same(trainer.student_side.state_dict(), straight.student_side.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["make_trainer", "make_mutual"])
+def test_a_full_disk_at_the_best_checkpoint_leaves_the_best_before_it(request, tmp_path, monkeypatch, kind):
+    accuracies = {2: 0.1, 4: 0.9, 6: 0.2}
+    trainer = request.getfixturevalue(kind)(
+        **{**BEST, "max_steps": 6}, compute_metrics=lambda _: {"accuracy": accuracies[trainer.state.global_step]}
+    )
+    save = type(trainer)._save_optimizer_and_scheduler
+
+    def fill(self, folder):
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(type(trainer), "_save_optimizer_and_scheduler", fill)
+    trainer.train()
+    best = tmp_path / "out" / "checkpoint-2"
+    assert trainer.state.best_model_checkpoint == str(best)
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    saved = load_file(best / ("peer_1" if kind == "make_mutual" else "") / "model.safetensors")
+    assert same(saved, trainer.model.state_dict())
+
+
+def test_no_checkpoint_is_the_best_where_its_disk_was_full(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(**BEST, compute_metrics=lambda _: {"accuracy": 0.5})
+
+    def fill(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(trainer), "_save_optimizer_and_scheduler", fill)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is None
 
 
 @pytest.mark.parametrize("only_model", [False, True])

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
@@ -334,14 +333,11 @@ class DistillationTrainer(HubTrainer):
         run_dir = Path(self._get_output_dir(trial))
         checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            with checkpoint_written_whole(checkpoint, self.args, self.accelerator, run=self.run) as folder:
+            with checkpoint_written_whole(checkpoint, self.args, self.accelerator, self.state, run=self.run) as folder:
                 self._saving_folder = folder
                 super()._save_checkpoint(model, trial)
                 for average in averages_among(self.callback_handler.callbacks) if self.args.should_save else ():
                     average.save(folder / checkpoint.name)
-                if self.args.should_save and self.state.best_model_checkpoint == str(folder / checkpoint.name):
-                    self.state.best_model_checkpoint = str(checkpoint)
-                    self.state.save_to_json(str(folder / checkpoint.name / TRAINER_STATE_NAME))
         except (OSError, RuntimeError, SafetensorError) as error:
             tell_failed_save(checkpoint, error, self.args.world_size)
             return

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .manifest import write_manifest
@@ -23,22 +24,29 @@ SAVING_FOLDER = "_saving"
 
 @contextmanager
 def checkpoint_written_whole(
-    checkpoint: Path, args: TrainingArguments, accelerator: Accelerator, **facts: str
+    checkpoint: Path, args: TrainingArguments, accelerator: Accelerator, state: TrainerState, **facts: str
 ) -> Iterator[Path]:
     """Give all ranks a folder to write a checkpoint into; the rank that saves then moves it to its place."""
-    saving = checkpoint.parent / SAVING_FOLDER
+    saving, best_before = checkpoint.parent / SAVING_FOLDER, state.best_model_checkpoint
     clears = args.local_process_index == 0
     if clears:
         shutil.rmtree(saving, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
         yield saving
+        if state.best_model_checkpoint == str(saving / checkpoint.name):
+            state.best_model_checkpoint = str(checkpoint)  # on all ranks, which load it at the end
+            if args.should_save:
+                state.save_to_json(str(saving / checkpoint.name / TRAINER_STATE_NAME))
         accelerator.wait_for_everyone()  # each rank has written its random state
         if args.should_save:
             write_manifest(saving / checkpoint.name, **facts)
             shutil.rmtree(checkpoint, ignore_errors=True)
             (saving / checkpoint.name).rename(checkpoint)
         accelerator.wait_for_everyone()  # nodes may share the folder, which is cleared by one rank of each
+    except BaseException:
+        state.best_model_checkpoint = best_before  # this one is not there
+        raise
     finally:
         if clears:
             shutil.rmtree(saving, ignore_errors=True)
