@@ -400,10 +400,10 @@ class IEKDTrainer(DistillationTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Predict with the bare student; measure the losses where a batch has no labels."""
-        if self._held_out is None or self._held_out.is_labelled(inputs):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        return self._held_out.measure(inputs), None, None
+        """Predict with the bare student; measure the losses of distillation where no image has had a label."""
+        if self._held_out is not None and self._held_out.measure(inputs):
+            return None, None, None
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # ---- The teacher's cache ----
 

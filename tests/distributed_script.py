@@ -124,6 +124,7 @@ def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
     for i, image in enumerate(images):
         image["labels"] = image["labels"] if i % 8 < 3 else -100
     settings = {**common(output_dir), "eval_strategy": "no", "logging_steps": 1, "optim": "sgd", **changes}
+    settings |= {"per_device_eval_batch_size": 4}
     trainer = IEKDTrainer(
         model=make_vit(seed=1),
         teacher_model=make_resnet(16, seed=2),
@@ -132,7 +133,25 @@ def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
     )
     trainer.train()
     logs = [logs["task_loss"] for logs in trainer.state.log_history if "task_loss" in logs]
-    return trainer, {"student_side": trainer.student_side.state_dict(), "task_losses": logs}
+    for image in images:  # in lists it is known beforehand whether any has a label
+        image["labels"] = None if image["labels"] == -100 else image["labels"]
+    first_half = [image for i, image in enumerate(images) if i % 8 < 4]
+    without = [{"pixel_values": image["pixel_values"]} for image in images]
+    losses = [trainer.evaluate(data)["eval_loss"] for data in (images, WithoutAList(images), first_half, without)]
+    return trainer, {"student_side": trainer.student_side.state_dict(), "task_losses": logs, "eval_losses": losses}
+
+
+class WithoutAList(torch.utils.data.Dataset):
+    """Give rows one by one."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
 
 
 def with_a_number(model: torch.nn.Module) -> torch.nn.Module:

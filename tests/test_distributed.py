@@ -176,6 +176,8 @@ def test_a_rank_without_labels_and_one_with_some_are_one_large_batch(ranks, tmp_
     assert same(first["student_side"], second["student_side"])
     _, alone = distil_unlabelled(str(tmp_path), per_device_train_batch_size=8)
     assert first["task_losses"] == pytest.approx(alone["task_losses"], rel=1e-4) and min(alone["task_losses"]) > 0
+    assert first["eval_losses"] == second["eval_losses"] == pytest.approx(alone["eval_losses"], rel=1e-3)
+    assert alone["eval_losses"][0] == pytest.approx(alone["eval_losses"][1]) == pytest.approx(alone["eval_losses"][2])
     for name, value in alone["student_side"].items():
         torch.testing.assert_close(first["student_side"][name], value, rtol=1e-3, atol=1e-5, msg=name)
 

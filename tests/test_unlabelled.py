@@ -10,7 +10,7 @@ from conftest import make_images, make_resnet, make_vit, same
 from test_whole_batches import make_augmentation, make_decoded
 from transformers import AutoModel, Dinov2Config, Dinov2Model, EvalPrediction, ResNetConfig, ResNetModel
 
-from iekd_hf import DecodedImages, Paraphraser
+from iekd_hf import DecodedImages, IEKDTrainer, Paraphraser
 from iekd_hf.features.layers import default_layers
 from iekd_hf.features.tap import FeatureTap
 from iekd_hf.method.losses import kd_loss
@@ -29,6 +29,16 @@ def partly_labelled(count: int, labelled: int) -> list[dict]:
         if i % 3 == 2:
             del image["labels"]
     return images
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Give a list's rows in their order, and nothing else of it."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
 
 
 def headless(width: int, seed: int) -> ResNetModel:
@@ -170,6 +180,43 @@ def test_metrics_are_of_those_with_a_label():
     assert measure_labelled(accuracy, EvalPrediction((logits, logits), np.full(3, -100))) == {}
     targets = EvalPrediction((logits, logits), np.array([0.0, 2.0, -100.0]))  # of a regression, numbers like others
     assert measure_labelled(accuracy, targets) == {"accuracy": 1 / 3}
+
+
+@pytest.mark.parametrize("without", ["-100", "null"])
+@pytest.mark.parametrize("kind", ["list", "stream"])
+@pytest.mark.parametrize("trainer_class", [IEKDTrainer, DistillationTrainer])
+def test_the_loss_of_an_evaluation_is_the_mean_over_those_with_a_label(make_trainer, trainer_class, kind, without):
+    images = make_images(10)
+    for i in (*range(4), 5, 8):  # none, three and one label in the batches
+        images[i] |= {"labels": -100 if without == "-100" else None}
+    common = {"method": "ie-ft", "paraphraser": Paraphraser(16, 8), "per_device_eval_batch_size": 4}
+    trainer = make_trainer(**common, compute_metrics=lambda prediction: {"count": len(prediction.label_ids)})
+    if trainer_class is DistillationTrainer:
+        keywords = {"args": trainer.args, "train_dataset": make_images(8), "compute_metrics": trainer.compute_metrics}
+        trainer = DistillationTrainer(model=trainer.student, **keywords)
+    labelled = [image for image in images if image["labels"] not in (None, -100)]
+    with torch.no_grad():
+        logits = trainer.model.eval()(torch.stack([image["pixel_values"] for image in labelled])).logits
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([image["labels"] for image in labelled]))
+    metrics = trainer.evaluate(images if kind == "list" else Stream(images))
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-5) and metrics["eval_count"] == 4
+    assert "eval_inheritance_loss" not in metrics
+    assert trainer.predict(images).label_ids.tolist() == [-100 if i["labels"] is None else i["labels"] for i in images]
+
+
+def test_a_stream_without_labels_is_evaluated_by_what_is_learnt_of_the_teacher(make_trainer):
+    images = [{"pixel_values": image["pixel_values"]} for image in make_images(8)]
+    trainer = make_trainer(method="ie-ft", paraphraser=Paraphraser(16, 8))
+    found = [trainer.evaluate(data)["eval_loss"] for data in (images, Stream(images))]
+    assert found[0] == found[1] > 0
+    for image in images:
+        image["labels"] = -100
+    assert trainer.evaluate(Stream(images))["eval_loss"] == trainer.evaluate(images)["eval_loss"] == found[0]
+    plain = DistillationTrainer(model=trainer.student, args=trainer.args)
+    images = [{"pixel_values": image["pixel_values"]} for image in images]
+    prediction = plain.predict(Stream(images))
+    assert prediction.label_ids is None and "test_loss" not in prediction.metrics
+    assert prediction.predictions.shape == (8, 3)
 
 
 def test_rows_without_a_label_are_mixed_with_classes_only():

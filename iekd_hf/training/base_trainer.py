@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from ..hub.push import HubTrainer
@@ -21,8 +21,10 @@ from ..models.kinds import main_input_of
 from .average import averages_among
 from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import check_callbacks, check_engine, check_recipe, is_stream
+from .collate import PassBatches
 from .component_log import ComponentLog
-from .labels import FillLabels, describe_rows, measure_labelled
+from .labelled_mean import LabelledMean
+from .labels import FillLabels, measure_labelled
 from .layer_rates import layer_rates, split_by_rate
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point, go_on_in_stream
@@ -93,6 +95,7 @@ class DistillationTrainer(HubTrainer):
         self.run = ""  # its name, in the manifests of its checkpoints
         self._saving_folder: Path | None = None  # while a checkpoint is being written
         self._counted: nn.Module | None = None
+        self.labelled_mean: LabelledMean | None = None  # while images are evaluated
         check_engine(self)
 
     def sample_batch(self) -> dict:
@@ -165,7 +168,7 @@ class DistillationTrainer(HubTrainer):
         return {**inputs, "pixel_values": self.augmentation(pixels, *drawn)}
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
-        return _PassBatches(super()._get_collator_with_removed_columns(data_collator, description))
+        return PassBatches(super()._get_collator_with_removed_columns(data_collator, description))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collect the micro-batches of a step."""
@@ -249,8 +252,12 @@ class DistillationTrainer(HubTrainer):
                 *_NOT_PREDICTIONS,
                 *_NOT_PREDICTED_BY_DETECTORS,
             ]
+        given, inputs = inputs, inputs if self.labelled_mean is None else self.labelled_mean.fill(inputs)
         with self.accelerator.autocast():  # where the bare model was not prepared by accelerate
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            loss, *predicted = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.labelled_mean is not None:
+            self.labelled_mean.record(loss, inputs.get("labels"), were_filled=inputs is not given)
+        return loss, *predicted
 
     def check_finite(self) -> dict[str, float]:
         """Return the components' means since the last log; raise `FloatingPointError` where one was not finite."""
@@ -373,15 +380,22 @@ class DistillationTrainer(HubTrainer):
             for buffer in module.buffers():
                 buffer.copy_(broadcast(buffer.clone(), from_process=0))
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Evaluate as Trainer does, but by the images that have a label."""
         self.sync_buffers(self.model)
+        self.labelled_mean = LabelledMean(self, dataloader.dataset)
         compute_metrics = self.compute_metrics
         if compute_metrics is not None and not self.args.batch_eval_metrics:
             self.compute_metrics = functools.partial(measure_labelled, compute_metrics)
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            return self.labelled_mean.complete(output, metric_key_prefix)
         finally:
-            self.compute_metrics = compute_metrics
+            self.compute_metrics, self.labelled_mean = compute_metrics, None
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         for average in averages_among(self.callback_handler.callbacks):
@@ -397,23 +411,3 @@ class DistillationTrainer(HubTrainer):
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-
-
-class _PassBatches:
-    """Collate a list of examples; pass on a batch that the data set has collated itself."""
-
-    def __init__(self, collate):
-        self.collate = collate
-
-    def __call__(self, examples):
-        if isinstance(examples, Mapping):
-            return examples
-        try:
-            return self.collate(examples)
-        except (RuntimeError, TypeError, ValueError) as error:
-            if str(error).startswith("Expected "):
-                raise
-            raise ValueError(
-                f"Expected examples that make one batch, got {describe_rows(examples)} ({error}): let the data set's "
-                "transform bring images to tensors of one size and labels to numbers, or pass data_collator."
-            ) from error

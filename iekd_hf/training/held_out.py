@@ -13,14 +13,17 @@ from .labels import count_labelled
 
 class HeldOutLosses:
     """
-    Measure the losses of distillation on batches that have no labels.
+    Measure the losses of distillation on images of which none has a label.
 
-    Their sum by their weights, without a schedule, stands in for the task's loss; each is kept by its name, too.
+    Their sum by their weights, without a schedule, stands in for the task's loss; each is kept by its name, too. Where
+    it is not known whether any image has a label, they are measured until one has, and count if none had.
     """
 
     def __init__(self, trainer: Trainer, dataset: Dataset):
         self.trainer, self.log = trainer, ComponentLog()
-        self._has_labels = trainer.task_loss.takes_labels and count_labelled(dataset) != 0
+        num_labelled = count_labelled(dataset) if trainer.task_loss.takes_labels else 0
+        self.is_certain = num_labelled is not None
+        self._has_labels = bool(num_labelled)
 
     @staticmethod
     def can_be_measured(trainer: Trainer) -> bool:
@@ -29,21 +32,33 @@ class HeldOutLosses:
         ready = trainer.teacher.paraphrasers or {*weights} <= {"lambda_kd"}
         return bool(weights and trainer.student_side is not None and ready)
 
-    def is_labelled(self, inputs: dict) -> bool:
-        """Return whether a batch has labels that the student takes."""
-        return self._has_labels and any(inputs.get(name) is not None for name in self.trainer.label_names)
+    def _is_labelled(self, inputs: dict) -> bool:
+        """Return whether an image of a batch, or of one before it, has a label that the student takes."""
+        if not self._has_labels and not self.is_certain:
+            given = [inputs[name] for name in self.trainer.label_names if inputs.get(name) is not None]
+            self._has_labels = any(bool(self.trainer.task_loss.share_of(labels) > 0) for labels in given)
+        return self._has_labels
 
     @torch.no_grad()
-    def measure(self, inputs: dict) -> torch.Tensor:
-        """Return the sum of the losses of a batch."""
+    def measure(self, inputs: dict) -> bool:
+        """Add the losses of a batch where no image has had a label; return whether it needs no prediction."""
         trainer = self.trainer
+        if self._is_labelled(inputs):
+            return False
         _, losses = trainer.maps_and_losses(trainer._prepare_inputs(inputs))
+        losses["loss"] = trainer.distillation_objective(losses, progress=None)
         self.log.record(losses, trainer.state.global_step)
-        return trainer.distillation_objective(losses, progress=None)
+        if trainer.task_loss.takes_classes and not self.is_certain:
+            return False
+        trainer.labelled_mean.record(None, None, were_filled=False)
+        return True
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Return the mean of each loss over all ranks."""
-        means, _ = self.log.means(self.trainer.accelerator)
+        """Return the mean of each loss over all ranks; none where an image has a label, on whichever rank."""
+        accelerator = self.trainer.accelerator
+        if accelerator.gather(torch.tensor([int(self._has_labels)], device=accelerator.device)).any():
+            return {}
+        means, _ = self.log.means(accelerator)
         return {f"{prefix}_{name}": mean for name, mean in means.items() if name != "task_loss"}
 
     @contextlib.contextmanager

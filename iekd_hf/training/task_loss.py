@@ -49,6 +49,15 @@ class TaskLoss:
         return self.trainer.compute_loss_func is not None or takes_labels(without_adapters(self.trainer.model))
 
     @property
+    def takes_classes(self) -> bool:
+        """Whether the model takes one class of each image as `labels`."""
+        model = without_adapters(self.trainer.model)
+        if "labels" not in self.trainer.label_names or not type(model).__name__.endswith("ForImageClassification"):
+            return False
+        problem = getattr(model.config, "problem_type", None)
+        return model.config.num_labels != 1 and problem in (None, "single_label_classification")
+
+    @property
     def are_all_labelled(self) -> bool:
         """Whether each training image is known to have a label."""
         return self.num_labelled is not None and self.num_labelled == len(self.trainer.train_dataset)
@@ -81,7 +90,7 @@ class TaskLoss:
             del inputs["labels"]  # which the model's own loss does not know
             return TaskLabels(given, given, weight, are_soft=True)
         if is_class and not (self.trainer.model.training and self.are_all_labelled):
-            share = self._share_of(given)
+            share = self.share_of(given)
             # The mean over no labels is NaN, and so is its gradient: such a batch gets a class, and no weight.
             filled = torch.where(share > 0, given, 0)
             total = share if self._labelled_share is None or not self.trainer.model.training else self._labelled_share
@@ -93,7 +102,7 @@ class TaskLoss:
             inputs["labels"] = labels.filled
         return labels
 
-    def _share_of(self, labels: torch.Tensor | None) -> torch.Tensor:
+    def share_of(self, labels: torch.Tensor | None) -> torch.Tensor:
         """Return the share of a batch's images that have a label."""
         if not isinstance(labels, torch.Tensor):  # of detectors, each image has its objects
             return torch.tensor(0.0 if labels is None else 1.0, device=self.trainer.args.device)
@@ -107,7 +116,7 @@ class TaskLoss:
         # Of a stream that has ended there are none.
         several = len(micro_batches) > 1 or (micro_batches and self.trainer.args.world_size > 1)
         if several and self.takes_labels and not self.are_all_labelled:
-            share = torch.stack([self._share_of(batch.get("labels")).to(device) for batch in micro_batches]).mean()
+            share = torch.stack([self.share_of(batch.get("labels")).to(device) for batch in micro_batches]).mean()
             self._labelled_share = self.trainer.accelerator.reduce(share, "mean")
 
     def end_step(self) -> None:
