@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import make_images, make_resnet, make_vit, same
 from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessorPil
 
-from iekd_hf import FactorEncoder, IEKDTrainer, IEKDTrainingArguments, Paraphraser
+from iekd_hf import DistillationTrainer, FactorEncoder, IEKDTrainer, IEKDTrainingArguments, MutualTrainer, Paraphraser
 
 
 def train_logs(trainer) -> list[dict]:
@@ -169,7 +169,11 @@ def _cross_entropy(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(outputs.logits, labels)
 
 
-@pytest.mark.parametrize("family", ["resnet", "vit", "own loss"])
+def _sum_over_count(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("family", ["resnet", "vit", "own loss", "own sum"])
 def test_accumulation_equals_one_large_batch(make_trainer, family):
     """1 x 16 == 4 x 4; models whose forward takes **kwargs are where Trainer guesses wrong."""
     results = []
@@ -188,7 +192,7 @@ def test_accumulation_equals_one_large_batch(make_trainer, family):
             lambda_inh=100.0,
             lambda_exp=10.0,
             train_sampling_strategy="sequential",
-            compute_loss_func=_cross_entropy if family == "own loss" else None,
+            compute_loss_func={"own loss": _cross_entropy, "own sum": _sum_over_count}.get(family),
         )
         for module in trainer.student_side.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -202,6 +206,49 @@ def test_accumulation_equals_one_large_batch(make_trainer, family):
         results[-1]["loss"] = torch.tensor(logged["loss"])
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("trainer_class", [IEKDTrainer, DistillationTrainer, MutualTrainer])
+def test_a_loss_function_divides_by_the_labels_of_its_micro_batch(make_trainer, make_mutual, trainer_class):
+    """A sum over the count, as Transformers documents it, is the mean, in training and in evaluation."""
+    counts, courses = [], []
+
+    def sum_over_count(outputs, labels, num_items_in_batch=None):
+        counts.append(int(num_items_in_batch))
+        return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    images = make_images(16)
+    for loss, batch_size, steps in ((None, 16, 1), (sum_over_count, 16, 1), (sum_over_count, 4, 4)):
+        common = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        common |= {"train_dataset": images, "eval_dataset": images, "compute_loss_func": loss, "optim": "sgd"}
+        common |= {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+        if trainer_class is MutualTrainer:  # updates its peers by each micro-batch
+            trainer = make_mutual([make_vit(seed=1), make_vit(seed=2)], **common | {"gradient_accumulation_steps": 1})
+        else:
+            trainer = make_trainer(make_vit(seed=1), method="plain", **common)
+        if trainer_class is DistillationTrainer:
+            of_trainer = {name: common[name] for name in ("train_dataset", "eval_dataset", "compute_loss_func")}
+            trainer = DistillationTrainer(model=trainer.model, args=trainer.args, **of_trainer)
+        losses = [trainer.evaluate()["eval_loss"]]
+        counts_in_evaluation, counts[:] = {*counts}, []
+        trainer.train()
+        if loss is not None:
+            assert counts_in_evaluation == {8} and {*counts} == {batch_size}
+        counts.clear()
+        courses.append(losses + [p.detach().clone() for p in trainer.model.parameters()])
+    for course in courses[1:2] if trainer_class is MutualTrainer else courses[1:]:
+        assert course[0] == pytest.approx(courses[0][0], rel=1e-5)
+        torch.testing.assert_close(course[1:], courses[0][1:], rtol=2e-4, atol=2e-6)
+
+
+def test_a_loss_function_that_divides_takes_a_batch_without_labels(make_trainer):
+    images = [{**image, "labels": -100 if i < 4 else image["labels"]} for i, image in enumerate(make_images(8))]
+    trainer = make_trainer(
+        method="kd", train_dataset=images, compute_loss_func=_sum_over_count, train_sampling_strategy="sequential"
+    )
+    trainer.train()
+    first, second = train_logs(trainer)
+    assert first["task_loss"] == 0 < second["task_loss"]
 
 
 def test_evaluation_is_the_student_alone(make_trainer):

@@ -178,8 +178,6 @@ class DistillationTrainer(HubTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the task's loss, over the images that have a label."""
-        if self.compute_loss_func is not None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = self.task_loss.take_labels(inputs)
         outputs = model(**inputs)
         if self.model.training and not self.task_loss.has_goal(self.model, outputs, {"labels": labels.given}):

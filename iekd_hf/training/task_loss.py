@@ -106,8 +106,20 @@ class TaskLoss:
         """Return the share of a batch's images that have a label."""
         if not isinstance(labels, torch.Tensor):  # of detectors, each image has its objects
             return torch.tensor(0.0 if labels is None else 1.0, device=self.trainer.args.device)
-        ignored = NO_LABEL if labels.ndim == 1 else ignore_index_of(self.trainer.model)
-        return (labels != ignored).reshape(len(labels), -1).any(dim=1).float().mean()
+        return (labels != self._ignored_in(labels)).reshape(len(labels), -1).any(dim=1).float().mean()
+
+    def _count(self, labels: TaskLabels) -> torch.Tensor | int | None:
+        """Return how many labels there are to divide a sum by, at least 1; `None` where they are no tensor."""
+        given = labels.given
+        if not isinstance(given, torch.Tensor):
+            return 1 if given is None else None
+        if labels.are_soft:
+            return given.sum().clamp(min=1)
+        return (given != self._ignored_in(given)).sum().clamp(min=1)
+
+    def _ignored_in(self, labels: torch.Tensor) -> int:
+        """Return the label that the loss leaves out: of images, or of positions."""
+        return NO_LABEL if labels.ndim == 1 else ignore_index_of(self.trainer.model)
 
     def begin_step(self, micro_batches: list[dict], device: torch.device) -> None:
         """Count how many images of a step have a label, on all ranks."""
@@ -126,7 +138,9 @@ class TaskLoss:
     def __call__(self, model: nn.Module, outputs: dict, labels: TaskLabels) -> torch.Tensor:
         """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
         if self.trainer.compute_loss_func is not None:
-            return self.trainer.compute_loss_func(outputs, labels.given, num_items_in_batch=None)
+            # Of the micro-batch, not of the step as Trainer counts: what it returns is divided by the accumulation
+            # steps like all our losses.
+            return self.trainer.compute_loss_func(outputs, labels.given, num_items_in_batch=self._count(labels))
         if labels.are_soft:
             loss = soft_cross_entropy(outputs["logits"], labels.given, self.trainer.args.label_smoothing_factor)
         elif self.trainer.label_smoother is not None and labels.given is not None:
