@@ -181,9 +181,31 @@ def test_what_cannot_be_mixed(make_trainer):
         make_trainer(mixing=WithTheNext(), cache_teacher=True)
     images = [{**image, "labels": torch.tensor([0.0, 1.0, 1.0])} for image in make_images()]
     student = make_resnet(8, problem_type="multi_label_classification")
+    message = r"Expected a class of each image as labels with mixing, got torch\.Size"
     trainer = make_trainer(student, trainer_class=plain, train_dataset=images, mixing=WithTheNext())
-    with pytest.raises(ValueError, match=r"Expected a class of each image as labels with mixing, got torch\.Size"):
+    with pytest.raises(ValueError, match=message):
         trainer.train()
+    with pytest.raises(ValueError, match=message):  # where there is a first stage, before it
+        make_trainer(student, train_dataset=images, mixing=WithTheNext())
+    with pytest.raises(ValueError, match="Expected a class of each image as labels with mixing, got None"):
+        make_trainer(make_resnet(8).base_model, mixing=WithTheNext())
+
+
+@pytest.mark.parametrize("without", [-100, None])
+@pytest.mark.parametrize("labelled", [2, 0])
+def test_batches_without_a_label_are_mixed(make_trainer, without, labelled):
+    images = [
+        {**image, "labels": image["labels"] if i < labelled else without} for i, image in enumerate(make_images(8))
+    ]
+    trainer = make_trainer(
+        method="kd",
+        train_dataset=images,
+        mixing=MixedBatches(3, mixup=0.5, cutmix=0.5),
+        train_sampling_strategy="sequential",
+    )
+    trainer.train()
+    logs = [logs for logs in trainer.state.log_history if "kd_loss" in logs]
+    assert [logs["task_loss"] > 0 for logs in logs] == [labelled > 0, False] and logs[1]["kd_loss"] > 0
 
 
 # ---- Learning rates by layer ----

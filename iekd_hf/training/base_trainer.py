@@ -29,7 +29,7 @@ from .layer_rates import layer_rates, split_by_rate
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point, go_on_in_stream
 from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
-from .soft_labels import are_soft, mix
+from .soft_labels import are_soft, check_labels, mix
 from .task_loss import TaskLoss, nothing_of
 
 
@@ -64,8 +64,8 @@ class DistillationTrainer(HubTrainer):
             the epoch, in evaluation of `pixel_values` alone. Needed for [`DecodedImages`].
         mixing (`nn.Module`, *optional*):
             Mixes the images of a training batch and their labels (MixUp, CutMix): of `(pixel_values, labels)`, classes
-            of shape `(batch_size,)`, it makes both, the labels as shares of shape `(batch_size, num_labels)`. The
-            teacher sees the mixed images.
+            of shape `(batch_size,)`, -100 for an image without a label, it makes both, the labels as shares of shape
+            `(batch_size, num_labels)`. The teacher sees the mixed images.
         *args, **kwargs:
             As in [`~transformers.Trainer`].
     """
@@ -115,6 +115,7 @@ class DistillationTrainer(HubTrainer):
         name = main_input_of(self.model)
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
+        check_labels(self, batch)
         if are_soft(self.model, batch.get("labels")):  # the model's own loss is probed, which takes classes
             batch["labels"] = batch["labels"].argmax(dim=1)
         return self._prepare_inputs(batch)
@@ -152,7 +153,7 @@ class DistillationTrainer(HubTrainer):
         if not self.task_loss.takes_labels:
             inputs.pop("labels", None)  # of data that have some, for a backbone that takes none
         is_mixed = self.mixing is not None and self.is_in_train and self.model.training
-        return mix(inputs, self.mixing, self.model.config) if is_mixed else inputs
+        return mix(inputs, self.mixing, self.model) if is_mixed else inputs
 
     def _augmented(self, inputs: dict) -> dict:
         image_ids = inputs.pop("image_ids", None)

@@ -2,9 +2,12 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import Trainer
 
+from ..method.objective import is_on
 from ..models.adapters import without_adapters
+from ..models.signature import takes_labels
+from .labels import NO_LABEL
 
 
 def are_soft(model: nn.Module, labels: torch.Tensor | None) -> bool:
@@ -49,14 +52,39 @@ def soft_cross_entropy(logits: torch.Tensor, shares: torch.Tensor, label_smoothi
     return total / torch.where(count > 0, count, 1.0)
 
 
-def mix(inputs: dict, mixing: nn.Module, config: PreTrainedConfig) -> dict:
+def mix(inputs: dict, mixing: nn.Module, model: nn.Module) -> dict:
     """Mix the images of a batch, and their classes to soft labels."""
-    labels = inputs.get("labels")
+    labels = _classes_of(inputs, model)
+    model.config.problem_type = "single_label_classification"  # what Transformers finds by itself in such labels
+    pixel_values, labels = mixing(inputs["pixel_values"], labels)
+    return {**inputs, "pixel_values": pixel_values, "labels": labels}
+
+
+def check_labels(trainer: Trainer, batch: dict) -> None:
+    """Refuse labels that cannot be mixed, and soft labels where the logit term needs classes."""
+    model, args = trainer.model, trainer.args
+    if trainer.mixing is not None:
+        _classes_of(batch, model)
+    labels = batch.get("labels")
+    is_dkd = getattr(args, "kd_distance", "kl") == "dkd" and is_on(args.lambda_kd)
+    if is_dkd and are_soft(model, labels):
+        raise ValueError(
+            f"Expected the class of each image as labels with kd_distance='dkd', got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}: set another kd_distance, or let the data collator make no shares of classes."
+        )
+
+
+def _classes_of(inputs: dict, model: nn.Module) -> torch.Tensor:
+    """Return the class of each image of a batch, -100 where it has none, to be mixed."""
+    bare = without_adapters(model)
+    labels = inputs.get("labels") if takes_labels(bare) else None
+    problem = getattr(bare.config, "problem_type", None)
+    if labels is None and takes_labels(bare) and problem in (None, "single_label_classification"):
+        images = inputs["pixel_values"]
+        labels = torch.full((len(images),), NO_LABEL, device=images.device)
     if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(
             f"Expected a class of each image as labels with mixing, got {getattr(labels, 'shape', labels)}: leave "
             "mixing out for other tasks than classification."
         )
-    config.problem_type = "single_label_classification"  # what Transformers finds by itself in such labels
-    pixel_values, labels = mixing(inputs["pixel_values"], labels)
-    return {**inputs, "pixel_values": pixel_values, "labels": labels}
+    return labels
