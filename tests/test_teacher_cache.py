@@ -7,16 +7,20 @@ import subprocess
 import sys
 import threading
 
+import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_images, make_resnet
 from test_whole_batches import make_augmentation, make_decoded
+from torch import nn
 from transformers import TrainerCallback, ViTImageProcessorPil
 
-from iekd_hf import Paraphraser
+from iekd_hf import DecodedImages, Paraphraser
 from iekd_hf.teacher.cache import _digest
-from iekd_hf.teacher.frozen import FrozenTeacher
+from iekd_hf.teacher.frozen import FrozenTeacher, attributes
 
 
 def make_paraphraser(seed: int = 0) -> Paraphraser:
@@ -143,17 +147,59 @@ def test_it_is_made_once_and_anew_when_anything_changes(make, images_seen, tmp_p
         assert str(tmp_path) not in spec and json.loads(spec)["views"] in (2, 3)
 
 
+def test_it_is_made_anew_when_files_of_images_have_changed(make, images_seen, tmp_path):
+    rows = {"image": [str(tmp_path / f"{i}.png") for i in range(4)], "label": [0, 1, 2, 0]}
+    shared = {"teacher_cache_dir": str(tmp_path / "shared"), "num_train_epochs": 1}
+    fingerprints, seen = set(), []
+    for color in ("red", "blue", "blue"):
+        for path in rows["image"]:
+            PIL.Image.new("RGB", (32, 32), color).save(path)
+        files = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        images = DecodedImages.decode(files)
+        fingerprints.add(images.table._fingerprint)
+        images_seen.clear()
+        make(**shared, train_dataset=images).train()
+        seen.append(images_seen["images"])
+    assert len(fingerprints) == 1 and seen == [1 + 2 * 4, 1 + 2 * 4, 0]
+
+
+class Own(nn.Module):
+    """A teacher whose function is not in its weights alone."""
+
+    def __init__(self, dilation: int = 1, slope: float = 0.1, offset: float = 0.0, activation=F.leaky_relu):
+        torch.manual_seed(0)
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, stride=4, padding=dilation, dilation=dilation)
+        self.head = nn.Linear(16, 3)
+        self.slope, self.activation, self.config = slope, activation, {"any": object()}
+        self.register_buffer("offset", torch.tensor(offset), persistent=False)
+
+    def forward(self, pixel_values):
+        return self.head(self.activation(self.conv(pixel_values + self.offset), self.slope).mean((2, 3)))
+
+
+def test_it_is_made_anew_for_a_module_of_the_same_weights_that_differs_otherwise(make, images_seen, tmp_path):
+    shared = {"teacher_cache_dir": str(tmp_path / "shared"), "num_train_epochs": 1, "teacher_layers": ["conv"]}
+    for changed in ({}, {"dilation": 4}, {"slope": 0.2}, {"offset": 1.0}, {"activation": F.elu}):
+        for images in (1 + 2 * 16, 0):
+            images_seen.clear()
+            make(**shared, teacher_model=Own(**changed), paraphraser=make_paraphraser()).train()
+            assert images_seen["images"] == images, changed
+
+
 def test_another_process_finds_it():
     # A digest that depended on addresses or hash seeds would differ.
     code = (
-        "from test_whole_batches import make_augmentation, make_decoded; "
-        "from iekd_hf.teacher.cache import _digest; "
-        "print(_digest(make_augmentation(size=(3, 4))), make_decoded(4).table._fingerprint)"
+        "from test_teacher_cache import Own; from test_whole_batches import make_augmentation, make_decoded; "
+        "from iekd_hf.teacher.cache import _digest; from iekd_hf.teacher.frozen import attributes; "
+        "print(_digest(make_augmentation(size=(3, 4))), attributes(Own()), make_decoded(4).table._fingerprint, "
+        "make_decoded(4).checksum())"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    here = (_digest(make_augmentation(size=(3, 4))), make_decoded(4).table._fingerprint)
-    assert there.stdout.split() == list(here)
+    images = make_decoded(4)
+    here = [_digest(make_augmentation(size=(3, 4))), attributes(Own()), images.table._fingerprint, images.checksum()]
+    assert there.stdout.split() == here
 
 
 def test_an_interrupted_one_is_continued_and_never_read(make, images_seen, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute as pc
 import torch
+from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset
 
 from .rgb import explain_undecodable, to_rgb
@@ -64,6 +65,10 @@ class DecodedImages(Dataset):
 
     def __reduce__(self):
         return type(self), (self.table,)  # a worker maps the file itself
+
+    def checksum(self) -> str:
+        """Return a checksum of all pixels."""
+        return Hasher.hash_bytes(self._pieces)
 
     @classmethod
     def decode(

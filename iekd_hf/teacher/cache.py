@@ -19,12 +19,13 @@ from huggingface_hub.utils import WeakFileLock
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..arguments import IEKDTrainingArguments
 from ..data.decoded_images import DecodedImages
 from ..method.objective import is_on
-from .frozen import FrozenTeacher, TeacherTargets, fingerprint
+from .frozen import FrozenTeacher, TeacherTargets, attributes, fingerprint
 
 
 logger = logging.get_logger(__name__)
@@ -89,19 +90,23 @@ class TeacherCache:
     def _spec(self) -> dict:
         """Return everything that the numbers depend on."""
         teacher = self.teacher.teacher
-        config = teacher.config.to_dict() if hasattr(teacher, "config") else {}
+        config = getattr(teacher, "config", None)
+        config = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
         for name in _NOT_THE_TEACHER:
             config.pop(name, None)
         return {
             "teacher": fingerprint([teacher]),
             "teacher_type": type(teacher).__name__,
             "teacher_config": json.dumps(config, sort_keys=True, default=str),
+            # A model of Transformers is what its configuration says.
+            "teacher_attributes": None if isinstance(teacher, PreTrainedModel) else attributes(teacher),
             "teacher_dtype": str(self.teacher.dtype),
             "teacher_layers": self.teacher.tap.layers,
             "teacher_pixels": _digest(self.teacher.teacher_pixels),
             "knowledge": self.args.knowledge,
             "paraphrasers": fingerprint(self.teacher.paraphrasers),
-            "images": self.images.table._fingerprint,  # what datasets names its own cache by
+            # What datasets names its own cache by; of images that are files it knows the names only.
+            "images": [self.images.table._fingerprint, self.images.checksum()],
             "augmentation": _digest(self.augmentation),
             "views": self.args.cache_views,
             "mixed_precision": self.accelerator.mixed_precision,

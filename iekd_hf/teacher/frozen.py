@@ -3,10 +3,13 @@
 import copy
 import hashlib
 import inspect
+import json
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from datasets.fingerprint import Hasher
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -19,6 +22,10 @@ from ..method.padding import mask_at
 from .fast_copy import copy_fast
 from .pixels import TeacherPixels
 from .sharding import let_go, shard
+
+
+# What any module holds: hooks, flags, its weights and the modules in it. Of buffers, those that are not saved count.
+_OF_ANY_MODULE = vars(nn.Module()).keys() - {"_buffers"}
 
 
 def logits_of(outputs: torch.Tensor | dict) -> torch.Tensor:
@@ -201,3 +208,21 @@ def fingerprint(modules: Iterable[nn.Module]) -> str:
             tensor = held.full_tensor() if isinstance(held, DTensor) else held
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def attributes(network: nn.Module) -> str:
+    """Return a digest of what a network's modules hold beside weights: dilations, slopes, functions' names, ..."""
+    held = [
+        (name, type(module).__qualname__, {k: v for k, v in vars(module).items() if k not in _OF_ANY_MODULE})
+        for name, module in network.named_modules()
+    ]
+    return hashlib.sha256(json.dumps(held, skipkeys=True, default=_as_json).encode()).hexdigest()
+
+
+def _as_json(value):
+    """Return what tells a value apart that JSON does not know, the same in every process."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        return Hasher.hash(value.detach().cpu())
+    return getattr(value, "__qualname__", type(value).__qualname__)
