@@ -1,4 +1,4 @@
-"""Refuse arguments of another type than their field's, such as numbers in quotes."""
+"""Refuse arguments of another type than their field's, such as numbers in quotes; a whole number may be a float."""
 
 import inspect
 from dataclasses import fields
@@ -15,12 +15,17 @@ _FIELDS_OF_TRAINER = {f.name for f in fields(TrainingArguments)} - _NUMBERS_OF_T
 
 
 def check_types(args: TrainingArguments) -> None:
-    """Refuse values of another type than their field's."""
+    """Refuse values of another type than their field's; an int in a field for floats becomes one."""
     # By the annotations: HfArgumentParser takes the None out of the types of a dataclass's fields.
     types = {k: v for cls in reversed(type(args).__mro__) for k, v in inspect.get_annotations(cls).items()}
     for f in fields(args):
         kinds, value = get_args(types[f.name]) or (types[f.name],), getattr(args, f.name)
-        if f.name in _FIELDS_OF_TRAINER or any(_is_a(value, kind) for kind in kinds):
+        if f.name in _FIELDS_OF_TRAINER:
+            continue
+        if any(_is_a(value, kind) for kind in kinds):
+            # A hyperparameter search of Trainer casts what it suggests to the type of the value that is there.
+            if float in kinds and isinstance(value, int) and int not in kinds:
+                setattr(args, f.name, float(value))
             continue
         # A list by what is in it: list[str].
         names = " or ".join(str(kind) if get_args(kind) else kind.__name__ for kind in kinds)

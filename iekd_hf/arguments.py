@@ -317,7 +317,7 @@ class IEKDTrainingArguments(IETrainingArguments):
     [0.0, 0.5, 1.0, 0.5, 0.0]
     >>> args = IEKDTrainingArguments(output_dir="out", method="ft", lambda_inh=300)
     >>> args.lambda_inh, args.lambda_exp, args.inheritance_ratio
-    (300, 0.0, 1.0)
+    (300.0, 0.0, 1.0)
 
     ```
     """

@@ -46,7 +46,7 @@ from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
 from .training.stage_1 import get_paraphrasers, make_paraphrasers, remove_checkpoints, save_whole, stage_1_settings
 from .training.task_loss import TaskLabels
 from .training.terms import check_terms
-from .training.weights import begin_weights, measure_gradient_shares, update_weights
+from .training.weights import begin_weights, measure_gradient_shares, set_up_search, update_weights
 
 
 class IEKDTrainer(DistillationTrainer):
@@ -282,7 +282,7 @@ class IEKDTrainer(DistillationTrainer):
 
     def before_training(self, point: ResumePoint | None, trial) -> None:
         """Run stage 1 where it is not over, fill the teacher's cache, and measure what the weights amount to."""
-        self._hp_search_setup(trial)  # a search's values must be in the arguments before stage 1 reads them
+        set_up_search(self, trial)  # a search's values must be in the arguments before stage 1 reads them
         begin_weights(self)
         checkpoint = point.checkpoint if point else None
         self.teacher.tap.attach()

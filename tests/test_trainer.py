@@ -477,6 +477,28 @@ def test_training_twice_goes_on_and_keeps_the_paraphraser(make_trainer):
     assert not same(trainer.student.state_dict(), after_first)
 
 
+@pytest.mark.parametrize("given", [1, "auto"])
+def test_a_search_trains_with_the_weight_that_it_suggests(make_trainer, given):
+    suggested, trained = [0.25, "auto", 0.75], []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            side = trainer.student_side
+            trained.append((args.lambda_inh, args.lambda_exp, args.layer_decay, len(side.inheritance_encoders)))
+
+    trainer = make_trainer(
+        model_init=lambda: make_resnet(8, seed=1), eval_dataset=make_images(8), lambda_inh=given, layer_decay=1
+    )
+    trainer.add_callback(Watch())
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"lambda_inh": suggested[trial.number], "layer_decay": 0.5},
+        n_trials=3,
+        backend="optuna",
+        direction="minimize",
+    )
+    assert trained == [(weight, 300.0, 0.5, 1) for weight in suggested]
+
+
 def test_hyperparameter_search(make_trainer):
     widths = []
 

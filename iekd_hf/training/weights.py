@@ -60,6 +60,18 @@ def steps_between(max_steps: int, num_epochs: int) -> int:
     return min(max(max_steps // num_epochs, _LEAST), _MOST) if num_epochs <= max_steps else _MOST
 
 
+def set_up_search(trainer: Trainer, trial) -> None:
+    """Put a search's values into the arguments; a weight may be a number or "auto", whichever it was before."""
+    # Trainer casts what is suggested to the type of the value in its place, unless that is None. When it sets the
+    # search up once more, as it begins to train, the values have their types.
+    weights = {name: getattr(trainer.args, name) for name in SHARE_OF}
+    vars(trainer.args).update(dict.fromkeys(weights))
+    try:
+        trainer._hp_search_setup(trial)
+    finally:
+        vars(trainer.args).update({name: weights[name] for name in weights if getattr(trainer.args, name) is None})
+
+
 def begin_weights(trainer: Trainer) -> None:
     """Prepare for a training: forget "auto" weights of an earlier one, and warn of what clips the losses."""
     trainer.remove_callback(AutoWeights)
