@@ -14,7 +14,7 @@ from .method.factors import DECODERS, SPLIT_MODES
 from .method.knowledge import KNOWLEDGE
 from .method.logits import KD_DISTANCES
 from .method.losses import EXPLORATION_DISTANCES, INHERITANCE_DISTANCES, RECONSTRUCTION_DISTANCES, REDUCTIONS
-from .method.objective import AUTO, LAMBDA_SCHEDULES, lambda_scale
+from .method.objective import AUTO, LAMBDA_SCHEDULES, is_on, lambda_scale
 from .method.presets import METHODS
 
 
@@ -25,6 +25,8 @@ TEACHER_SHARDINGS = ("fsdp",)
 MUTUAL_LOSSES = ("ie", "kl", "ie+kl")
 # The share of the gradient by which each weight of `IEKDTrainer` is chosen, where it is "auto".
 SHARE_OF = {"lambda_inh": "inheritance_share", "lambda_exp": "exploration_share", "lambda_kd": "kd_share"}
+# The inheritance_ratio at which the half of a weight has no channels.
+_EMPTY_AT = {"lambda_inh": 0, "lambda_exp": 1}
 
 
 def choice(default: str, known: Iterable[str], text: str):
@@ -269,7 +271,7 @@ class IEKDTrainingArguments(IETrainingArguments):
         inheritance_distance (`str`, *optional*), exploration_distance (`str`, *optional*):
             Distances of [`inheritance_loss`] and [`exploration_loss`].
         inheritance_ratio (`float`, *optional*):
-            Share of the student's channels that inherit, in [0, 1].
+            Share of the student's channels that inherit, in [0, 1]. A half without channels has a weight of 0.
         teacher_layers (`list[str]`, *optional*):
             Dotted paths of the teacher's layers; an index picks one of a backbone's maps, as in
             `"model.backbone.model[-1]"`. By default its last feature map, or the levels of a detector's pyramid; of
@@ -387,6 +389,7 @@ class IEKDTrainingArguments(IETrainingArguments):
             setattr(self, name, _as_weight(name, getattr(self, name)))
         check_types(self)
         self.check_choice("method", METHODS)
+        given = [name for name in _EMPTY_AT if getattr(self, name) is not None]
         for name, value in METHODS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -394,6 +397,7 @@ class IEKDTrainingArguments(IETrainingArguments):
         self.check_choice("knowledge", KNOWLEDGE)
         self.check_choice("kd_distance", KD_DISTANCES)
         self.check_weights("lambda_kd")
+        self._turn_off_empty_halves(given)
         self.check_positive(*SHARE_OF.values())
         if self.knowledge == "preactivation" and self.inheritance_distance == "cosine":
             raise ValueError(
@@ -420,6 +424,18 @@ class IEKDTrainingArguments(IETrainingArguments):
                     "gather their weights outside of what could be compiled. Leave one of them out."
                 )
         _check_layer_pairs(self.teacher_layers, self.student_layers)
+
+    def _turn_off_empty_halves(self, given: list[str]) -> None:
+        """Set a preset's weight of a half without channels to 0; refuse one that was given."""
+        for name, empty in _EMPTY_AT.items():
+            if self.inheritance_ratio != empty or not is_on(getattr(self, name)):
+                continue
+            if name in given:
+                raise ValueError(
+                    f"Expected {name}=0 with inheritance_ratio={empty}, got {getattr(self, name)!r}: there is no "
+                    f"channel for it. Set {name}=0, or an inheritance_ratio between 0 and 1, as method='ie-ft' does."
+                )
+            setattr(self, name, 0.0)
 
 
 @dataclass

@@ -119,7 +119,9 @@ def test_a_method_sets_what_was_not_given(tmp_path):
     assert defaults.method == "ie-ft" and defaults.inheritance_ratio == 0.5 and defaults.knowledge == "factors"
     ft = IEKDTrainingArguments(tmp_path, method="ft", lambda_exp=7.0, inheritance_ratio=0.0)
     assert (ft.lambda_exp, ft.inheritance_ratio) == (7.0, 0.0)  # given ones stay, zeros too
-    assert ft.lambda_inh == METHODS["ft"]["lambda_inh"]
+    assert ft.lambda_inh == 0  # as no channel inherits
+    assert IEKDTrainingArguments(tmp_path, inheritance_ratio=1.0).lambda_exp == 0
+    assert ft.inheritance_distance == METHODS["ft"]["inheritance_distance"]
     for name, values in METHODS.items():
         args = IEKDTrainingArguments(tmp_path, method=name)
         assert {key: getattr(args, key) for key in values} == values
