@@ -229,7 +229,7 @@ class IEKDTrainer(DistillationTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         """Collect the micro-batches of a step; measure now and then what weights that are "auto" must be."""
-        update_weights(self)
+        self._metrics_before |= update_weights(self)
         return super().get_batch_samples(*args, **kwargs)
 
     def _losses(
@@ -291,7 +291,7 @@ class IEKDTrainer(DistillationTrainer):
         self._fingerprint = fingerprint(self.teacher.paraphrasers)
         if self.args.cache_teacher and self.distillation_objective.weights():
             self.cache = TeacherCache(self.teacher, self.train_dataset, self.augmentation, self.args, self.accelerator)
-        if not checkpoint and not self.model_init:
+        if not checkpoint and not self.model_init and not self.args.auto_find_batch_size:
             metrics |= measure_gradient_shares(self)
         self._metrics_before = metrics
         # Stage 2 draws the same numbers whether stage 1 has run, was resumed, or was left out.

@@ -10,9 +10,9 @@ import torch
 from conftest import make_images, make_resnet, make_vit, same
 from test_resume import StopAt, everything, logged
 from test_whole_batches import make_augmentation, make_decoded
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, ResNetForImageClassification, TrainerCallback
 
-from iekd_hf import METHODS, IEKDTrainingArguments, MutualTrainingArguments, Paraphraser
+from iekd_hf import METHODS, IEKDTrainer, IEKDTrainingArguments, MutualTrainingArguments, Paraphraser
 from iekd_hf.commands.distill import KINDS
 from iekd_hf.commands.parser import CommandParser
 from iekd_hf.training import weights
@@ -305,3 +305,62 @@ def test_a_head_that_reads_the_class_token_alone_has_a_gradient(make_trainer):
     trainer = make_trainer(make_vit(seed=1), **AUTO)
     metrics = trainer.train().metrics
     assert metrics["inheritance_loss_gradient_share"] == pytest.approx(10.0)
+
+
+# ---- Batches of a size that is found ----
+
+
+def make_limited() -> ResNetForImageClassification:
+    """Make a student that trains on at most eight images at once."""
+    model = make_resnet(8, seed=1)
+    forward = model.forward
+
+    def limited(pixel_values, labels=None, **kwargs):
+        if model.training and len(pixel_values) > 8:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return forward(pixel_values=pixel_values, labels=labels, **kwargs)
+
+    model.forward = limited
+    return model
+
+
+@pytest.mark.parametrize("given", ["model", "model_init"])
+@pytest.mark.parametrize("lambdas", [{}, AUTO])
+def test_measured_in_batches_that_fit(make_trainer, often, monkeypatch, given, lambdas):
+    sizes = []
+    measure = IEKDTrainer.maps_and_losses
+
+    def note(self, inputs):
+        sizes.append((self.state.global_step, len(inputs["pixel_values"])))
+        return measure(self, inputs)
+
+    monkeypatch.setattr(IEKDTrainer, "maps_and_losses", note)
+    student = {"model": make_limited()} if given == "model" else {"model_init": make_limited}
+    found = {"auto_find_batch_size": True, "per_device_train_batch_size": 12}
+    trainer = make_trainer(**student, **found, **lambdas, train_dataset=make_images(48), max_steps=4)
+    metrics = trainer.train().metrics
+    assert trainer._train_batch_size <= 8 and trainer.state.global_step == 4
+    assert sizes[0] == (0, 12)  # the try that does not fit
+    assert {size for _, size in sizes[-8:]} == {trainer._train_batch_size}
+    assert {step for step, _ in sizes} == {0, 2}
+    assert [metrics[name] > 0 for name in SHARES[:2]] == [True, True]
+    if lambdas:
+        assert [metrics[name] for name in SHARES[:2]] == pytest.approx([10.0, 1.0], rel=1e-5)
+
+
+def test_what_was_measured_in_batches_that_did_not_fit_is_forgotten(make_trainer, monkeypatch):
+    """The measurement fits, the training does not."""
+    compute_loss = IEKDTrainer.compute_loss
+
+    def limited(self, model, inputs, *args, **kwargs):
+        if model.training and len(inputs["pixel_values"]) > 8:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(IEKDTrainer, "compute_loss", limited)
+    settings = {**AUTO, "paraphraser": Paraphraser(16, 8)}
+    trainer = make_trainer(**settings, auto_find_batch_size=True, per_device_train_batch_size=12)
+    metrics = trainer.train().metrics
+    straight = make_trainer(**settings, per_device_train_batch_size=trainer._train_batch_size)
+    assert straight.train().metrics[SHARES[0]] == pytest.approx(metrics[SHARES[0]])
+    assert logged(trainer)[0]["lambda_inh"] == pytest.approx(logged(straight)[0]["lambda_inh"])

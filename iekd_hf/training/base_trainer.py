@@ -133,7 +133,7 @@ class DistillationTrainer(HubTrainer):
 
     def some_batches(self, count: int) -> Iterator[dict]:
         """Yield some training batches, the same on all ranks, without a part in the order of training."""
-        dataset, batch_size = self.columns_in_use(self.train_dataset), self.args.train_batch_size
+        dataset, batch_size = self.columns_in_use(self.train_dataset), self._train_batch_size  # that fits
         if not is_stream(dataset):
             batch_size = min(batch_size, len(dataset))
             most = min(count, len(dataset) // batch_size) * batch_size

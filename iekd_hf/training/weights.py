@@ -33,6 +33,9 @@ class AutoWeights(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Go on from a checkpoint, if the run does."""
+        if args.auto_find_batch_size and state.global_step == 0:  # not from a try with batches that did not fit
+            self.ratios, self.measured_at = {}, None
+            return
         # Trainer does so only with `restore_callback_states_from_checkpoint`.
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         self.ratios, self.measured_at = dict(kept["ratios"]), kept["measured_at"]
@@ -96,21 +99,28 @@ def measure_gradient_shares(trainer: Trainer) -> dict[str, float]:
     return _named(shares)
 
 
-def update_weights(trainer: Trainer) -> None:
-    """Where it is time, measure and log what the weights amount to; set those that are "auto" for the next step."""
+def update_weights(trainer: Trainer) -> dict[str, float]:
+    """
+    Where it is time, measure and log what the weights amount to; set those that are "auto" for the next step.
+
+    Returns:
+        `dict[str, float]`: the shares before the first step, where the size of batches that fits is found in training.
+    """
     kept, state = _kept(trainer), trainer.state
+    if trainer.args.auto_find_batch_size and state.global_step == 0:
+        return measure_gradient_shares(trainer)
     most = steps_between(state.max_steps, state.num_train_epochs)
     if kept is None:
         weights = trainer.distillation_objective.weights()
         if weights and _is_time(state.global_step, most) and (ratios := measure_ratios(trainer)):
             trainer.log(_named(weighted(ratios, weights)))
-        return
-    if kept.is_due(state.global_step, most):
+    elif kept.is_due(state.global_step, most):
         ratios = measure_ratios(trainer)
         _find(trainer, ratios, state.global_step)
         trainer.log(_named(weighted(ratios, trainer.distillation_objective.weights())))
     elif not trainer.distillation_objective.found:  # those of a checkpoint
         _set(trainer, kept)
+    return {}
 
 
 def warn_of_clipping(trainer: Trainer) -> None:
