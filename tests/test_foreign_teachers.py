@@ -5,11 +5,13 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as t
 from conftest import make_images, make_resnet
 from torch import nn
 from transformers import ViTImageProcessorPil
 
 from iekd_hf import BatchAugmentation, DecodedImages, list_layers
+from iekd_hf.teacher.pixels import TeacherPixels
 
 
 class Block(nn.Module):
@@ -114,6 +116,75 @@ def test_the_teachers_processor_holds_for_a_module_too(make_trainer):
     trainer.teacher.tap.attach()
     trainer.teacher.feature_maps(student(picture, return_tensors="pt"))
     torch.testing.assert_close(seen[-1], own(picture, return_tensors="pt")["pixel_values"], rtol=1e-4, atol=1e-4)
+
+
+class TimmProcessor(t.BaseImageProcessor):
+    """What timm's, as Transformers wraps it, holds and does; it can be made where timm and torchvision are, alone."""
+
+    def __init__(self, mean, std, size):
+        super().__init__()
+        self.data_config = {"input_size": (3, size, size), "mean": mean, "std": std}
+
+    def preprocess(self, images, return_tensors="pt"):
+        images = images.resize(self.data_config["input_size"][1:])
+        pixels = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
+        mean, std = (torch.tensor(self.data_config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+        return t.BatchFeature({"pixel_values": (pixels - mean) / std})
+
+
+VALUES = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SIZE = {"size": {"height": 32, "width": 32}}
+PROCESSORS = {
+    "ViT": t.ViTImageProcessorPil(**SIZE),
+    "ConvNeXt": t.ConvNextImageProcessorPil(do_resize=False, **VALUES),
+    "MobileViT": t.MobileViTImageProcessorPil(do_center_crop=False, **SIZE),
+    "MobileViT in RGB": t.MobileViTImageProcessorPil(do_center_crop=False, do_flip_channel_order=False, **SIZE),
+    "LayoutLMv2": t.LayoutLMv2ImageProcessorPil(apply_ocr=False, **SIZE),  # BGR, which no attribute says
+    "EfficientNet": t.EfficientNetImageProcessorPil(**SIZE, **VALUES),
+    "EfficientNet without its top": t.EfficientNetImageProcessorPil(include_top=False, **SIZE, **VALUES),
+    "EfficientNet with an offset": t.EfficientNetImageProcessorPil(
+        rescale_factor=1 / 127.5, rescale_offset=True, **SIZE, **VALUES
+    ),
+    "timm": TimmProcessor((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32),
+}
+
+
+@pytest.mark.parametrize("teacher", PROCESSORS)
+@pytest.mark.parametrize("student", PROCESSORS)
+def test_the_teachers_pixels_are_those_of_its_processor(student, teacher):
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8))
+    pixels, expected = (
+        PROCESSORS[name](picture, return_tensors="pt")["pixel_values"].float() for name in (student, teacher)
+    )
+    to_teacher = TeacherPixels.between(PROCESSORS[student], PROCESSORS[teacher])
+    torch.testing.assert_close(pixels if to_teacher is None else to_teacher(pixels), expected, rtol=1e-3, atol=1e-3)
+    assert student != teacher or to_teacher is None
+
+
+def test_a_timm_teacher_sees_its_own_size():
+    student = t.ViTImageProcessorPil(**SIZE)
+    to_teacher = TeacherPixels.between(student, TimmProcessor([0.5] * 3, [0.5] * 3, 48))
+    assert to_teacher(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("processor", "reason"),
+    [
+        (
+            t.MobileViTImageProcessorPil(do_normalize=True),
+            r"which makes \[0.8, 0.4, 0.2\] of the colour \[51, 102, 204\]",
+        ),
+        (t.SuperGlueImageProcessorPil(), "which makes no pixel_values of an image alone"),
+        (t.Pix2StructImageProcessorPil(), "which normalises without an image_mean"),
+    ],
+)
+def test_a_processor_that_does_something_else_is_refused(processor, reason):
+    message = f"got {type(processor).__name__}, {reason}.*give one that does"
+    with pytest.raises(ValueError, match=message):
+        TeacherPixels.between(t.ViTImageProcessorPil(), processor)
+    with pytest.raises(ValueError, match=message):
+        BatchAugmentation.from_processor(processor)
+    assert TeacherPixels.between(processor, type(processor)(**processor.to_dict())) is None  # on both sides it may
 
 
 def test_it_can_be_cached(make_trainer):

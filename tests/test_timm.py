@@ -6,6 +6,7 @@ Neither is among the requirements: `make test-torchvision` runs these tests in a
 
 import copy
 
+import PIL.Image
 import pytest
 import torch
 from conftest import make_images, make_resnet, same
@@ -18,10 +19,17 @@ except (ImportError, RuntimeError) as error:  # torchvision's operators, registe
 
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
+    ViTImageProcessorPil,
+)
 from transformers.utils import is_timm_available
 
+from iekd_hf import BatchAugmentation
 from iekd_hf.features.tap import FeatureTap
+from iekd_hf.teacher.pixels import TeacherPixels
 
 
 needs_wrapper = pytest.mark.skipif(not is_timm_available(), reason="Transformers finds no timm with torchvision")
@@ -69,6 +77,20 @@ def test_the_map_is_what_forward_features_returns(architecture):
     elif features.shape != feature_map.shape:  # Swin is channels last
         features = features.movedim(3, 1)
     assert torch.equal(feature_map, features)
+
+
+@needs_wrapper
+def test_the_values_of_timms_processor():
+    """Of its data config, the only place where they are."""
+    mean, std = [0.1, 0.2, 0.3], [0.2, 0.3, 0.4]
+    own = TimmWrapperImageProcessor({"input_size": [3, 48, 48], "mean": mean, "std": std, "crop_pct": 1.0})
+    picture = PIL.Image.new("RGB", (48, 48), (40, 90, 200))
+    expected = own(picture, return_tensors="pt")["pixel_values"]
+    raw = torch.tensor([40, 90, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 48, 48)
+    torch.testing.assert_close(BatchAugmentation.from_processor(own)(raw), expected)
+    student = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    pixels = TeacherPixels.between(student, own)(student(picture, return_tensors="pt")["pixel_values"])
+    torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-4)
 
 
 @needs_wrapper

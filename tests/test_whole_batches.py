@@ -8,9 +8,15 @@ import torch
 import torch.nn.functional as F
 from conftest import make_resnet, make_vit, same
 from torch.utils.data import DataLoader, Subset
-from transformers import TrainerCallback, ViTImageProcessorPil
+from transformers import (
+    EfficientNetImageProcessorPil,
+    MobileViTImageProcessorPil,
+    TrainerCallback,
+    ViTImageProcessorPil,
+)
 
 from iekd_hf import BatchAugmentation, DecodedImages
+from iekd_hf.commands.images.transforms import _Processed
 
 
 MEAN_AND_STD = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
@@ -84,14 +90,41 @@ def test_images_of_mixed_size_are_refused_unless_prepared():
 # ---- Augmentation ----
 
 
-def test_it_normalises_as_the_processor_does():
+@pytest.mark.parametrize(
+    ("kind", "kwargs"),
+    [
+        (ViTImageProcessorPil, {}),
+        (ViTImageProcessorPil, {"image_mean": [0.1, 0.2, 0.3]}),
+        (ViTImageProcessorPil, {"do_normalize": False}),
+        (ViTImageProcessorPil, {"do_rescale": False}),
+        (MobileViTImageProcessorPil, {}),
+        (MobileViTImageProcessorPil, {"do_rescale": False}),
+        (MobileViTImageProcessorPil, {"do_flip_channel_order": False}),
+        (EfficientNetImageProcessorPil, {}),
+        (EfficientNetImageProcessorPil, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.2, 0.3, 0.4]}),
+        (EfficientNetImageProcessorPil, {"include_top": False}),
+        (EfficientNetImageProcessorPil, {"do_normalize": False}),
+        (EfficientNetImageProcessorPil, {"rescale_factor": 1 / 127.5, "rescale_offset": True}),
+    ],
+)
+def test_it_normalises_as_the_processor_does(kind, kwargs):
     image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     raw = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    for kwargs in ({}, {"image_mean": [0.1, 0.2, 0.3]}, {"do_normalize": False}, {"do_rescale": False}):
-        processor = ViTImageProcessorPil(size={"height": 8, "width": 8}, **kwargs)
-        expected = processor(image, return_tensors="pt")["pixel_values"]
-        got = BatchAugmentation.from_processor(processor)(raw)
-        torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
+    processor = kind(do_resize=False, do_center_crop=False, **kwargs)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    augmentation = BatchAugmentation.from_processor(processor)
+    torch.testing.assert_close(augmentation(raw), expected.float(), rtol=1e-5, atol=1e-5)
+    # The same of pixels that the commands have decoded once.
+    decoded = torch.from_numpy(_Processed(processor)([image]))
+    torch.testing.assert_close(augmentation(decoded), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_grey_images_and_images_of_many_bands_are_normalised_too():
+    for channels in (1, 5):
+        values = {"image_mean": [0.2] * channels, "image_std": [0.4] * channels}
+        augmentation = BatchAugmentation.from_processor(ViTImageProcessorPil(**values))
+        got = augmentation(torch.full((1, channels, 4, 4), 102, dtype=torch.uint8))
+        torch.testing.assert_close(got, torch.full((1, channels, 4, 4), 0.5))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (9, 16)])

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BaseImageProcessor
 
+from .pixel_values import pixel_values_of
+
 
 CROPS = ("padded", "resized")
 _MASK = 0xFFFFFFFF
@@ -40,6 +42,8 @@ class BatchAugmentation(nn.Module):
             Of the pixels, before they are normalised.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draws.
+        reverse_channels (`bool`, *optional*, defaults to `False`):
+            Whether to turn RGB into BGR, before mean and std, which are then those of BGR.
 
     Raises:
         `ValueError`: an unknown crop, or padding that a reflection cannot fill.
@@ -71,27 +75,31 @@ class BatchAugmentation(nn.Module):
         horizontal_flip: bool = False,
         rescale_factor: float = 1 / 255,
         seed: int = 0,
+        reverse_channels: bool = False,
     ):
         super().__init__()
         if crop is not None and crop not in CROPS:
             raise ValueError(f"Expected crop to be one of {', '.join(CROPS)}, or None; got {crop!r}.")
         self.size, self.crop, self.padding, self.horizontal_flip = size, crop, padding, horizontal_flip
-        self.scale, self.ratio, self.seed = scale, ratio, seed
+        self.scale, self.ratio, self.seed, self.reverse_channels = scale, ratio, seed, reverse_channels
         mean, std = torch.tensor(mean), torch.tensor(std)
         self.register_buffer("multiply", (rescale_factor / std).view(1, -1, 1, 1))
         self.register_buffer("add", (-mean / std).view(1, -1, 1, 1))
 
     @classmethod
     def from_processor(cls, processor: BaseImageProcessor, **kwargs) -> "BatchAugmentation":
-        """Take mean, std and rescaling from an image processor; keyword arguments are those of the class."""
-        normalize = getattr(processor, "do_normalize", False)
-        mean, std = (processor.image_mean, processor.image_std) if normalize else ([0.0], [1.0])
-        rescale_factor = processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
-        return cls(mean=list(mean), std=list(std), rescale_factor=rescale_factor, **kwargs)
+        """
+        Take mean, std, rescaling and the order of channels from an image processor; keyword arguments are those of
+        the class.
+        """
+        scale, shift, reverses = pixel_values_of(processor)
+        augmentation = cls(mean=[0.0], std=[1.0], rescale_factor=1.0, reverse_channels=reverses, **kwargs)
+        augmentation.multiply, augmentation.add = scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+        return augmentation
 
     def extra_repr(self) -> str:
         """Describe the augmentation."""
-        names = ("size", "crop", "padding", "scale", "ratio", "horizontal_flip", "seed")
+        names = ("size", "crop", "padding", "scale", "ratio", "horizontal_flip", "seed", "reverse_channels")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(
@@ -111,6 +119,8 @@ class BatchAugmentation(nn.Module):
         Returns:
             `torch.Tensor`: float32, of shape `(batch_size, channels, *size)`.
         """
+        if self.reverse_channels:
+            pixel_values = pixel_values.flip(1)
         pixels = pixel_values.to(torch.float32, copy=True).mul_(self.multiply).add_(self.add)
         whole = self.crop != "resized" or image_ids is None
         if whole and self.size not in (None, tuple(pixels.shape[-2:])):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BaseImageProcessor
 
+from ..data.pixel_values import pixel_values_of
 from ..method.padding import zero_padding
 
 
@@ -15,13 +16,16 @@ class TeacherPixels(nn.Module):
     Renormalise and resize pixel values on the device, from the student's image processor to the teacher's.
 
     A batch is processed once, for the student. If the teacher was trained with another mean, standard deviation,
-    scale or size, it would see wrong pixels and say nothing.
+    scale, size or order of channels, it would see wrong pixels and say nothing.
     """
 
     def __init__(self, student_processor: BaseImageProcessor, teacher_processor: BaseImageProcessor):
         super().__init__()
-        scale_student, shift_student = _affine(student_processor)
-        scale_teacher, shift_teacher = _affine(teacher_processor)
+        scale_student, shift_student, student_reverses = pixel_values_of(student_processor)
+        scale_teacher, shift_teacher, teacher_reverses = pixel_values_of(teacher_processor)
+        self.reverses = student_reverses != teacher_reverses
+        if self.reverses:
+            scale_student, shift_student = (_reversed(values) for values in (scale_student, shift_student))
         # raw * scale + shift are the processed pixels; invert the student's, apply the teacher's.
         scale = scale_teacher / scale_student
         self.register_buffer("scale", scale.view(1, -1, 1, 1))
@@ -33,13 +37,17 @@ class TeacherPixels(nn.Module):
         """Return what leads from one processor's pixels to the other's; `None` where that is unknown or nothing."""
         if not all(isinstance(p, BaseImageProcessor) for p in (student_processor, teacher_processor)):
             return None
+        if student_processor.to_json_string() == teacher_processor.to_json_string():
+            return None  # whatever it makes of pixels
         pixels = cls(student_processor, teacher_processor)
         same_size = pixels.size is None or pixels.size == pixels.student_size
         same_values = torch.allclose(pixels.scale, torch.ones(())) and torch.allclose(pixels.shift, torch.zeros(()))
-        return None if same_size and same_values else pixels
+        return None if same_size and same_values and not pixels.reverses else pixels
 
     def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Make the teacher's pixels."""
+        if self.reverses:
+            pixel_values = pixel_values.flip(1)
         pixel_values = pixel_values * self.scale.to(pixel_values.dtype) + self.shift.to(pixel_values.dtype)
         pixel_values = zero_padding(pixel_values, pixel_mask)
         size = self._size_of(*pixel_values.shape[-2:], padded=pixel_mask is not None)
@@ -62,18 +70,14 @@ class TeacherPixels(nn.Module):
         return round(height * ratio), round(width * ratio)
 
 
-def _affine(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and shift per channel of `processed = raw * scale + shift`."""
-    scale = processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
-    if getattr(processor, "do_normalize", False):
-        mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-    else:
-        mean, std = torch.zeros(1), torch.ones(1)
-    return scale / std, -mean / std
+def _reversed(values: torch.Tensor) -> torch.Tensor:
+    return values.flip(0) if values.ndim else values
 
 
 def _output_size(processor: BaseImageProcessor) -> dict[str, int] | None:
     """Return height and width, or the shortest and perhaps the longest edge; `None` where there is no resizing."""
+    if hasattr(processor, "data_config"):  # timm's
+        return dict(zip(("height", "width"), processor.data_config["input_size"][-2:], strict=True))
     if getattr(processor, "do_center_crop", False):
         size = processor.crop_size
     elif getattr(processor, "do_resize", False):

@@ -55,7 +55,8 @@ class _Processed:
 
     def __call__(self, images: list[PIL.Image.Image]) -> np.ndarray:
         images = [to_rgb(image) for image in images]
-        pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        values = {"do_rescale": False, **unnormalized(self.processor)}
+        pixels = self.processor(images, **values, return_tensors="np")["pixel_values"]
         return pixels.round().clip(0, 255).astype(np.uint8)
 
 
@@ -133,7 +134,7 @@ class _Augmented:
         if self.operations is None:
             pixels = self.processor(images, return_tensors="pt")["pixel_values"]
             return pixels if self.on_batches is None else self.on_batches(pixels)
-        pixels = self.processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
+        pixels = self.processor(images, **unnormalized(self.processor), return_tensors="pt")["pixel_values"]
         pixels = pixels if self.on_batches is None else self.on_batches(pixels)
         pixels = torch.cat([self.operations(image[None]) for image in pixels])  # each draws its own
         left_out = {"do_resize": False, "do_center_crop": False, "do_rescale": False}
@@ -152,6 +153,12 @@ class _Cropped:
             return pixels
         augmented = torch.cat([self.operations(image[None] / 255) for image in pixels])  # each draws its own
         return (255 * augmented).round().to(torch.uint8)
+
+
+def unnormalized(processor: BaseImageProcessor) -> dict[str, bool]:
+    """Return the keywords by which a processor leaves the values of pixels and the order of channels as they are."""
+    steps = ("do_flip_channel_order", "include_top")  # MobileViT's and EfficientNet's own
+    return {"do_normalize": False, **{name: False for name in steps if hasattr(processor, name)}}
 
 
 def crop_kind(args: DataArguments, size: tuple[int, int]) -> str:
