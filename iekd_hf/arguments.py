@@ -1,9 +1,11 @@
 """`IEKDTrainingArguments` and `MutualTrainingArguments`: `TrainingArguments` and what each trainer adds."""
 
+import copy
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 
 import torch
@@ -174,6 +176,8 @@ class IETrainingArguments(TrainingArguments):
                 raise ValueError(f"Expected {name} above 0, got {getattr(self, name)}.")
 
     def __getstate__(self) -> dict:
+        if get_spawning_popen() is not None:  # a process that this one starts takes them from it, through no file
+            return vars(self)
         # Trainer pickles its arguments into training_args.bin and pushes that: no token and no path of this machine
         # in it.
         return {**{name: _without_folder(value) for name, value in vars(self).items()}, "hub_token": None}
@@ -186,6 +190,11 @@ class IETrainingArguments(TrainingArguments):
         # A copy, unlike a pickle, stays in this process and keeps both.
         new = object.__new__(type(self))
         vars(new).update(vars(self))
+        return new
+
+    def __deepcopy__(self, memo: dict) -> "IETrainingArguments":
+        new = memo[id(self)] = copy.copy(self)
+        vars(new).update(copy.deepcopy(vars(self), memo))
         return new
 
     def lambda_scale(self, progress: float) -> float:

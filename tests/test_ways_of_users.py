@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -390,3 +391,26 @@ def test_peers_that_are_no_list_are_refused(make_mutual):
     for models in (None, make_vit()):
         with pytest.raises(ValueError, match="Expected models as a list"):
             MutualTrainer(models, args=MutualTrainingArguments("out"))
+
+
+@pytest.mark.parametrize("args_class", [IEKDTrainingArguments, MutualTrainingArguments])
+def test_copies_of_arguments_keep_folder_and_token_and_files_have_neither(tmp_path, args_class):
+    args = args_class(str(tmp_path / "out"), hub_token="hf_secret", use_cpu=True, lr_scheduler_kwargs={"a": [1]})
+    for copied in (copy.copy(args), copy.deepcopy(args)):
+        assert type(copied) is args_class and copied == args
+        assert (copied.output_dir, copied.hub_token) == (str(tmp_path / "out"), "hf_secret")
+    assert copied.lr_scheduler_kwargs["a"] is not args.lr_scheduler_kwargs["a"]
+    torch.save(args, tmp_path / "training_args.bin")
+    written = (tmp_path / "training_args.bin").read_bytes()
+    assert b"hf_secret" not in written and str(tmp_path).encode() not in written
+
+
+def tell(rank: int, args: IEKDTrainingArguments, file: str) -> None:
+    Path(file).write_text(f"{args.output_dir} {args.hub_token}")
+
+
+@pytest.mark.slow
+def test_a_process_gets_the_arguments_with_folder_and_token(tmp_path):
+    args = IEKDTrainingArguments(str(tmp_path / "out"), hub_token="hf_secret", use_cpu=True)
+    torch.multiprocessing.spawn(tell, (args, str(tmp_path / "told")))
+    assert (tmp_path / "told").read_text() == f"{tmp_path / 'out'} hf_secret"
