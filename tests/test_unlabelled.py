@@ -15,7 +15,7 @@ from iekd_hf.features.layers import default_layers
 from iekd_hf.features.tap import FeatureTap
 from iekd_hf.method.losses import kd_loss
 from iekd_hf.training.base_trainer import DistillationTrainer
-from iekd_hf.training.labels import FillLabels, measure_labelled
+from iekd_hf.training.labels import FillLabels, count_labelled, measure_labelled
 
 
 IN_ORDER = {"train_sampling_strategy": "sequential", "optim": "sgd", "lr_scheduler_type": "constant"}
@@ -228,6 +228,36 @@ def test_rows_without_a_label_are_mixed_with_classes_only():
         collate([{"labels": [0.0, 1.0]}, {"labels": None}])
     with pytest.raises(ValueError, match="another of type float"):
         collate([{"labels": 0.5}, {"labels": None}])
+
+
+def behind_a_transform(count: int, known: int, shift: int = 0) -> datasets.Dataset:
+    images = make_images(count)
+    table = datasets.Dataset.from_dict({"index": [*range(count)], "label": [i["labels"] + shift for i in images]})
+
+    def hide(rows):
+        labels = [label - shift if i < known else -100 for i, label in zip(rows["index"], rows["label"], strict=True)]
+        return {"pixel_values": [images[i]["pixel_values"] for i in rows["index"]], "labels": labels}
+
+    return table.with_transform(hide)
+
+
+def test_labels_that_a_transform_hides_are_hidden(make_trainer):
+    table, courses = behind_a_transform(8, known=3), []
+    for images in (table, list(table)):
+        trainer = make_trainer(
+            method="kd", train_dataset=images, eval_dataset=images, remove_unused_columns=False, **IN_ORDER
+        )
+        trainer.train()
+        courses.append([logs["task_loss"] for logs in logs_of(trainer)] + [trainer.evaluate()["eval_loss"]])
+    assert courses[0] == courses[1] and courses[0][0] > 0 == courses[0][1]
+    assert count_labelled(table) is None and count_labelled(list(table)) == 3  # so that each batch is looked at
+
+
+def test_labels_out_of_range_count_as_a_transform_makes_them(make_trainer):
+    make_trainer(train_dataset=behind_a_transform(8, known=8, shift=5), remove_unused_columns=False)
+    for images in (behind_a_transform(8, known=8), behind_a_transform(8, known=8).with_format(None)):
+        with pytest.raises(ValueError, match="within 0 and 1, the student's 2 classes, got 2 in row 2"):
+            make_trainer(make_resnet(8, num_labels=2), train_dataset=images)
 
 
 def test_several_labels_an_image_are_whole(make_trainer):

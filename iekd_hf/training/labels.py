@@ -41,6 +41,17 @@ def read_classes(dataset: Dataset, column: str) -> np.ndarray | None:
     return None
 
 
+def is_transformed(dataset: Dataset) -> bool:
+    """Return whether a table's rows are what a transform makes of them, labels too."""
+    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
+
+
+def is_other_label(example: dict, label: int) -> bool:
+    """Return whether an example, as it comes, has another label than its row in the table, or none."""
+    given = [example[column] for column in _COLUMNS if example.get(column) is not None]
+    return not any(_is_class(value) and int(value) == label for value in given)
+
+
 def check_are_classes(dataset: Dataset, column: str, name: str) -> None:
     """Refuse labels of an image classifier that are no classes where others are, or that would be lost."""
     if isinstance(dataset, list):
@@ -97,11 +108,12 @@ def read_least_target(dataset: Dataset) -> float | None:
 
 
 def count_labelled(dataset: Dataset | None) -> int | None:
-    """Return how many images have a label, or `None` where that cannot be read."""
+    """Return how many images have a label, or `None` where that cannot be read, or a transform may hide some."""
     for column in _COLUMNS:
         labels = read_classes(dataset, column)
         if labels is not None:
-            return int((labels != NO_LABEL).sum())
+            count = int((labels != NO_LABEL).sum())
+            return None if count == len(labels) and is_transformed(dataset) else count
     if isinstance(dataset, DecodedImages) and "labels" not in dataset.table.column_names:
         return 0
     return None
