@@ -132,6 +132,12 @@ def test_a_last_batch_of_one_image_on_a_1x1_map(make_trainer):
     make_trainer(train_dataset=make_images(9), max_steps=-1, num_train_epochs=1).train()  # larger maps are fine
 
 
+def test_a_batch_of_one_image_of_a_stream_on_a_1x1_map(make_trainer):
+    rows = datasets.IterableDataset.from_generator(lambda: iter(make_images(4, size=(4, 4))))
+    with pytest.raises(ValueError, match=r"single image.*\(batches of 1\).*another per_device_train_batch_size"):
+        make_trainer(train_dataset=rows, per_device_train_batch_size=1)
+
+
 # ---- The logit term, as the task has it ----
 
 

@@ -185,8 +185,7 @@ def check_engine(trainer: Trainer) -> None:
     for engine, is_used in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
         # On a CPU, and in one process, Accelerate leaves out an engine that it was told to use, and does not say so.
         variable = f"ACCELERATE_USE_{engine.upper()}"
-        is_asked_for = parse_flag_from_env(variable)
-        if is_used or is_asked_for:
+        if (is_asked_for := parse_flag_from_env(variable)) or is_used:
             asked = f" ({variable})" if is_asked_for else ""
             has_teacher = hasattr(trainer.args, "teacher_sharding")
             raise ValueError(
@@ -234,9 +233,10 @@ def check_batches_of_one(dataset: Dataset, args: TrainingArguments, shapes: Iter
     if all(shape[1:].numel() > 1 for shape in shapes) or args.dataloader_drop_last:
         return
     if args.per_device_train_batch_size == 1 or leaves_one(dataset, args):
+        count = f"{len(dataset)} images in " if hasattr(dataset, "__len__") else ""
         raise ValueError(
             "Expected batches of at least two images where maps are 1x1, got one of a single image, which BatchNorm "
-            f"cannot train on ({len(dataset)} images in batches of {args.train_batch_size}): set "
+            f"cannot train on ({count}batches of {args.train_batch_size}): set "
             "dataloader_drop_last=True, another per_device_train_batch_size, or earlier layers."
         )
 
