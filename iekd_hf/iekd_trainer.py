@@ -351,14 +351,14 @@ class IEKDTrainer(DistillationTrainer):
         """Find the student's channels, split them, and make the encoders; refuse a student without a loss."""
         tap = FeatureTap(self.model, self.student_layers, self.knowledge.before_activation)
         sample = {name: value for name, value in self._sample.items() if name not in self.label_names}
+        self.place(self.model)
         check_precision(self.model, sample)
-        outputs, shapes = probe_with_labels(tap, sample if self.task_loss.is_custom else self._sample)
-        self.student_shapes = shapes
+        outputs, self.student_shapes = probe_with_labels(tap, sample if self.task_loss.is_custom else self._sample)
         check_terms(self, outputs, self._sample, self._teacher_logits)
         if is_on(self.args.lambda_inh) or is_on(self.args.lambda_exp):
             check_trainable(tap, sample)
         with drawn_from(self.args.seed):
-            widths = [shape[0] for shape in shapes]
+            widths = [shape[0] for shape in self.student_shapes]
             side = StudentWithEncoders.of(tap, widths, self._factor_channels(), self.args, self.knowledge)
         self.student_side = side.to(self.args.device, self.model.dtype, memory_format=self.args.memory_format)
 

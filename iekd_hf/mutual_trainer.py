@@ -252,6 +252,7 @@ class MutualTrainer(PeersTrainer):
                 stacklevel=3,
             )
         for i, tap in enumerate(self.taps):
+            self.place(tap.model)
             check_precision(tap.model, self._sample)
             outputs, shapes = probe_with_labels(tap, self.inputs_of(i, self._sample))
             if not self.task_loss.has_goal(tap.model, outputs, self._sample):

@@ -12,7 +12,7 @@ from conftest import make_images, make_resnet, make_vit
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Dinov2Config, Dinov2Model
 
-from iekd_hf import DecodedImages, IEKDTrainingArguments, MutualTrainingArguments
+from iekd_hf import DecodedImages, IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
 from iekd_hf.method.losses import kd_loss
 from iekd_hf.method.objective import logit_loss
 
@@ -136,6 +136,34 @@ def test_a_batch_of_one_image_of_a_stream_on_a_1x1_map(make_trainer):
     rows = datasets.IterableDataset.from_generator(lambda: iter(make_images(4, size=(4, 4))))
     with pytest.raises(ValueError, match=r"single image.*\(batches of 1\).*another per_device_train_batch_size"):
         make_trainer(train_dataset=rows, per_device_train_batch_size=1)
+
+
+class _OnMeta:
+    """Arguments for a device other than the one that models are made on, as a GPU is."""
+
+    @property
+    def device(self):
+        _ = super().device  # sets up the process
+        return torch.device("meta")
+
+
+class DistilOnMeta(_OnMeta, IEKDTrainingArguments):
+    pass
+
+
+class TeachOnMeta(_OnMeta, MutualTrainingArguments):
+    pass
+
+
+@pytest.mark.parametrize("waits", ["bf16_full_eval", "fp16_full_eval"])
+def test_a_model_that_trainer_does_not_place_is_on_the_device_before_it_is_probed(tmp_path, waits):
+    settings = {"report_to": "none", "use_cpu": True, waits: True}
+    args = DistilOnMeta(str(tmp_path), fast_teacher=False, **settings)
+    trainer = IEKDTrainer(make_resnet(8, seed=1), make_resnet(16, seed=2), args=args, train_dataset=make_images())
+    assert {p.device.type for p in trainer.student_side.parameters()} == {"meta"}
+    models = [make_resnet(8, seed=1), make_vit(seed=2)]
+    trainer = MutualTrainer(models, args=TeachOnMeta(str(tmp_path), **settings), train_dataset=make_images())
+    assert {p.device.type for p in trainer.group.parameters()} == {"meta"}
 
 
 # ---- The logit term, as the task has it ----

@@ -120,6 +120,11 @@ class DistillationTrainer(HubTrainer):
             batch["labels"] = batch["labels"].argmax(dim=1)
         return self._prepare_inputs(batch)
 
+    def place(self, model: nn.Module) -> None:
+        """Put a model where it trains; with `bf16_full_eval` and its like Trainer leaves that to `train()`."""
+        if model.device != self.args.device:
+            self._move_model_to_device(model, self.args.device)
+
     def batch_columns(self) -> list[str]:
         """Return the columns that make a batch: those that the model takes, and its labels."""
         self._set_signature_columns_if_needed()
