@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel, set_seed
+from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from .arguments import SHARE_OF, IEKDTrainingArguments
@@ -17,10 +17,10 @@ from .method.knowledge import KNOWLEDGE, Knowledge
 from .method.objective import Objective, factor_losses, is_on
 from .method.presets import METHODS
 from .method.trainable import StudentWithEncoders, drawn_from
-from .models.loading import find_processor, load_if_named
+from .models.loading import load_if_named
 from .teacher.cache import TeacherCache, check_cache_folder, check_cacheable
 from .teacher.frozen import FrozenTeacher, TeacherTargets, fingerprint
-from .teacher.pixels import TeacherPixels
+from .teacher.pixels import TeacherPixels, check_teacher_processor, find_teacher_processor
 from .training.base_trainer import DistillationTrainer
 from .training.checkpoints import (
     ENCODERS_FOLDER,
@@ -80,10 +80,10 @@ class IEKDTrainer(DistillationTrainer):
             Makes the student's input of the raw pixels of [`DecodedImages`], on the device.
         mixing (`nn.Module`, *optional*):
             Mixes the images and labels of a training batch, as in [`DistillationTrainer`].
-        teacher_processor (`BaseImageProcessor`, *optional*):
-            The teacher's image processor, where it differs from `processing_class`: the batch is renormalised and
-            resized for the teacher on the device, a `pixel_mask` along with it. Read from the Hub id or folder if the
-            teacher is given as one.
+        teacher_processor (`BaseImageProcessor` or `ProcessorMixin`, *optional*):
+            The teacher's image processor, where it differs from `processing_class`, which it needs: the batch is
+            renormalised and resized for the teacher on the device, a `pixel_mask` along with it. Read from the Hub id
+            or folder if the teacher is given as one.
         model_init_kwargs (`dict`, *optional*), teacher_model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` for a model given by name: `revision`, `token`, `dtype`,
             `trust_remote_code`, ... A student is loaded in float32 unless they say otherwise. They are no part of
@@ -123,7 +123,7 @@ class IEKDTrainer(DistillationTrainer):
         teacher_model: nn.Module | str | None = None,
         args: IEKDTrainingArguments | None = None,
         paraphraser: Paraphraser | list[Paraphraser] | str | None = None,
-        teacher_processor: BaseImageProcessor | None = None,
+        teacher_processor: BaseImageProcessor | ProcessorMixin | None = None,
         model_init_kwargs: dict | None = None,
         teacher_model_init_kwargs: dict | None = None,
         **kwargs,
@@ -132,15 +132,13 @@ class IEKDTrainer(DistillationTrainer):
             raise ValueError(f"Expected args to be IEKDTrainingArguments, got {type(args).__name__}: pass args=...")
         if teacher_model is None:
             raise ValueError("Expected a teacher_model, got None: pass a model, a Hub id or a folder.")
-        if isinstance(teacher_processor, str):
-            raise ValueError(
-                f"Expected teacher_processor as an image processor, got {teacher_processor!r}: load it by "
-                "AutoImageProcessor.from_pretrained."
-            )
+        if teacher_processor is not None:
+            check_teacher_processor(teacher_processor, kwargs.get("processing_class"))
         name = teacher_model
         teacher_model = load_if_named(teacher_model, "teacher_model", teacher_model_init_kwargs, dtype="auto")
-        if isinstance(name, str):
-            teacher_processor = teacher_processor or find_processor(name, **(teacher_model_init_kwargs or {}))
+        if isinstance(name, str) and teacher_processor is None:
+            where = teacher_model_init_kwargs or {}
+            teacher_processor = find_teacher_processor(name, kwargs.get("processing_class"), **where)
         model = load_if_named(model, "model", model_init_kwargs, dtype="float32")
         layers = None if model is None else check_student(model, teacher_model, args, kwargs)
         super().__init__(model=model, args=args, **kwargs)

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit
-from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback
+from transformers import DefaultDataCollator, PreTrainedConfig, PreTrainedModel, PrinterCallback, ViTImageProcessorPil
 
 from iekd_hf import ChannelSplit, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments, Paraphraser
 
@@ -87,6 +87,13 @@ def test_augmentation_and_processor_of_another_kind(make_trainer):
         make_trainer(augmentation=lambda pixels: pixels)
     with pytest.raises(ValueError, match="Expected teacher_processor as an image processor, got 'some/name'"):
         make_trainer(teacher_processor="some/name")
+    processor, collator = ViTImageProcessorPil(), DefaultDataCollator()
+    with pytest.raises(ValueError, match="Expected teacher_processor as an image processor, got DefaultDataCollator"):
+        make_trainer(teacher_processor=collator, processing_class=processor)
+    for given, got in ((None, "None"), (collator, "DefaultDataCollator")):
+        message = f"Expected an image processor as processing_class beside teacher_processor, got {got}: .*pass as"
+        with pytest.raises(ValueError, match=message):
+            make_trainer(teacher_processor=processor, processing_class=given)
 
 
 def test_factors_wider_than_anybody_wants(make_trainer, tmp_path):

@@ -161,6 +161,19 @@ def test_the_teachers_pixels_are_those_of_its_processor(student, teacher):
     assert student != teacher or to_teacher is None
 
 
+def test_image_processors_are_found_in_processors_of_several_inputs(make_trainer):
+    """As SAM's and CLIP's are."""
+    own = t.SamProcessor(t.SamImageProcessorPil(do_resize=False, do_pad=False, image_mean=[0.1] * 3))
+    student = t.SamProcessor(t.SamImageProcessorPil(do_resize=False, do_pad=False))
+    pictures = PIL.Image.new("RGB", (32, 32), (51, 102, 204))
+    pixels, expected = (each.image_processor(pictures, return_tensors="pt")["pixel_values"] for each in (student, own))
+    for processing_class, teacher in ((student, own), (student.image_processor, own), (student, own.image_processor)):
+        trainer = make_trainer(processing_class=processing_class, teacher_processor=teacher)
+        torch.testing.assert_close(trainer.teacher.teacher_pixels(pixels), expected, rtol=1e-4, atol=1e-4)
+    raw = torch.tensor([51, 102, 204], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    torch.testing.assert_close(BatchAugmentation.from_processor(own)(raw), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_timm_teacher_sees_its_own_size():
     student = t.ViTImageProcessorPil(**SIZE)
     to_teacher = TeacherPixels.between(student, TimmProcessor([0.5] * 3, [0.5] * 3, 48))

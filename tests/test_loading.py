@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import hub_server
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import make_images, make_resnet
 from hub_server import HubServer
-from transformers import ViTImageProcessorPil
+from transformers import SamImageProcessorPil, SamProcessor, ViTImageProcessorPil
 
 from iekd_hf.models.loading import find_processor, load_model
 
@@ -198,3 +199,26 @@ def test_a_processor_in_a_subfolder(tmp_path):
     assert find_processor(str(tmp_path), subfolder="peer_1").size["height"] == 32
     model = load_model(str(tmp_path), "model", subfolder="peer_1")
     assert model(make_images(1)[0]["pixel_values"][None]).logits.shape == (1, 3)
+
+
+def test_an_image_processor_within_one_of_several_inputs(tmp_path):
+    """Saved by Transformers 5, it is in processor_config.json alone."""
+    SamProcessor(SamImageProcessorPil(image_mean=[0.1, 0.2, 0.3])).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["processor_config.json"]
+    assert list(find_processor(str(tmp_path)).image_mean) == [0.1, 0.2, 0.3]
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "SamProcessor"}')
+    assert find_processor(str(tmp_path)) is None
+
+
+def test_a_teacher_with_a_processor_beside_a_student_without(make_trainer, tmp_path):
+    make_resnet(16, seed=2).save_pretrained(tmp_path / "teacher")
+    size = {"size": {"height": 32, "width": 32}}
+    ViTImageProcessorPil(image_mean=[0.1] * 3, **size).save_pretrained(tmp_path / "teacher")
+    with pytest.warns(
+        UserWarning, match="comes with an image processor, but the student's is not known.*pass as proc"
+    ):
+        assert make_trainer(teacher_model=str(tmp_path / "teacher")).teacher.teacher_pixels is None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*comes with an image processor")
+        trainer = make_trainer(teacher_model=str(tmp_path / "teacher"), processing_class=ViTImageProcessorPil(**size))
+    assert trainer.teacher.teacher_pixels is not None

@@ -5,9 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, ProcessorMixin
 
-from .pixel_values import pixel_values_of
+from .pixel_values import image_processor_of, pixel_values_of
 
 
 CROPS = ("padded", "resized")
@@ -87,12 +87,12 @@ class BatchAugmentation(nn.Module):
         self.register_buffer("add", (-mean / std).view(1, -1, 1, 1))
 
     @classmethod
-    def from_processor(cls, processor: BaseImageProcessor, **kwargs) -> "BatchAugmentation":
+    def from_processor(cls, processor: BaseImageProcessor | ProcessorMixin, **kwargs) -> "BatchAugmentation":
         """
         Take mean, std, rescaling and the order of channels from an image processor; keyword arguments are those of
         the class.
         """
-        scale, shift, reverses = pixel_values_of(processor)
+        scale, shift, reverses = pixel_values_of(image_processor_of(processor) or processor)
         augmentation = cls(mean=[0.0], std=[1.0], rescale_factor=1.0, reverse_channels=reverses, **kwargs)
         augmentation.multiply, augmentation.add = scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
         return augmentation

@@ -1,10 +1,10 @@
 """What an image processor makes of the values of pixels: a scale and a shift of each channel, and an order of them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, ProcessorMixin
 
 
 # One colour, of which no two channels are alike and no processor makes the zeros of padding.
@@ -21,6 +21,13 @@ class PixelValues(NamedTuple):
     scale: torch.Tensor
     shift: torch.Tensor
     reverses: bool
+
+
+def image_processor_of(processor: Any) -> BaseImageProcessor | None:
+    """Return an image processor, or the one within a processor of several inputs (SAM, CLIP); `None` without."""
+    if isinstance(processor, ProcessorMixin):
+        processor = getattr(processor, "image_processor", None)
+    return processor if isinstance(processor, BaseImageProcessor) else None
 
 
 def pixel_values_of(processor: BaseImageProcessor) -> PixelValues:

@@ -1,5 +1,6 @@
 """Load a model by Hub name or folder, with errors that say what to do."""
 
+import json
 import os
 
 import transformers
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import IMAGE_PROCESSOR_NAME, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
 from .signature import WITHOUT_MASKS, is_headless
 
@@ -80,19 +81,7 @@ def _class_of(config: PreTrainedConfig) -> type:
 def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
     """Load the image processor that was saved with a model."""
     where = {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
-    if os.path.isdir(name_or_path):
-        saved = os.path.isfile(os.path.join(name_or_path, where.get("subfolder") or "", IMAGE_PROCESSOR_NAME))
-    else:
-        try:
-            saved = bool(hf_hub_download(name_or_path, IMAGE_PROCESSOR_NAME, **where))
-        except LocalEntryNotFoundError:
-            saved = False
-            logger.warning(
-                f"The image processor of {name_or_path} is neither in the cache nor within reach: its pixels are "
-                "taken to be those of the other model. Pass teacher_processor if they are not."
-            )
-        except EntryNotFoundError:
-            saved = False
+    saved = _has_processor(name_or_path, where)
     if not saved:
         return None
     trust = kwargs.get("trust_remote_code", False)
@@ -100,6 +89,35 @@ def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
         return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust, **where)
     except (OSError, ValueError) as error:
         raise ValueError(explain_unreachable(name_or_path, "the teacher's image processor", error)) from error
+
+
+def _has_processor(name_or_path: str, where: dict) -> bool:
+    """Return whether an image processor was saved, by itself or in a processor of several inputs (SAM, CLIP)."""
+    unreachable = False
+    for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
+        if os.path.isdir(name_or_path):
+            path = os.path.join(name_or_path, where.get("subfolder") or "", name)
+            if not os.path.isfile(path):
+                continue
+        else:
+            try:
+                path = hf_hub_download(name_or_path, name, **where)
+            except LocalEntryNotFoundError:
+                unreachable = True
+                continue
+            except EntryNotFoundError:
+                continue
+        if name == IMAGE_PROCESSOR_NAME:
+            return True
+        with open(path, encoding="utf-8") as file:
+            if "image_processor" in json.load(file):  # not so in those of text, and of Transformers 4
+                return True
+    if unreachable:
+        logger.warning(
+            f"The image processor of {name_or_path} is neither in the cache nor within reach: its pixels are "
+            "taken to be those of the other model. Pass teacher_processor if they are not."
+        )
+    return False
 
 
 def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:

@@ -1,14 +1,49 @@
 """Turn a batch that was processed for the student into what the teacher's image processor would have made of it."""
 
 import math
+import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import BaseImageProcessor
 
-from ..data.pixel_values import pixel_values_of
+from ..data.pixel_values import image_processor_of, pixel_values_of
 from ..method.padding import zero_padding
+from ..models.loading import find_processor
+
+
+def check_teacher_processor(teacher_processor: Any, student_processor: Any) -> None:
+    """Check that a given `teacher_processor` can be used."""
+    if isinstance(teacher_processor, str):
+        raise ValueError(
+            f"Expected teacher_processor as an image processor, got {teacher_processor!r}: load it by "
+            "AutoImageProcessor.from_pretrained."
+        )
+    if image_processor_of(teacher_processor) is None:
+        raise ValueError(
+            f"Expected teacher_processor as an image processor, got {type(teacher_processor).__name__}: pass one of "
+            "Transformers, with the mean, std and size that the teacher was trained with."
+        )
+    if image_processor_of(student_processor) is None:
+        got = "None" if student_processor is None else type(student_processor).__name__
+        raise ValueError(
+            f"Expected an image processor as processing_class beside teacher_processor, got {got}: the teacher's "
+            "pixels are made of the student's, so pass as processing_class the image processor that made those."
+        )
+
+
+def find_teacher_processor(name_or_path: str, student_processor: Any, **kwargs) -> BaseImageProcessor | None:
+    """Load the image processor that was saved with a teacher, and warn if the student's is unknown."""
+    processor = find_processor(name_or_path, **kwargs)
+    if processor is not None and image_processor_of(student_processor) is None:
+        warnings.warn(
+            f"{name_or_path} comes with an image processor, but the student's is not known, so the teacher sees the "
+            "student's pixels as they are: pass as processing_class the image processor that made them.",
+            stacklevel=3,
+        )
+    return processor
 
 
 class TeacherPixels(nn.Module):
@@ -35,7 +70,8 @@ class TeacherPixels(nn.Module):
     @classmethod
     def between(cls, student_processor, teacher_processor) -> "TeacherPixels | None":
         """Return what leads from one processor's pixels to the other's; `None` where that is unknown or nothing."""
-        if not all(isinstance(p, BaseImageProcessor) for p in (student_processor, teacher_processor)):
+        student_processor, teacher_processor = map(image_processor_of, (student_processor, teacher_processor))
+        if student_processor is None or teacher_processor is None:
             return None
         if student_processor.to_json_string() == teacher_processor.to_json_string():
             return None  # whatever it makes of pixels
