@@ -229,9 +229,9 @@ def preset_rows() -> str:
     values = {part: accuracies(results("cifar10"), part)[PAIR] for part in ("validation", "test")}
     late = accuracies(results("convergence"), "test")[CONVERGENCE]
 
-    def gains(found: dict, methods: list[str]) -> str:
-        shown = [(paired(found[method], found["plain"]), method) for method in methods if method in found]
-        return "; ".join(f"{gain} at {weights_of(method)}" for gain, method in shown) or "-"
+    def gains_later(kept: re.Pattern) -> str:
+        methods = [method for method in sorted(late, key=weight_numbers) if kept.fullmatch(method)]
+        return "; ".join(f"{paired(late[method], late['plain'])} at {weights_of(method)}" for method in methods) or "-"
 
     rows = []
     for name in METHODS:
@@ -240,10 +240,9 @@ def preset_rows() -> str:
         kept = re.compile(rf"{re.escape(name)}(,lambda_\w+=[\d.]+)*")
         tried = {m: of[0] for m, of in values["validation"].items() if kept.fullmatch(m) and 0 in of}
         chosen = "; ".join(f"{weights_of(m)}: {tried[m]:.1f}" for m in sorted(tried, key=weight_numbers))
-        early = gains(values["test"], [preset])
-        if name != "plain" and early != "-":
-            others = [m for m in sorted(late, key=weight_numbers) if kept.fullmatch(m)]
-            rows.append([f"`{name}`", weights_of(preset), chosen or "-", early.split(" at ")[0], gains(late, others)])
+        if name != "plain" and preset in values["test"]:
+            early = paired(values["test"][preset], values["test"]["plain"])
+            rows.append([f"`{name}`", weights_of(preset), chosen or "-", early, gains_later(kept)])
     return rows_to_table(["`method`", "preset", "tried", "early, - plain", "near convergence, - plain"], rows, left=3)
 
 

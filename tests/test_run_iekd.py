@@ -167,7 +167,7 @@ def test_parquet_yaml_and_pretrained_models(run, tmp_path):
 )
 def test_weights_of_a_pretrained_student(tmp_path, given, expected):
     args = RunArguments(str(tmp_path), **given)
-    args.choose_weights()
+    args.divide_weights(10)
     assert (args.lambda_inh, args.lambda_exp) == expected
 
 

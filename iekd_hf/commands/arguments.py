@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..method.presets import METHODS
+
 
 # The digits are small and learnt in a few epochs.
 DIGITS_EPOCHS = {"num_train_epochs": 10.0, "paraphraser_epochs": 3.0}
@@ -86,6 +88,27 @@ class ScriptArguments:
     def default_teacher_epochs(self) -> float:
         """Return the epochs of a teacher that starts from scratch, where none were given."""
         return self.own_teacher_epochs if self.uses_own_epochs else self.num_train_epochs
+
+
+class MethodByDefault:
+    """Choose method and weights where none were given, once teacher and student are known."""
+
+    def __post_init__(self):
+        self.chooses_method = self.method is None and self.lambda_kd is None
+        self.chooses_weights = self.method is None and self.lambda_inh is None and self.lambda_exp is None
+        self.method = self.method or "ie-ft"
+        super().__post_init__()
+
+    def choose_method(self, teacher_knows_classes: bool) -> None:
+        """Add the logit term where no method was given and the teacher knows the classes."""
+        if self.chooses_method and teacher_knows_classes:
+            self.method, self.lambda_kd = "ie-ft+kd", METHODS["ie-ft+kd"]["lambda_kd"]
+
+    def divide_weights(self, by: float) -> None:
+        """Take a part of the preset's weights between features, where nothing was given."""
+        if self.chooses_weights:
+            preset = METHODS[self.method]
+            self.lambda_inh, self.lambda_exp = preset["lambda_inh"] / by, preset["lambda_exp"] / by
 
 
 @dataclass

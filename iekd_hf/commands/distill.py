@@ -27,7 +27,7 @@ from iekd_hf import IEKDTrainingArguments
 from ..method.presets import METHODS
 from ..models.loading import explain_unreachable, find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import ModelArguments, ScriptArguments
+from .arguments import MethodByDefault, ModelArguments, ScriptArguments
 from .images.few_labels import StudentDataArguments
 from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
 from .packages import require
@@ -56,7 +56,7 @@ class ImageArguments(StudentDataArguments):
 
 
 @dataclass
-class RunArguments(ScriptArguments, IEKDTrainingArguments):
+class RunArguments(MethodByDefault, ScriptArguments, IEKDTrainingArguments):
     """Add the arguments of distillation to those that the commands share."""
 
     method: str | None = field(
@@ -76,23 +76,6 @@ class RunArguments(ScriptArguments, IEKDTrainingArguments):
     paraphraser_epochs: float | None = field(
         default=None, metadata={"help": "Epochs of stage 1. Default: 3 for the digits, otherwise 30."}
     )
-
-    def __post_init__(self):
-        self.chooses_method = self.method is None and self.lambda_kd is None
-        self.chooses_weights = self.method is None and self.lambda_inh is None and self.lambda_exp is None
-        self.method = self.method or "ie-ft"
-        super().__post_init__()
-
-    def choose_method(self, teacher_knows_classes: bool) -> None:
-        """Add the logit term where no method was given and the teacher knows the classes."""
-        if self.chooses_method and teacher_knows_classes:
-            self.method, self.lambda_kd = "ie-ft+kd", METHODS["ie-ft+kd"]["lambda_kd"]
-
-    def choose_weights(self) -> None:
-        """Take a tenth of the preset's weights, which are for students from scratch, where nothing was given."""
-        if self.chooses_weights:
-            preset = METHODS[self.method]
-            self.lambda_inh, self.lambda_exp = preset["lambda_inh"] / 10, preset["lambda_exp"] / 10
 
 
 def has_classes(name: str, names: list[str], **hub) -> bool:
@@ -206,7 +189,7 @@ def main(given: list[str]) -> None:
     student = build_model(model_args.student, "--student", run.names, from_scratch, dtype=model_args.dtype, **hub)
     run.prepare_images(model_args.student, from_scratch, **hub)
     if not from_scratch:
-        args.choose_weights()
+        args.divide_weights(10)  # the preset's are for students from scratch
     run.distil(student, model_args)
 
 

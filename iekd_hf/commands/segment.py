@@ -28,7 +28,7 @@ from ..method.presets import METHODS
 from ..models.kinds import is_semantic_segmenter, set_ignore_index
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import ModelArguments
+from .arguments import MethodByDefault, ModelArguments
 from .masks.data import SegmentationDataArguments
 from .masks.run import (
     PICTURE,
@@ -71,7 +71,7 @@ class SegmenterArguments(ModelArguments):
 
 
 @dataclass
-class RunArguments(SegmentationScriptArguments, IEKDTrainingArguments):
+class RunArguments(MethodByDefault, SegmentationScriptArguments, IEKDTrainingArguments):
     """Add the arguments of distillation to those that the commands share."""
 
     # Views of images with masks are not made again for a cache.
@@ -98,23 +98,6 @@ class RunArguments(SegmentationScriptArguments, IEKDTrainingArguments):
     )
     picture_images: int = field(default=6, metadata={"help": "How many validation images the picture shows."})
 
-    def __post_init__(self):
-        self.chooses_method = self.method is None and self.lambda_kd is None
-        self.chooses_weights = self.method is None and self.lambda_inh is None and self.lambda_exp is None
-        self.method = self.method or "ie-ft"
-        super().__post_init__()
-
-    def choose_method(self, teacher_knows_classes: bool) -> None:
-        """Add the logit term where no method was given and the teacher knows the classes."""
-        if self.chooses_method and teacher_knows_classes:
-            self.method, self.lambda_kd = "ie-ft+kd", METHODS["ie-ft+kd"]["lambda_kd"]
-
-    def choose_weights(self) -> None:
-        """Take a thirtieth of the preset's weights, which are for larger networks, where nothing was given."""
-        if self.chooses_weights:
-            preset = METHODS[self.method]
-            self.lambda_inh, self.lambda_exp = preset["lambda_inh"] / 30, preset["lambda_exp"] / 30
-
 
 class SegmentRun(SegmentationRun):
     """Distil a segmenter, and compare it with its teacher and with the same student without one."""
@@ -136,7 +119,7 @@ class SegmentRun(SegmentationRun):
         own_classes = is_semantic_segmenter(teacher) and teacher.config.id2label == dict(enumerate(self.names))
         self.args.choose_method(own_classes)
         if is_tiny(model_args.student):
-            self.args.choose_weights()
+            self.args.divide_weights(30)  # the preset's are for larger networks
         self.announce(f"Teacher: {name}{'' if epochs else ', as it is'}", epochs)
         result = self.train_teacher(teacher, epochs, processor)
         if self.args.do_eval and own_classes:

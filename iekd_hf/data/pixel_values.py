@@ -68,9 +68,7 @@ def _declared(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor
     if rescales and getattr(processor, "rescale_offset", False):  # EfficientNet's: to [-1, 1]
         mean = mean + 1
     scale, shift = scale / std, -mean / std
-    if getattr(
-        processor, "include_top", False
-    ):  # EfficientNet's divides by std once more, whether it normalises or not
+    if getattr(processor, "include_top", False):  # EfficientNet's: by std once more, whether it normalises or not
         std = torch.tensor(processor.image_std)
         scale, shift = scale / std, shift / std
     return scale, shift
