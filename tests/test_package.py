@@ -161,3 +161,16 @@ def test_trainers_are_composed():
         between = trainer.__mro__[: trainer.__mro__.index(Trainer)]
         assert [cls.__name__ for cls in between][-2:] == ["DistillationTrainer", "HubTrainer"] and len(between) <= 4
     assert IEKDTrainer.__bases__ == (DistillationTrainer,)
+
+
+def test_cifar_resnets_may_be_imported_first():
+    """A spawned process that unpickles such a model imports its file before anything else imports Transformers."""
+    script = """
+from iekd_hf.models.modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+import iekd_hf, transformers
+assert iekd_hf.CifarResNetConfig is CifarResNetConfig is type(transformers.AutoConfig.for_model("cifar_resnet"))
+model = transformers.AutoModelForImageClassification.from_config(CifarResNetConfig(depths=[1, 1, 1]))
+assert type(model) is CifarResNetForImageClassification is iekd_hf.CifarResNetForImageClassification
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

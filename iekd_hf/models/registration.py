@@ -17,6 +17,9 @@ def register_cifar_resnets() -> None:
 def _register() -> None:
     from transformers import AutoConfig, AutoModelForImageClassification
 
+    # The model's own file may be what imports Transformers first, and is half executed then. It is executed anew, as
+    # `import` returns what is in sys.modules at its end.
+    sys.modules.pop(f"{__package__}.modeling_cifar_resnet", None)
     from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
     AutoConfig.register(CifarResNetConfig.model_type, CifarResNetConfig)
