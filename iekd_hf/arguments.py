@@ -271,8 +271,9 @@ class IEKDTrainingArguments(IETrainingArguments):
             With `lambda_inh="auto"`, the gradient of the inheritance loss at the student's features, relative to that
             of the task's loss. The weight that gives it is measured before training, again after 100, 200, 400 and 800
             steps and every 500 from there on, once an epoch at least unless it has fewer than 100 steps; what counts
-            is the running (geometric) mean. The defaults of shares are conventions: about what the weights of
-            `"ie-ft"` and `"kd"` amount to before training on CIFAR-10.
+            is the running (geometric) mean. No weight gets above ten times the one that was found first: where an
+            encoder comes to meet a loss by itself, the share falls. The defaults of shares are conventions: about what
+            the weights of `"ie-ft"` and `"kd"` amount to before training on CIFAR-10.
         exploration_share (`float`, *optional*, defaults to 1.0):
             The same for `lambda_exp="auto"`.
         kd_share (`float`, *optional*, defaults to 2.0):

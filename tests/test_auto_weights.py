@@ -113,6 +113,16 @@ def test_measured_again_with_a_running_mean(make_trainer, often):
     assert measured(trainer)[0][SHARES[0]] == pytest.approx(courses[2] * ratios[2], rel=1e-5)
 
 
+def test_a_weight_does_not_run_after_a_loss_that_is_met():
+    """An encoder may meet its loss by itself, the sooner the larger the weight, whose gradient then vanishes."""
+    kept = AutoWeights()
+    for step, ratio in enumerate([0.1, 0.05, 1e-4, 1e-9, 0.0, 1e-9]):
+        kept.take({"lambda_exp": ratio}, step)
+    assert kept.ratios["lambda_exp"] == pytest.approx(0.01)  # ten times the first weight
+    kept.take({"lambda_exp": 0.09}, 6)
+    assert kept.ratios["lambda_exp"] == pytest.approx(0.03)
+
+
 @pytest.mark.parametrize(
     ("steps_of_an_epoch", "expected"),
     [

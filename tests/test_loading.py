@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_images, make_resnet
 from hub_server import HubServer
-from transformers import SamImageProcessorPil, SamProcessor, ViTImageProcessorPil
+from transformers import AutoImageProcessor, SamImageProcessorPil, SamProcessor, ViTImageProcessorPil
 
 from iekd_hf.models.loading import find_processor, load_model
 
@@ -207,6 +207,15 @@ def test_an_image_processor_within_one_of_several_inputs(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["processor_config.json"]
     assert list(find_processor(str(tmp_path)).image_mean) == [0.1, 0.2, 0.3]
     (tmp_path / "processor_config.json").write_text('{"processor_class": "SamProcessor"}')
+    assert find_processor(str(tmp_path)) is None
+
+
+def test_a_processor_in_timms_configuration(tmp_path, monkeypatch):
+    """A repository of timm has no other file for it; Transformers reads it there. A stand-in is read."""
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", lambda name, **_: f"that of {Path(name).name}")
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}}')
+    assert find_processor(str(tmp_path)) == f"that of {tmp_path.name}"
+    (tmp_path / "config.json").write_text('{"architectures": ["ResNetForImageClassification"]}')
     assert find_processor(str(tmp_path)) is None
 
 

@@ -29,6 +29,7 @@ from transformers.utils import is_timm_available
 
 from iekd_hf import BatchAugmentation
 from iekd_hf.features.tap import FeatureTap
+from iekd_hf.models.loading import find_processor
 from iekd_hf.teacher.pixels import TeacherPixels
 
 
@@ -91,6 +92,20 @@ def test_the_values_of_timms_processor():
     student = ViTImageProcessorPil(size={"height": 32, "width": 32})
     pixels = TeacherPixels.between(student, own)(student(picture, return_tensors="pt")["pixel_values"])
     torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_wrapper
+def test_timms_processor_is_found_by_name(make_trainer, tmp_path):
+    """A repository of timm has no preprocessor_config.json: the values are in the model's configuration."""
+    model = timm.create_model("resnet18", num_classes=3)
+    values = {"mean": [0.1, 0.2, 0.3], "std": [0.2, 0.3, 0.4], "input_size": [3, 48, 48]}
+    timm.models.save_for_hf(model, tmp_path / "teacher", model_config=values, safe_serialization=True)
+    assert not (tmp_path / "teacher" / "preprocessor_config.json").exists()
+    processor = find_processor(str(tmp_path / "teacher"))
+    assert list(processor.data_config["mean"]) == values["mean"]
+    student = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    trainer = make_trainer(teacher_model=str(tmp_path / "teacher"), processing_class=student)
+    assert trainer.teacher.teacher_pixels.size == {"height": 48, "width": 48}
 
 
 @needs_wrapper

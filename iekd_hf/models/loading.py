@@ -17,12 +17,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
 from .signature import WITHOUT_MASKS, is_headless
 
 
 logger = logging.get_logger(__name__)
+
+# Where an image processor may be saved, and the key that tells: by itself, in a processor of several inputs (of SAM or
+# CLIP; not so in those of text, and of Transformers 4), or, as timm has it, in the model's configuration.
+_PROCESSOR_FILES = {IMAGE_PROCESSOR_NAME: "", PROCESSOR_NAME: "image_processor", CONFIG_NAME: "pretrained_cfg"}
 
 # Keywords of from_pretrained that say where files come from.
 _HUB_KEYWORDS = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
@@ -92,9 +96,9 @@ def find_processor(name_or_path: str, **kwargs) -> BaseImageProcessor | None:
 
 
 def _has_processor(name_or_path: str, where: dict) -> bool:
-    """Return whether an image processor was saved, by itself or in a processor of several inputs (SAM, CLIP)."""
+    """Return whether an image processor was saved."""
     unreachable = False
-    for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
+    for name, key in _PROCESSOR_FILES.items():
         if os.path.isdir(name_or_path):
             path = os.path.join(name_or_path, where.get("subfolder") or "", name)
             if not os.path.isfile(path):
@@ -107,10 +111,10 @@ def _has_processor(name_or_path: str, where: dict) -> bool:
                 continue
             except EntryNotFoundError:
                 continue
-        if name == IMAGE_PROCESSOR_NAME:
+        if not key:
             return True
         with open(path, encoding="utf-8") as file:
-            if "image_processor" in json.load(file):  # not so in those of text, and of Transformers 4
+            if key in json.load(file):
                 return True
     if unreachable:
         logger.warning(

@@ -16,39 +16,47 @@ from .gradient_shares import measure_ratios, warn_of_small_shares, weighted
 # networks change fastest then, and an epoch has one at least, unless it is shorter than the least.
 _LEAST, _MOST = 100, 500
 
+# An encoder may come to meet a loss by itself, whose gradient at the student then vanishes. A weight that was raised
+# for that would only drive the encoder on, without end: no weight gets above so many times what was found first.
+_RAISE = 10
+
 
 class AutoWeights(TrainerCallback, ExportableState):
     """
     Keep what "auto" weights are made of, in the state of Trainer, which its checkpoints hold: a running mean of each
-    loss's gradient relative to the task's, and the step at which it was last measured.
+    loss's gradient relative to the task's, the first of them, and the step at which it was last measured.
     """
 
     def __init__(self):
         self.ratios: dict[str, float] = {}  # by the argument of the weight
+        self.first_ratios: dict[str, float] = {}
         self.measured_at: int | None = None
 
     def state(self) -> dict:
         """Return what a checkpoint keeps."""
-        return {"args": {}, "attributes": {"ratios": dict(self.ratios), "measured_at": self.measured_at}}
+        kept = {"ratios": dict(self.ratios), "first_ratios": dict(self.first_ratios)}
+        return {"args": {}, "attributes": {**kept, "measured_at": self.measured_at}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Go on from a checkpoint, if the run does."""
         if args.auto_find_batch_size and state.global_step == 0:  # not from a try with batches that did not fit
-            self.ratios, self.measured_at = {}, None
+            self.ratios, self.first_ratios, self.measured_at = {}, {}, None
             return
         # Trainer does so only with `restore_callback_states_from_checkpoint`.
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
-        self.ratios, self.measured_at = dict(kept["ratios"]), kept["measured_at"]
+        self.ratios, self.first_ratios = dict(kept["ratios"]), dict(kept["first_ratios"])
+        self.measured_at = kept["measured_at"]
 
     def is_due(self, step: int, most: int) -> bool:
         """Return whether it is time to measure."""
         return self.measured_at is None or step >= next_measurement(self.measured_at, most)
 
     def take(self, ratios: dict[str, float], step: int) -> None:
-        """Take in a measurement; each counts as much as all before it."""
+        """Take in a measurement; each counts as much as all before it, as far as no weight gets too large by it."""
         for name, ratio in ratios.items():
             if 0 < ratio < math.inf:
-                self.ratios[name] = math.sqrt(self.ratios.get(name, ratio) * ratio)
+                least = self.first_ratios.setdefault(name, ratio) / _RAISE
+                self.ratios[name] = max(math.sqrt(self.ratios.get(name, ratio) * ratio), least)
         self.measured_at = step
 
 
