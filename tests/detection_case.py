@@ -33,7 +33,7 @@ def make_case(count: int) -> tuple[torch.nn.Module, Annotated, list[dict]]:
     with torch.no_grad():
         for example in DetectionImages(split_of(images, [[]] * count), PROCESSOR):
             outputs = model(pixel_values=example["pixel_values"][None])
-            found += to_boxes(outputs.logits, outputs.pred_boxes, example["labels"]["frame"][None], PROCESSOR)
+            found += to_boxes(outputs.logits, outputs.pred_boxes, example["labels"]["frame"][None], len(NAMES))
     # In two of three images the truth is the fourth guess, moved a little.
     boxes = [[[value + 0.1 for value in image["boxes"][3]]] if i % 3 else [] for i, image in enumerate(found)]
     labels = [image["labels"][3:4] if i % 3 else [] for i, image in enumerate(found)]
@@ -58,7 +58,7 @@ def make_trainer(output_dir: str, model: torch.nn.Module, split: Annotated, **kw
         args=args,
         eval_dataset=DetectionImages(split, PROCESSOR),
         data_collator=collate,
-        compute_metrics=BoxMetrics(split, PROCESSOR, NAMES),
+        compute_metrics=BoxMetrics(split, NAMES),
         **kwargs,
     )
 

@@ -52,8 +52,6 @@ class DetectionDataArguments(JitteredArguments):
             raise ValueError(f"Expected image_square_size of at least 1 pixel, got {self.image_square_size}.")
         if self.image_size is not None and self.image_square_size is not None:
             raise ValueError("Expected image_size or image_square_size, got both: keep one.")
-        if self.image_square_size is not None and self.image_square_size < 1:
-            raise ValueError(f"Expected image_square_size of at least 1 pixel, got {self.image_square_size}.")
 
 
 @dataclass

@@ -198,7 +198,7 @@ class DetectionRun(CommandRun):
         return {
             "eval_dataset": DetectionImages(self.splits[split], processor),
             "processing_class": processor,
-            "compute_metrics": BoxMetrics(self.splits[split], processor, self.names),
+            "compute_metrics": BoxMetrics(self.splits[split], self.names),
         }
 
     def first_image(self) -> PIL.Image.Image:
@@ -210,22 +210,15 @@ class DetectionRun(CommandRun):
         return self.measure(model, data_collator=collate, **self.of_evaluation(processor or self.processor))
 
     @torch.inference_mode()
-    def detect(
-        self,
-        model: PreTrainedModel,
-        split: Annotated,
-        processor: BaseImageProcessor | None = None,
-        threshold: float = 0,
-    ) -> Iterator[dict[str, list]]:
+    def detect(self, model: PreTrainedModel, split: Annotated, threshold: float = 0) -> Iterator[dict[str, list]]:
         """Yield what a model finds in each image, in its pixels."""
-        processor = processor or self.processor
-        images = DetectionImages(split, processor)
+        images = DetectionImages(split, self.processor)
         model = model.to(self.args.device).eval()
         for batch in DataLoader(images, self.args.per_device_eval_batch_size, collate_fn=collate):
             inputs = {name: value.to(self.args.device) for name, value in batch.items() if name != "labels"}
             outputs = model(**inputs)
             frames = torch.stack([label["frame"] for label in batch["labels"]]).to(self.args.device)
-            yield from to_boxes(outputs.logits.float(), outputs.pred_boxes.float(), frames, processor, threshold)
+            yield from to_boxes(outputs.logits.float(), outputs.pred_boxes.float(), frames, len(self.names), threshold)
 
     def for_the_card(self) -> dict:
         """Return what the model card says of the data and the run."""

@@ -1,7 +1,7 @@
 """Trainers that evaluate detectors image by image, in memory that does not grow with their number but for boxes."""
 
 import torch
-from transformers import BaseImageProcessor, EvalPrediction
+from transformers import DetrImageProcessorPil, EvalPrediction, RTDetrImageProcessorPil
 from transformers.utils import ModelOutput
 
 from iekd_hf import IEKDTrainer
@@ -9,6 +9,11 @@ from iekd_hf import IEKDTrainer
 from ...training.base_trainer import DistillationTrainer
 from .data import Annotated
 from .metrics import CocoDetection
+
+
+# Who reads which output: one with a last column of its own for "no object", or with a score of each class by itself.
+# It is the model's family that counts, not that of the processor which made its pixels.
+_WITH_NO_OBJECT, _EACH_CLASS = DetrImageProcessorPil(), RTDetrImageProcessorPil()
 
 
 class _PredictsBoxes:
@@ -44,14 +49,14 @@ class IEKDDetectionTrainer(_PredictsBoxes, IEKDTrainer):
 class BoxMetrics:
     """Compute COCO's metrics batch by batch, as `compute_metrics` of a Trainer with `batch_eval_metrics`."""
 
-    def __init__(self, split: Annotated, processor: BaseImageProcessor, names: list[str]):
-        self.split, self.processor, self.names = split, processor, names
+    def __init__(self, split: Annotated, names: list[str]):
+        self.split, self.names = split, names
         self.metric = CocoDetection(keep_in_memory=True)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
         """Take a batch; return the metrics of all batches after the last one."""
         image_ids, frames = prediction.label_ids
-        found = to_boxes(*prediction.predictions, frames, self.processor)
+        found = to_boxes(*prediction.predictions, frames, len(self.names))
         self.metric.add_batch(predictions=found, references=self.split.truth(image_ids.flatten().tolist()))
         return self.metric.compute(class_names=self.names) if compute_result else {}
 
@@ -60,7 +65,7 @@ def to_boxes(
     logits: torch.Tensor,
     pred_boxes: torch.Tensor,
     frames: torch.Tensor,
-    processor: BaseImageProcessor,
+    num_classes: int,
     threshold: float = 0.0,
 ) -> list[dict[str, list]]:
     """
@@ -72,8 +77,8 @@ def to_boxes(
             The output.
         frames (`torch.Tensor` of shape `(batch_size, 2)`):
             What the boxes are relative to, see [`~iekd_hf.commands.boxes.transforms.frame_of`].
-        processor (`BaseImageProcessor`):
-            The detector's image processor.
+        num_classes (`int`):
+            How many classes there are: DETR, YOLOS and Table Transformer have one column more, for no object.
         threshold (`float`, *optional*, defaults to 0):
             The least score.
 
@@ -85,15 +90,15 @@ def to_boxes(
     ```python
     >>> import torch
     >>> from iekd_hf.commands.boxes.trainers import to_boxes
-    >>> from iekd_hf.commands.boxes.tiny_detectors import tiny_processor
     >>> logits, pred_boxes = torch.tensor([[[-9.0, 0.0]]]), torch.tensor([[[0.5, 0.5, 0.5, 0.25]]])
-    >>> to_boxes(logits, pred_boxes, torch.tensor([[480.0, 640.0]]), tiny_processor(96, 128))
+    >>> to_boxes(logits, pred_boxes, torch.tensor([[480.0, 640.0]]), num_classes=2)
     [{'boxes': [[160.0, 180.0, 320.0, 120.0]], 'scores': [0.5], 'labels': [1]}]
 
     ```
     """
     output = ModelOutput(logits=logits, pred_boxes=pred_boxes)
-    found = processor.post_process_object_detection(output, threshold=threshold, target_sizes=frames)
+    reader = _WITH_NO_OBJECT if logits.shape[-1] > num_classes else _EACH_CLASS
+    found = reader.post_process_object_detection(output, threshold=threshold, target_sizes=frames)
     images = []
     for image in found:
         boxes = image["boxes"].clone()
