@@ -111,8 +111,8 @@ PROCESSORS["padded square"].do_pad, PROCESSORS["padded square"].pad_size = True,
 @pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
 def test_what_a_perfect_detector_says_is_the_truth_in_original_pixels(processor, num_classes):
     """
-    Whatever is resized and padded, in a batch of images of several sizes; and whoever made the pixels: a detector of one
-    family may be the teacher of another's student.
+    Whatever is resized and padded, in a batch of images of several sizes; and whoever made the pixels: a detector of
+    one family may be the teacher of another's student.
     """
     images, boxes = zip(square(), square((5, 30, 20, 40), (50, 80)), square((0, 0, 120, 60), (120, 60)), strict=True)
     truth = [box.tolist() for box in boxes[:2]] + [[]]

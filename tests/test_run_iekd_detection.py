@@ -62,12 +62,14 @@ def test_the_shapes_from_nothing_to_the_table(run, tmp_path):
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_map"] == metrics["map"]
     # The saved student, used as anybody would, finds what the run wrote down.
     predictions = json.loads((tmp_path / "predictions.json").read_text())
-    image = make_shapes(200, seed=1).shuffle(seed=42)[0]["image"]
+    row = predictions[0]["image_id"]  # of the data, whatever was drawn from it
+    assert {entry["image_id"] for entry in predictions} != set(range(6))
+    image = make_shapes(200, seed=1)[row]["image"]
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     with torch.no_grad():
         outputs = student.eval()(**processor(image, return_tensors="pt"))
     (found,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[image.size[::-1]])
-    first = [entry for entry in predictions if entry["image_id"] == 0]
+    first = [entry for entry in predictions if entry["image_id"] == row]
     torch.testing.assert_close(torch.tensor([entry["score"] for entry in first]), found["scores"], atol=1e-5, rtol=0)
     assert [entry["category"] for entry in first] == [student.config.id2label[i] for i in found["labels"].tolist()]
     boxes = torch.tensor([entry["bbox"] for entry in first])

@@ -25,6 +25,7 @@ from transformers import (
     pipeline,
 )
 
+from iekd_hf.commands.images.source import original_rows
 from iekd_hf.commands.masks.data import SegmentationDataArguments, load_masked
 from iekd_hf.commands.masks.metrics import MeanIoU
 from iekd_hf.commands.masks.run import build_segmenter, fit_whole
@@ -62,7 +63,7 @@ def test_the_shapes_from_nothing_to_the_table(run, tmp_path):
     assert {"mean_iou", "overall_accuracy", "mean_accuracy", "iou_background", "loss"} <= set(metrics)
     # The saved student, used as anybody would, finds what the run wrote down and measured.
     truth = make_masked_shapes(200, seed=1).shuffle(seed=42).select(range(6))
-    saved = [np.asarray(PIL.Image.open(tmp_path / "predictions" / f"{row}.png")) for row in range(6)]
+    saved = [np.asarray(PIL.Image.open(tmp_path / "predictions" / f"{row}.png")) for row in original_rows(truth)]
     measured = MeanIoU(num_labels=5).compute(predictions=saved, references=truth["label"])
     assert measured["mean_iou"] == pytest.approx(metrics["mean_iou"])
     found = pipeline("image-segmentation", str(tmp_path))(truth[0]["image"], subtask="semantic")
@@ -157,6 +158,18 @@ def test_masks_that_are_refused(tmp_path, masks, said):
         load_masked(parquet(tmp_path, IMAGES, masks), seed=0)
 
 
+def test_a_class_that_would_become_the_label_of_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ignore_index above 0 with do_reduce_labels, got 0"):
+        SegmentationDataArguments(do_reduce_labels=True, ignore_index=0)
+    mask = PIL.Image.fromarray(np.arange(4, dtype=np.uint8).repeat(4).reshape(4, 4))
+    args = parquet(tmp_path, IMAGES, [mask] * 4)
+    args.do_reduce_labels, args.ignore_index = True, 2
+    with pytest.raises(ValueError, match=r"no label 3 in row \d .*turns into 2, the --ignore_index: choose"):
+        load_masked(args, seed=0)
+    args.ignore_index = 3
+    assert load_masked(args, seed=0)[1] == ["0", "1"]
+
+
 def test_a_label_that_is_no_class_is_refused(tmp_path):
     args = parquet(tmp_path, IMAGES, grey(0, 1, 7, 255))
     args.id2label_file = str(tmp_path / "names.json")
@@ -187,6 +200,20 @@ def test_a_processor_that_crops_and_keeps_proportions_fits_whole_images():
         image = PIL.Image.new("RGB", (100, 50))
         assert fit_whole(processor)(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
         assert fit_whole(processor, [16, 64])(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 64)
+
+
+@pytest.mark.parametrize("kind", ["ConvNext", "PoolFormer", "Levit", "EfficientNet", "Bit", "DeiT"])
+def test_a_classifiers_processor_fits_whole_images(kind):
+    """Whatever it takes for a size; the values of pixels stay."""
+    import transformers
+
+    processor = getattr(transformers, f"{kind}ImageProcessorPil")(image_mean=[0.1, 0.2, 0.3])
+    image = PIL.Image.new("RGB", (100, 50), (10, 20, 30))
+    expected = processor(image, return_tensors="pt")["pixel_values"][0, :, 20, 20]
+    fitting = fit_whole(processor, [32, 64])
+    pixels = fitting(image, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 64) and fitting.size == {"height": 32, "width": 64}
+    torch.testing.assert_close(pixels, expected.view(1, 3, 1, 1).expand_as(pixels))
 
 
 def make_case(count: int) -> tuple[torch.nn.Module, SegmentationImages]:

@@ -32,6 +32,7 @@ from .arguments import ModelArguments
 from .boxes.data import DetectionDataArguments
 from .boxes.run import PICTURE, DetectionRun, DetectionScriptArguments, build_detector
 from .boxes.tiny_detectors import is_tiny
+from .images.source import original_rows
 from .packages import require
 from .parser import parse_arguments
 from .report.results import SETTINGS, write_results
@@ -76,7 +77,8 @@ class RunArguments(DetectionScriptArguments, IEKDTrainingArguments):
     do_predict: bool = field(
         default=False,
         metadata={
-            "help": "Write predictions.json, in COCO's form, for the test split, or else for the validation images."
+            "help": "Write predictions.json, in COCO's form, for the test split, or else for the validation images; "
+            "image_id is an image's row in the data."
         },
     )
     inherit_head: bool | None = field(
@@ -135,8 +137,8 @@ class DetectRun(DetectionRun):
             return
         split = self.splits.get("test", self.splits["validation"])
         predictions = [
-            {"image_id": row, "category": self.names[label], "bbox": box, "score": score}
-            for row, found in enumerate(self.detect(student, split))
+            {"image_id": row, "category_id": label, "category": self.names[label], "bbox": box, "score": score}
+            for row, found in zip(original_rows(split.images), self.detect(student, split), strict=True)
             for box, label, score in zip(found["boxes"], found["labels"], found["scores"], strict=True)
         ]
         Path(self.args.output_dir, "predictions.json").write_text(json.dumps(predictions))

@@ -30,6 +30,7 @@ from ..training.base_trainer import DistillationTrainer
 from .arguments import MethodByDefault, ModelArguments, ScriptArguments
 from .images.few_labels import StudentDataArguments
 from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
+from .images.source import original_rows
 from .packages import require
 from .parser import parse_arguments
 from .report.results import SETTINGS, write_results
@@ -123,13 +124,14 @@ class DistillRun(ImageRun):
 
     def predict(self, trainer: DistillationTrainer, student: PreTrainedModel) -> None:
         """Write predictions.csv."""
-        split = self.images.get("test", self.images["validation"])
-        classes = trainer.predict(split, metric_key_prefix="predict").predictions.argmax(axis=1)
+        name = "test" if "test" in self.images else "validation"
+        classes = trainer.predict(self.images[name], metric_key_prefix="predict").predictions.argmax(axis=1)
         if trainer.is_world_process_zero():
             with Path(self.args.output_dir, "predictions.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["row", "label"])
-                writer.writerows((row, self.names[index]) for row, index in enumerate(classes))
+                rows = original_rows(self.splits[name])
+                writer.writerows((row, self.names[index]) for row, index in zip(rows, classes, strict=True))
 
     def report(self, compared: list[Compared]) -> None:
         """Print the table of what was trained or measured, and draw the course of the training."""

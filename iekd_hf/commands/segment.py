@@ -29,6 +29,7 @@ from ..models.kinds import is_semantic_segmenter, set_ignore_index
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
 from .arguments import MethodByDefault, ModelArguments
+from .images.source import original_rows
 from .masks.data import SegmentationDataArguments
 from .masks.run import (
     PICTURE,
@@ -90,7 +91,8 @@ class RunArguments(MethodByDefault, SegmentationScriptArguments, IEKDTrainingArg
     do_predict: bool = field(
         default=False,
         metadata={
-            "help": "Write the masks of the test split, or else of the validation images, to the folder predictions."
+            "help": "Write the masks of the test split, or else of the validation images, to the folder predictions, "
+            "named by their rows in the data."
         },
     )
     paraphraser_epochs: float | None = field(
@@ -135,13 +137,14 @@ class SegmentRun(SegmentationRun):
         return metrics
 
     def predict(self, trainer: DistillationTrainer, student: PreTrainedModel) -> None:
-        """Write predicted masks as PNG files, each with its row's number as name."""
+        """Write predicted masks as PNG files, each with the number of its row in the data as name."""
         if not trainer.is_world_process_zero():
             return
         folder = Path(self.args.output_dir, "predictions")
         folder.mkdir(exist_ok=True)
         kind = np.uint8 if len(self.names) <= 256 else np.uint16
-        for row, classes in enumerate(self.segment(student, self.splits.get("test", self.splits["validation"]))):
+        split = self.splits.get("test", self.splits["validation"])
+        for row, classes in zip(original_rows(split.images), self.segment(student, split), strict=True):
             PIL.Image.fromarray(classes.astype(kind)).save(folder / f"{row}.png")
 
     def report(self, compared: list[Compared]) -> None:

@@ -43,7 +43,10 @@ class DetectionDataArguments(JitteredArguments):
     )
     image_square_size: int | None = field(
         default=None,
-        metadata={"help": "Resize the longer side to this many pixels and pad to a square, instead of --image_size."},
+        metadata={
+            "help": "Resize the longer side to this many pixels and pad to a square, instead of --image_size. The "
+            "student's boxes are then relative to the square, which pipelines take for the image."
+        },
     )
 
     def __post_init__(self):

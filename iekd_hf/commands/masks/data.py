@@ -73,6 +73,11 @@ class SegmentationDataArguments(JitteredArguments):
         super().__post_init__()
         if self.ignore_index < 0:
             raise ValueError(f"Expected ignore_index of at least 0, as pixels of masks are, got {self.ignore_index}.")
+        if self.do_reduce_labels and self.ignore_index == 0:
+            raise ValueError(
+                "Expected ignore_index above 0 with do_reduce_labels, got 0, which would be the number of the first "
+                "class after it: do_reduce_labels leaves out label 0 by itself."
+            )
         if self.labelled_samples is None and not self.is_given:
             self.labelled_samples = _SHAPES_LABELLED
         if self.labelled_samples is not None and self.labelled_samples < 2:
@@ -230,6 +235,11 @@ def _check_masks(
             raise ValueError(
                 f"Expected a mask of the size of its image {where}, got {labels.shape[0]}x{labels.shape[1]} for an "
                 f"image of {size[0]}x{size[1]} pixels (height x width): mend or remove it."
+            )
+        if args.do_reduce_labels and (np.asarray(example["label"]) == args.ignore_index + 1).any():
+            raise ValueError(
+                f"Expected no label {args.ignore_index + 1} {where}, which --do_reduce_labels turns into "
+                f"{args.ignore_index}, the --ignore_index: choose one that is above the number of classes."
             )
         found = set(np.flatnonzero(np.bincount(labels.ravel())).tolist()) - {args.ignore_index}
         if names is not None and found and max(found) >= len(names):

@@ -8,7 +8,13 @@ import numpy as np
 import PIL.Image
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    PreTrainedModel,
+    TrainingArguments,
+    ViTImageProcessorPil,
+)
 
 from ...models.kinds import set_ignore_index
 from ...models.loading import find_processor
@@ -27,6 +33,8 @@ PICTURE = "segmentations.png"
 # The shapes are learnt in a minute or two.
 SHAPES_EPOCHS = {"num_train_epochs": 13.0, "paraphraser_epochs": 3.0}
 SHAPES_TEACHER_EPOCHS = 27.0
+# What an image processor does to pixels beside resizing them.
+_VALUES = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 @dataclass
@@ -144,7 +152,11 @@ def build_processor(name: str, args: SegmentationDataArguments, size: tuple[int,
 def fit_whole(
     processor: BaseImageProcessor, image_size: list[int] | None = None, do_reduce_labels: bool = False
 ) -> BaseImageProcessor:
-    """Let an image processor resize images whole, without crops or borders, so that masks follow by their size."""
+    """
+    Let an image processor resize images whole, without crops or borders, so that masks follow by their size.
+
+    Where it cannot (ConvNeXt's, PoolFormer's), one that can takes its place, with the same values of pixels.
+    """
     if image_size is None:
         size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         size = {name: value for name, value in dict(size).items() if value}
@@ -152,10 +164,22 @@ def fit_whole(
         image_size = (size.get("height", edge), size.get("width", edge))
     processor.size = dict(zip(("height", "width"), image_size, strict=True))
     changes = {"do_resize": True, "do_center_crop": False, "do_pad": False, "keep_aspect_ratio": False}
-    for name, value in {**changes, "do_reduce_labels": do_reduce_labels}.items():
+    for name, value in {**changes, "crop_pct": None, "do_reduce_labels": do_reduce_labels}.items():
         if hasattr(processor, name):
             setattr(processor, name, value)
-    return processor
+    if _fits(processor):
+        return processor
+    return ViTImageProcessorPil(size=processor.size, **{name: getattr(processor, name) for name in _VALUES})
+
+
+def _fits(processor: BaseImageProcessor) -> bool:
+    """Return whether an image processor brings an image of another shape to its size."""
+    size = processor.size["height"], processor.size["width"]
+    try:
+        pixels = processor(PIL.Image.new("RGB", (size[0] + 30, size[1] + 10)), return_tensors="pt")["pixel_values"]
+    except (AttributeError, KeyError, TypeError, ValueError):  # of what is not there where only an edge is known
+        return False
+    return pixels.shape[-2:] == size
 
 
 class SegmentationRun(CommandRun):
