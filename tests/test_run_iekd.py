@@ -127,6 +127,22 @@ def test_resume_reuses_what_is_finished(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("save", [["--load_best_model_at_end", "true"], ["--save_strategy", "best"]])
+def test_the_plain_students_epoch_is_chosen_as_the_others(run, tmp_path, save):
+    """Or the teacher would be said to add what the choice has added."""
+    few = ["--max_train_samples", 40, "--max_eval_samples", 32, "--num_train_epochs", 4, "--method", "kd", "--use_cpu"]
+    best = ["--metric_for_best_model", "accuracy", "--eval_strategy", "epoch", *save]
+    run("--output_dir", tmp_path, *few, "--teacher", "cifar-resnet-8", "--labelled_samples", 20, *best)
+    rows = json.loads((tmp_path / "results.json").read_text())["models"]
+    for row, folder in (("plain student", tmp_path / "_plain_student"), ("teacher", tmp_path / "_teacher")):
+        history = read_manifest(folder)["log_history"]
+        measured = [logs["eval_accuracy"] for logs in history if "eval_accuracy" in logs]
+        assert len(measured) == 4
+        expected = max(measured) if "--load_best_model_at_end" in save else measured[-1]
+        assert rows[row]["metrics"]["accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
 def test_parquet_yaml_and_pretrained_models(run, tmp_path):
     """Columns are found by type (`img` as in CIFAR-10 on the Hub), settings come from a file, models from folders."""
     from conftest import make_resnet

@@ -10,6 +10,8 @@ import run_mutual
 from conftest import break_off, make_resnet, same
 from transformers import AutoModelForImageClassification
 
+from iekd_hf.commands.mutual import of_peer
+
 
 QUICK = ["--peers", "cifar-resnet-8", "cifar-resnet-8", "--max_train_samples", "64", "--max_eval_samples", "32"]
 QUICK += ["--num_train_epochs", "1", "--disable_tqdm", "true", "--per_device_train_batch_size", "16", "--use_cpu"]
@@ -63,6 +65,14 @@ def test_resume_reuses_what_is_finished(run, tmp_path):
     assert [path.stat().st_mtime_ns for path in beside] == times
     for name, state in zip(folders, finished, strict=True):
         assert same(AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict(), state)
+
+
+def test_a_peers_own_metrics():
+    """Whatever the means are called, and without those of the others."""
+    logs = {"accuracy": 0.5, "peer_1_accuracy": 0.4, "peer_2_accuracy": 0.6, "peer_1_top5_accuracy": 0.7, "epoch": 1}
+    logs |= {"peer_2_top5_accuracy": 0.9, "top5_accuracy": 0.8, "peer_1/loss": 1.0, "peer_2/loss": 2.0}
+    assert of_peer(1, logs) == {"accuracy": 0.4, "top5_accuracy": 0.7, "loss": 1.0, "epoch": 1}
+    assert of_peer(2, logs) == {"accuracy": 0.6, "top5_accuracy": 0.9, "loss": 2.0, "epoch": 1}
 
 
 @pytest.mark.slow

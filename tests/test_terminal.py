@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from iekd_hf.commands import cli, detect, distill, export, mutual, segment
 from iekd_hf.commands.parser import CommandParser
 from iekd_hf.commands.progress import Progress
+from iekd_hf.commands.run import find_start
 from iekd_hf.commands.terminal import command
 
 
@@ -62,6 +63,19 @@ def test_opposites_and_abbreviations_still_work(tmp_path):
     assert [option.value for option in read(["--debug", "underflow_overflow"])[2].debug] == ["underflow_overflow"]
     (tmp_path / "recipe.json").write_text(json.dumps({"output_dir": "elsewhere"}))
     assert read([str(tmp_path / "recipe.json"), "--debug"])[2].output_dir == "elsewhere"
+
+
+def test_values_of_a_recipe(tmp_path):
+    """As they are meant: PyYAML takes 5e-4 for text, and of a bool there is no lower case."""
+    recipe = tmp_path / "recipe.yaml"
+    lines = ["max_grad_norm: 1e0", "weight_decay: 5e-4", "lambda_inh: -1.5E+3", "teacher: 1e3x", "student: '1e3'"]
+    recipe.write_text("\n".join(["output_dir: out", "resume_from_checkpoint: true", *lines]).replace("-1.5", "1.5"))
+    model_args, _, args = CommandParser(distill.KINDS, "", "x").read([str(recipe)])
+    assert (args.max_grad_norm, args.weight_decay, args.lambda_inh) == (1.0, 5e-4, 1500.0)
+    assert (model_args.teacher, model_args.student) == ("1e3x", "1e3")
+    args.output_dir = str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="Expected the output_dir of a run that has begun"):
+        find_start(args)
 
 
 @pytest.mark.parametrize(

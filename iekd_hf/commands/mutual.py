@@ -16,6 +16,7 @@ On several GPUs: accelerate launch -m iekd_hf.commands.mutual, with the same arg
 
 import copy
 import os
+import re
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -90,8 +91,10 @@ class RunArguments(ScriptArguments, MutualTrainingArguments):
 
 
 def of_peer(i: int, logs: dict) -> dict:
-    """Return logs or metrics as those of a model alone: a peer's own come after the means and take their names."""
-    return {name.replace(f"peer_{i}/", "").replace(f"peer_{i}_", ""): value for name, value in sorted(logs.items())}
+    """Return logs or metrics as those of a model alone: a peer's own take the names of the means."""
+    means = {name: value for name, value in logs.items() if not re.search(r"peer_\d+[/_]", name)}
+    named = ((re.sub(rf"peer_{i}[/_]", "", name), name, value) for name, value in logs.items())
+    return means | {own: value for own, name, value in named if own != name}
 
 
 def results_of(

@@ -20,6 +20,15 @@ _OF_TRAINER = {field.name for field in dataclasses.fields(TrainingArguments)}
 _TRAINER = "Trainer's own arguments"
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Read 5e-4 as a number, as YAML 1.2 has it; for PyYAML it is text: https://github.com/yaml/pyyaml/issues/173."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 class CommandParser(HfArgumentParser):
     """
     Read the data classes of a command.
@@ -97,7 +106,7 @@ class CommandParser(HfArgumentParser):
         """Return the arguments in a JSON or YAML file."""
         try:
             text = Path(name).read_text(encoding="utf-8")
-            values = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+            values = json.loads(text) if name.endswith(".json") else yaml.load(text, _YamlLoader)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"Expected a file with arguments of {self.prog}, got {name!r}: {error}.") from error
         if not isinstance(values, dict):

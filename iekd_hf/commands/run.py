@@ -36,7 +36,7 @@ AVERAGE_FOLDER = "average"
 def find_start(args: TrainingArguments) -> ResumePoint | None:
     """Return where a run goes on; refuse to mix a new run into an old one's checkpoints, or to continue nothing."""
     resume, folder = args.resume_from_checkpoint, args.output_dir
-    if resume is not None and resume.lower() in ("true", "false"):
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):  # a recipe has a bool
         resume = resume.lower() == "true"
     if not args.do_train:
         return None
@@ -213,7 +213,8 @@ class CommandRun:
         args = copy.copy(self.args)
         args.output_dir, args.num_train_epochs, args.push_to_hub = str(folder), epochs, False
         args.report_to = []  # trackers would mix it with the run that it is compared with
-        args.load_best_model_at_end, args.metric_for_best_model = False, None
+        if args.metric_for_best_model and len(models) == 1:  # its epoch is chosen in the same way, by its own metric
+            args.metric_for_best_model = re.sub(r"peer_\d+_", "", args.metric_for_best_model)
         if steps := self.steps_per_epoch(name):
             args.max_steps = round(steps * epochs)
             for kind in ("eval", "logging", "save"):  # after as many steps as the one that it is compared with
