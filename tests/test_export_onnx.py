@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     ViTImageProcessorPil,
 )
 
@@ -86,3 +88,40 @@ def test_a_wrong_export_is_not_left_behind(run_example, tmp_path, monkeypatch):
 def test_a_model_that_cannot_be_had(run_example, tmp_path):
     with pytest.raises(ValueError, match=r"--model to be a folder or a Hub name .*'nobody/nothing'"):
         run_example(export_onnx, "--model", "nobody/nothing", "--output", tmp_path / "student.onnx")
+
+
+def segmenter():
+    sizes = {"num_encoder_blocks": 1, "depths": [1], "hidden_sizes": [8], "num_attention_heads": [1], "sr_ratios": [1]}
+    strides = {"patch_sizes": [7], "strides": [4], "mlp_ratios": [2], "decoder_hidden_size": 8}
+    return SegformerForSemanticSegmentation(SegformerConfig(**sizes, **strides))
+
+
+NO_CLASSIFIERS = {
+    "backbone": (lambda: make_resnet(8).resnet, "a classifier in --model=.*got ResNetModel, .* no logits"),
+    "segmenter": (
+        segmenter,
+        r"Expected a classifier in --model=.*SegformerForSemanticSegmentation, .* \(1, 2, 8, 8\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_CLASSIFIERS)
+def test_a_classifier_is_never_made_up(run_example, tmp_path, name):
+    make, message = NO_CLASSIFIERS[name]
+    make().save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        run_example(export_onnx, "--model", tmp_path / "model", "--output", tmp_path / "student.onnx")
+    assert not list(tmp_path.glob("student*"))
+
+
+def test_a_head_that_is_not_in_the_file(run_example, tmp_path):
+    """The configuration says that it is a classifier, but the file has the weights of its body alone."""
+    model = make_resnet(8)
+    model.resnet.save_pretrained(tmp_path / "model")
+    model.config.architectures = ["ResNetForImageClassification"]
+    model.config.save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"every weight of ResNetForImageClassification in --model=.*2 missing"):
+        run_example(export_onnx, "--model", tmp_path / "model", "--output", tmp_path / "student.onnx")
+    assert not list(tmp_path.glob("student*"))

@@ -17,9 +17,9 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
-from ..models.loading import explain_unreachable
+from ..models.loading import explain_unreachable, load_model
 from .packages import require
 from .parser import parse_arguments
 from .report.latency import median_milliseconds
@@ -64,14 +64,28 @@ class Logits(nn.Module):
 def load(args: ExportArguments) -> tuple[PreTrainedModel, torch.Tensor]:
     """Return the model in float32 and eval mode, and the processed pixels of one picture."""
     trust = {"trust_remote_code": args.trust_remote_code}
+    model = load_model(args.model, "--model", dtype="float32", **trust).eval()
     try:
-        model = AutoModelForImageClassification.from_pretrained(args.model, use_safetensors=True, **trust)
         processor = AutoImageProcessor.from_pretrained(args.model, **trust)
     except OSError as error:
         raise ValueError(explain_unreachable(args.model, "--model", error)) from error
     picture = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     pixels = processor(PIL.Image.fromarray(picture), return_tensors="pt")["pixel_values"]
-    return model.float().eval(), pixels
+    check_classifies(model, pixels, args.model)
+    return model, pixels
+
+
+def check_classifies(model: PreTrainedModel, pixels: torch.Tensor, name: str) -> None:
+    """Refuse a model that gives no logits of classes: a backbone, or a network for boxes or masks."""
+    with torch.inference_mode():
+        logits = getattr(model(pixel_values=pixels), "logits", None)
+    if logits is None or logits.ndim != 2:
+        gives = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+        raise ValueError(
+            f"Expected a classifier in --model={name!r}, with logits (batch_size, num_labels), got "
+            f"{type(model).__name__}, which gives {gives}: name a classifier whose head has been trained, such as the "
+            "output_dir of iekd-hf distill."
+        )
 
 
 def export(model: PreTrainedModel, pixels: torch.Tensor, path: str) -> None:
