@@ -6,10 +6,13 @@ import re
 
 import pytest
 import torch
-from conftest import make_resnet
+from conftest import make_dinov2, make_images, make_resnet, make_vit
+from test_architectures import build
+from transformers import Dinov2Model, ViTImageProcessorPil
 
 from iekd_hf.commands import analyze as analyze_student
 from iekd_hf.commands.analyze import Tapped, active_neurons, cka_matrix, encode, varying_share
+from iekd_hf.teacher.pixels import TeacherPixels
 
 
 def test_cka_of_maps_of_other_widths_against_its_definition():
@@ -53,6 +56,97 @@ def test_grad_cam_of_a_half_against_its_definition():
     expected = cam / cam.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     assert torch.allclose(heat, expected, atol=1e-5)
     assert heat.shape == (2, 32, 32)
+
+
+def test_grad_cam_of_tokens_against_its_definition():
+    """The patches, without the class token, on the image's grid: here 4x6 of 8 pixels each."""
+    model, pixels = make_dinov2().eval(), torch.randn(2, 3, 32, 48)
+    heat = Tapped(model).relevance(pixels)
+    with torch.no_grad():
+        tokens = model.dinov2(pixels).last_hidden_state
+    tokens.requires_grad_()
+    logits = model.classifier(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
+    (gradient,) = torch.autograd.grad(logits.amax(dim=1).sum(), tokens)
+    cam = (gradient[:, 1:].mean(dim=1, keepdim=True) * tokens[:, 1:]).sum(dim=2).relu().view(2, 1, 4, 6)
+    cam = torch.nn.functional.interpolate(cam, (32, 48), mode="bilinear", align_corners=False)[:, 0]
+    assert cam.amax() > 0
+    expected = cam / cam.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+    assert torch.allclose(heat, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ViT", "CvT", "Dinov2Model"])
+def test_there_is_no_grad_cam_where_no_place_decides(name):
+    """A ViT and a CvT classify by their class tokens alone, and a model without a head does not classify."""
+    model, size = (make_dinov2().dinov2, 32) if name == "Dinov2Model" else build(name)
+    network, pixels = Tapped(model), torch.randn(2, 3, size, size)
+    assert network.relevance(pixels) is None
+    assert network.features(pixels).shape[:2] == (2, 16)
+
+
+def test_a_network_with_pixels_of_its_own():
+    size = {"height": 32, "width": 32}
+    pixels = TeacherPixels(ViTImageProcessorPil(size={"height": 16, "width": 16}), ViTImageProcessorPil(size=size))
+    given = torch.randn(2, 3, 16, 16)
+    network, plain = Tapped(make_resnet(8)), Tapped(make_resnet(8))
+    network.own_pixels = pixels
+    assert torch.equal(network.features(given), plain.features(pixels(given)))
+    assert network.relevance(given).shape == (2, 16, 16)
+
+
+def test_load_makes_no_weights_up(tmp_path):
+    model = make_resnet(8)
+    model.resnet.save_pretrained(tmp_path)
+    model.config.architectures = ["ResNetForImageClassification"]
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"every weight of ResNetForImageClassification in --plain=.*2 missing"):
+        analyze_student.load(str(tmp_path), "--plain")
+
+
+# name: (teacher, student, which of them have no relevance)
+PAIRS = {
+    "ViT": (
+        lambda: make_vit(seed=2),
+        lambda: make_vit(seed=1, image_size=16),
+        "teacher, student, inheritance half, .*",
+    ),
+    "Dinov2Model": (lambda: Dinov2Model(make_dinov2().config), lambda: make_resnet(8, seed=1), "teacher"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_transformer_as_teacher(make_trainer, run_example, tmp_path, monkeypatch, caplog, name):
+    """It is measured at its own pixels, as in training; the picture leaves out who looks nowhere."""
+    make_teacher, make_student, left_out = PAIRS[name]
+    size, teacher, seen = {"height": 32, "width": 32}, tmp_path / "teacher", []
+    students = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    make_teacher().save_pretrained(teacher)
+    ViTImageProcessorPil(size=size, image_mean=[0.25] * 3, image_std=[0.5] * 3).save_pretrained(teacher)
+    rows = make_images(8, size=(16, 16))
+    common = {"train_dataset": rows, "processing_class": students, "factor_channels": 8, "max_steps": 1}
+    trainer = make_trainer(make_student(), str(teacher), **common)
+    trainer.train()
+    trainer.save_model()
+    load = analyze_student.load
+
+    def load_watched(given, role):
+        model = load(given, role)
+        if role == "--teacher":
+            model.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+            )
+        return model
+
+    monkeypatch.setattr(analyze_student, "load", load_watched)
+    arguments = ["--run", tmp_path / "out", "--teacher", teacher, "--num_images", "16", "--num_pictures", "2"]
+    printed = run_example(analyze_student, *arguments, "--output_dir", tmp_path / "analysis")
+    numbers = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
+    for values in (numbers["cka"]["teacher"], numbers["active_neurons"], numbers["varying_factors"]):
+        assert {"teacher", "inheritance half", "exploration half"} <= values.keys()
+    # Digits are black where nothing is written: (0 - 0.25) / 0.5.
+    assert seen and all(x.shape[1:] == (3, 32, 32) and x.min() == pytest.approx(-0.5) for x in seen)
+    (said,) = [record.getMessage() for record in caplog.records if "relevance" in record.getMessage()]
+    assert re.match(f"relevance.png leaves out {left_out}: ", said)
+    assert (tmp_path / "analysis" / "relevance.png").is_file() == ("relevance.png" in printed) == (name != "ViT")
 
 
 @pytest.mark.slow

@@ -13,9 +13,13 @@ are. The images come as in `iekd-hf distill`; without any, scikit-learn's digits
 
 Where the run compared factors, it also says which share of them differs from image to image: 0 % for an encoder that
 has learnt to say the same of every image, whatever its half of the student does.
+
+The teacher sees its own pixels, as in training: those of the image processor that was saved with it. relevance.png
+leaves out networks without logits of classes, and those that classify by a class token alone, as a ViT does.
 """
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +29,16 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from iekd_hf import FactorEncoder, exploration_loss
 
 from ..data.rgb import to_rgb
-from ..features.tap import FeatureTap
+from ..features.maps import pick_tensor, split_index
+from ..features.patches import as_inputs
+from ..features.tap import FeatureTap, image_size_in
+from ..models.loading import find_processor, load_model
+from ..teacher.pixels import TeacherPixels
 from ..training.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
 from ..training.manifest import check_undamaged
 from .images.data import DataArguments, load_images
@@ -38,6 +46,9 @@ from .images.run import build_processor
 from .packages import require
 from .parser import parse_arguments
 from .terminal import command
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,41 +75,56 @@ class AnalysisArguments:
 
 
 class Tapped(nn.Module):
-    """Pass a model's feature map through a module of its own, where captum can attribute."""
+    """Show a model's feature map to a module of its own, where captum can attribute."""
 
     def __init__(self, model: PreTrainedModel, layers: list[str] | None = None, channels: torch.Tensor | None = None):
         super().__init__()
         self.model, self.tap, self.channels = model.eval(), FeatureTap(model, layers), channels
+        self.own_pixels: TeacherPixels | None = None  # what makes this model's pixels of the student's
         self.tap.attach()
         self.map = nn.Identity()
-        self.tap.modules[0].register_forward_hook(self._through)
+        self.tap.modules[0].register_forward_hook(self._show)
 
-    def _through(self, module, args, output):
-        if isinstance(output, torch.Tensor):
-            return self.map(output)
-        output["last_hidden_state"] = self.map(output["last_hidden_state"])
-        return output
+    def _show(self, module, args, output):
+        # An identity gives the very tensor that the logits come from, also where the layer has pooled it already.
+        self.map(pick_tensor(output, split_index(self.tap.layers[0])[1]))
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the logits."""
-        return self.model(pixel_values=pixel_values).logits
+    def _inputs(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        own = pixel_values if self.own_pixels is None else self.own_pixels(pixel_values)
+        return as_inputs(self.model, own)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """Return the logits, if there are any."""
+        return getattr(self.model(**self._inputs(pixel_values)), "logits", None)
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the map `(batch_size, channels, height, width)`, of the channels that count."""
-        (f,) = self.tap.run({"pixel_values": pixel_values})[1]
+        (f,) = self.tap.run(self._inputs(pixel_values))[1]
         return f if self.channels is None else f.index_select(1, self.channels)
 
-    def relevance(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return Grad-CAM of the predicted class in [0, 1], at the images' size (N, H, W)."""
-        from captum.attr import LayerGradCam
+    def relevance(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """
+        Return Grad-CAM of the predicted class in [0, 1], at the size of the given pixels (N, H, W).
 
-        grad_cam = LayerGradCam(self, self.map)
-        target = self(pixel_values).argmax(dim=1)
-        by_channel = grad_cam.attribute(pixel_values, target, attr_dim_summation=False).detach()
+        `None` where no class depends on the map's places: there are no classes, or the class token decides alone.
+        """
+        from captum.attr import LayerGradientXActivation
+
+        logits = self(pixel_values)
+        if logits is None or logits.ndim != 2:
+            return None
+        by_gradient = LayerGradientXActivation(self, self.map, multiply_by_inputs=False)
+        zeros = {"materialize_grads": True}  # for CvT, whose class token is not among its map's
+        gradient = by_gradient.attribute(pixel_values, logits.argmax(dim=1), grad_kwargs=zeros).detach()
+        # Grad-CAM averages over places, for which tokens must lie on their grid first.
+        (gradient,) = self.tap.lay_out([gradient], image_size_in(self._inputs(pixel_values), self.model))
+        if not gradient.any():
+            return None
+        weights = gradient.mean(dim=(2, 3), keepdim=True)
         if self.channels is not None:
-            by_channel = by_channel.index_select(1, self.channels)
-        heat = by_channel.sum(dim=1, keepdim=True).relu()
+            weights = weights.index_select(1, self.channels)
+        heat = (weights * self.features(pixel_values)).sum(dim=1, keepdim=True).relu()
         heat = F.interpolate(heat, pixel_values.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         return heat / heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
 
@@ -207,11 +233,19 @@ def read_split(run: str) -> tuple[list[str], torch.Tensor, torch.Tensor, list[st
 
 
 def load(name: str, role: str) -> PreTrainedModel:
-    """Load a classifier."""
-    try:
-        return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
-    except OSError as error:
-        raise ValueError(f"Expected a model in {role}, got {name!r}, which cannot be loaded: {error}") from error
+    """Load a model as it was saved, with or without a head, to be measured in float32."""
+    return load_model(name, role, dtype="float32")
+
+
+def where_they_look(networks: dict[str, Tapped], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the relevance of the networks that have one, and name the others."""
+    heat = {name: network.relevance(pixels) for name, network in networks.items()}
+    if without := [name for name, each in heat.items() if each is None]:
+        logger.warning(
+            f"relevance.png leaves out {', '.join(without)}: Grad-CAM needs logits of classes that "
+            "come from the places of the map, not from a class token alone."
+        )
+    return {name: each for name, each in heat.items() if each is not None}
 
 
 KINDS = (AnalysisArguments, DataArguments)
@@ -227,8 +261,9 @@ def main(given: list[str]) -> None:
     run, out = Path(analysis.run), Path(analysis.output_dir)
     student_layers, inherits, explores, teacher_layers = read_split(analysis.run)
     student = load(analysis.run, "--run")
+    teacher = analysis.teacher or str(run / "_teacher")
     networks = {
-        "teacher": Tapped(load(analysis.teacher or str(run / "_teacher"), "--teacher"), teacher_layers),
+        "teacher": Tapped(load(teacher, "--teacher"), teacher_layers),
         "student": Tapped(student, student_layers),
     }
     for name, channels in (("inheritance half", inherits), ("exploration half", explores)):
@@ -243,6 +278,7 @@ def main(given: list[str]) -> None:
     images = [to_rgb(image) for image in validation["image"]]
     processor = build_processor(analysis.run, data_args.image_size, images[0])
     pixels = processor(images, return_tensors="pt")["pixel_values"]
+    networks["teacher"].own_pixels = TeacherPixels.between(processor, find_processor(teacher))  # as in training
     features = {name: torch.cat([net.features(x) for x in pixels.split(128)]) for name, net in networks.items()}
 
     out.mkdir(parents=True, exist_ok=True)
@@ -258,17 +294,19 @@ def main(given: list[str]) -> None:
         "varying_factors": varying,
     }
     (out / "analysis.json").write_text(json.dumps(numbers, indent=1))
-    draw_cka(matrix, list(features), out / "cka.png")
-    draw_active(active, out / "active_neurons.png")
-    few = pixels[: analysis.num_pictures]
-    draw_relevance(images, {name: net.relevance(few) for name, net in networks.items()}, out / "relevance.png")
+    pictures = [out / "cka.png", out / "active_neurons.png"]
+    draw_cka(matrix, list(features), pictures[0])
+    draw_active(active, pictures[1])
+    if heat := where_they_look(networks, pixels[: analysis.num_pictures]):
+        pictures.append(out / "relevance.png")
+        draw_relevance(images, heat, pictures[-1])
     width = max(map(len, features))
     print(f"{'':{width}}  CKA with the teacher  active neurons  active channels  varying factors")
     for i, name in enumerate(features):
         shares = f"{active[name]['active_share']:14.1%}  {active[name]['active_channels']:15.1%}"
         share = f"{varying[name]:15.1%}" if name in varying else f"{'-':>15}"
         print(f"{name:{width}}  {matrix[i, 0]:20.3f}  {shares}  {share}")
-    print(f"\nPictures: {out}/cka.png {out}/active_neurons.png {out}/relevance.png   Numbers: {out}/analysis.json")
+    print(f"\nPictures: {' '.join(map(str, pictures))}   Numbers: {out}/analysis.json")
 
 
 if __name__ == "__main__":
