@@ -178,6 +178,18 @@ def test_peers(make_mutual, tmp_path):
     assert [row[0] for row in table_of(card)] == ["", "peer_1", "peer_2"]
 
 
+def test_peers_on_several_data_sets(make_mutual, tmp_path):
+    sets = {"seen": make_images(), "new_ones": make_images(8)}
+    trainer = make_mutual(**EVALUATED | {"eval_dataset": sets})
+    trainer.train()
+    trainer.create_model_card()
+    header, *peers = table_of(read_card(tmp_path / "out"))
+    assert header[4:] == ["seen_accuracy", "new_ones_accuracy"]
+    logs = {name: value for logs in trainer.state.log_history[:-1] for name, value in logs.items()}
+    for name, row in zip(("peer_1", "peer_2"), peers, strict=True):
+        assert row[4:] == [f"{logs[f'eval_{of}_{name}_accuracy']:.4f}" for of in sets]
+
+
 def test_paraphraser(make_trainer, tmp_path):
     teacher = make_resnet(16)
     teacher.config.name_or_path = "microsoft/resnet-50"

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import re
 from collections.abc import Iterator
 
 import torch
@@ -142,6 +143,8 @@ class PeersTrainer(DistillationTrainer):
         """Return a row for each model, with what was measured of it."""
         rows = []
         for name, model in self.named_peers().items():
-            own = {key.removeprefix(f"{name}_"): value for key, value in metrics.items() if key.startswith(f"{name}_")}
+            # Of several data sets: <data set>_peer_1_<metric>.
+            found = {key: re.fullmatch(rf"(|.+_){name}_(.+)", key) for key in metrics}
+            own = {match[1] + match[2]: metrics[key] for key, match in found.items() if match}
             rows.append(Network.of(name, model, own))
         return CardFacts(rows)
