@@ -65,6 +65,12 @@ def test_training_images_without_a_label_are_taken_if_asked_for(tmp_path, decode
     both = add_unlabelled(parts["train"], parts["unlabelled"])
     assert [int(both[i]["labels"]) for i in range(6)] == [1, 0, 1, 0, -100, -100]
     assert torch.equal(both[4]["pixel_values"], parts["unlabelled"][0]["pixel_values"])
+    args.max_train_samples = 1
+    assert {name: len(split) for name, split in load_images(args, 0).items()} == {
+        "train": 1,
+        "validation": 2,
+        "unlabelled": 1,
+    }
 
 
 @pytest.mark.slow

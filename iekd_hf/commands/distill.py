@@ -51,7 +51,8 @@ class ImageArguments(StudentDataArguments):
         default=None,
         metadata={
             "help": "Give the distilled student the images that labelled_samples leaves out, without their labels, "
-            "and training images whose label is missing in the data. Default: the former; the latter are refused."
+            "and training images whose label is missing in the data, at most max_train_samples of them. Default: the "
+            "former; the latter are refused."
         },
     )
 

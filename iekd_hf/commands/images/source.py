@@ -263,8 +263,9 @@ def check_filled(splits: datasets.DatasetDict) -> None:
 
 def limit(splits: datasets.DatasetDict, args: SourceArguments, seed: int) -> None:
     """Shorten the splits, in place, to as many images as the arguments allow."""
-    for name, most in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
-        if most is not None and most < len(splits[name]):
+    learnt = args.max_train_samples  # of each kind: together, a few images with a label might all be left out
+    for name, most in (("train", learnt), ("unlabelled", learnt), ("validation", args.max_eval_samples)):
+        if most is not None and most < len(splits.get(name, ())):
             splits[name] = splits[name].shuffle(seed=seed).select(range(most))
 
 
