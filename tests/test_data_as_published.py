@@ -235,6 +235,33 @@ def test_numbers_and_columns_of_the_command_that_cannot_be_meant(tmp_path):
         check_filled(datasets.DatasetDict({"train": rows([0])}))
 
 
+def test_a_column_that_may_be_meant_as_well_is_named(tmp_path, caplog):
+    part = rows([0, 1] * 6, datasets.ClassLabel(names=["a", "b"]), "split").select_columns("split")
+    both = datasets.concatenate_datasets([rows(["cat", "dog"] * 6), part], axis=1)
+    both.to_parquet(tmp_path / "rows.parquet")
+    load = {"train_file": str(tmp_path / "rows.parquet")}
+    assert load_images(DataArguments(**load), 0)["train"].features["label"].names == ["a", "b"]
+    said = "The labels of the train split are read from its column split, not from label: --label_column_name chooses."
+    assert said in caplog.text
+    caplog.clear()
+    splits = load_images(DataArguments(**load, label_column_name="label"), 0)
+    assert splits["train"].features["label"].names == ["cat", "dog"] and not caplog.text
+    both = both.cast_column("label", datasets.ClassLabel(names=["cat", "dog"])).rename_column("label", "labels")
+    both.select_columns(["image", "split", "labels"]).to_parquet(tmp_path / "rows.parquet")
+    assert load_images(DataArguments(**load), 0)["train"].features["label"].names == ["cat", "dog"]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_one_column_cannot_be_images_and_labels(tmp_path, column):
+    both = {"image_column_name": column, "label_column_name": column}
+    paths = rows(["a.png", "b.png"] * 6).remove_columns("image" if column == "label" else "label")
+    paths.to_parquet(tmp_path / "rows.parquet")
+    words = f"images and labels in two columns of the train split, got {column!r} for both: .*--label_column_name"
+    with pytest.raises(ValueError, match=words):
+        load_images(DataArguments(train_file=str(tmp_path / "rows.parquet"), **both), 0)
+
+
 @pytest.mark.parametrize("decode_once", [True, False])
 @pytest.mark.parametrize("hidden", [-1, None])
 def test_hidden_labels_of_a_split_that_is_predicted(tmp_path, hidden, decode_once):

@@ -114,10 +114,16 @@ def _digits() -> datasets.Dataset:
 
 def _rename_columns(split: datasets.Dataset, args: DataArguments, name: str) -> datasets.Dataset:
     """Keep the image and the label column, under the names `image` and `label`."""
-    roles = {find_column(split, name, "image", args.image_column_name, datasets.Image): "image"}
+    image = find_column(split, name, "image", args.image_column_name, datasets.Image)
     try:
-        roles[find_column(split, name, "label", args.label_column_name, datasets.ClassLabel)] = "label"
+        label = find_column(split, name, "label", args.label_column_name, datasets.ClassLabel)
     except ValueError:
         if name != "test":  # which may be for predictions alone
             raise
-    return rename_columns(split, roles)
+        return rename_columns(split, {image: "image"})
+    if label == image:
+        raise ValueError(
+            f"Expected images and labels in two columns of the {name} split, got {image!r} for both: name two with "
+            "--image_column_name and --label_column_name."
+        )
+    return rename_columns(split, {image: "image", label: "label"})

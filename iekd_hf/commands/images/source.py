@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # What the validation split is called by those who publish data sets.
 _VALIDATION = ("validation", "valid", "val", "dev")
+# What a column of labels is called.
+_LABELS = ("label", "labels", "class")
 # Who reads a file, by its ending.
 _READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 # An eighth of the range in 8 bits: no pixel of 12 bits in 16 has more.
@@ -202,7 +204,8 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
     ```
     """
     by_type = [column for column, feature in split.features.items() if kind and isinstance(feature, kind)]
-    by_type.sort(key=lambda column: column != role)  # of several, the one of that name
+    usual = _LABELS if role == "label" else (role,)
+    by_type.sort(key=lambda column: usual.index(column) if column in usual else len(usual))  # of several, one so named
     candidates = [given] if given else [*by_type, role]
     column = next((column for column in candidates if column in split.column_names), None)
     if column is None:
@@ -210,6 +213,13 @@ def find_column(split: datasets.Dataset, name: str, role: str, given: str | None
             f"Expected a column of {role}s in the {name} split, got the columns {', '.join(split.column_names)}"
             + (f", not {given!r}" if given else "")
             + f": name it with --{role}_column_name."
+        )
+    # Images are known by their type; but classes are also what other columns than the labels hold.
+    others = [other for other in dict.fromkeys((*by_type, *usual)) if other in split.column_names and other != column]
+    if kind is datasets.ClassLabel and not given and column not in usual and others:
+        logger.warning(
+            "The labels of the %s split are read from its column %s, not from %s: --label_column_name chooses.",
+            *(name, column, " or ".join(others)),
         )
     feature = split.features[column]
     if role == "image" and getattr(feature, "dtype", "").startswith(("int", "uint", "float", "bool", "date")):
