@@ -188,8 +188,8 @@ def explorations() -> str:
 def automatic_weights() -> str:
     """Return what automatic weights come to, beside weights that were chosen by hand."""
     early = accuracies(results("automatic"), "validation")[SMALL]
-    late = accuracies(results("convergence"), "test")[CONVERGENCE]
-    shown, cells = flowers.accuracies(results("flowers"), "test"), mean_precisions("bccd_small")
+    late = accuracies(near_convergence(), "test")[CONVERGENCE]
+    shown, cells = flowers.accuracies(results("flowers_automatic"), "test"), mean_precisions("bccd_small")
     places = [
         ("early learning, 2,000 images of CIFAR-10, held-out", early, IE_FT, "3000, 300"),
         ("near convergence, CIFAR-10", late, IE_FT_500, "500, 50"),
@@ -208,15 +208,19 @@ def automatic_weights() -> str:
     return rows_to_table(titles, rows, left=2)
 
 
+def near_convergence(mixed_precision: str = "bf16") -> list[dict]:
+    """Return the runs near convergence; those in float32 were added later, with seeds of their own."""
+    return [run for run in results("convergence") if run["settings"]["mixed_precision"] == mixed_precision]
+
+
 def convergence() -> str:
-    """Return the comparison near convergence: seeds 1 to 3, all of one machine."""
-    return comparison_table([run for run in results("convergence") if run["settings"]["mixed_precision"] == "bf16"])
+    """Return the comparison near convergence."""
+    return comparison_table(near_convergence())
 
 
 def convergence_again() -> str:
     """Return what was added on another machine, beside IE-FT with the weights chosen before."""
-    runs = [run for run in results("convergence") if run["settings"]["mixed_precision"] == "no"]
-    values = accuracies(runs, "test")[CONVERGENCE]
+    values = accuracies(near_convergence("no"), "test")[CONVERGENCE]
     rows = []
     for method, found in sorted(values.items(), key=lambda item: interval(list(item[1].values()))[0]):
         difference = "" if method == IE_FT_500 else paired(found, values[IE_FT_500])
@@ -225,9 +229,10 @@ def convergence_again() -> str:
 
 
 def preset_rows() -> str:
-    """Return for each method what was tried, what its preset came to, and what a lower weight did later."""
+    """Return for each method what was tried, what its preset came to in two places, and what others did later."""
     values = {part: accuracies(results("cifar10"), part)[PAIR] for part in ("validation", "test")}
-    late = accuracies(results("convergence"), "test")[CONVERGENCE]
+    late = accuracies(near_convergence(), "test")[CONVERGENCE]
+    few = average_accuracy.accuracies(results("few_labels_all"))
 
     def gains_later(kept: re.Pattern) -> str:
         methods = [method for method in sorted(late, key=weight_numbers) if kept.fullmatch(method)]
@@ -240,10 +245,12 @@ def preset_rows() -> str:
         kept = re.compile(rf"{re.escape(name)}(,lambda_\w+=[\d.]+)*")
         tried = {m: of[0] for m, of in values["validation"].items() if kept.fullmatch(m) and 0 in of}
         chosen = "; ".join(f"{weights_of(m)}: {tried[m]:.1f}" for m in sorted(tried, key=weight_numbers))
-        if name != "plain" and preset in values["test"]:
-            early = paired(values["test"][preset], values["test"]["plain"])
-            rows.append([f"`{name}`", weights_of(preset), chosen or "-", early, gains_later(kept)])
-    return rows_to_table(["`method`", "preset", "tried", "early, - plain", "near convergence, - plain"], rows, left=3)
+        if name != "plain":
+            early = paired(values["test"].get(preset, {}), values["test"]["plain"])
+            labelled = paired(few.get(name, {}), few["plain student"])
+            rows.append([f"`{name}`", weights_of(preset), chosen or "-", early, labelled, gains_later(kept)])
+    titles = ["`method`", "preset", "tried", "early, - plain", "few labels, - plain", "near convergence, - plain"]
+    return rows_to_table(titles, rows, left=3)
 
 
 def weights_of(method: str) -> str:

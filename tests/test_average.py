@@ -7,6 +7,7 @@ from test_resume import ARGUMENTS, StopAt
 from transformers import ResNetForImageClassification, TrainerCallback
 
 from iekd_hf import EMACallback
+from iekd_hf.hub.card_facts import curve, last_metrics
 
 
 class Watch(TrainerCallback):
@@ -72,6 +73,71 @@ def test_it_is_evaluated_and_saved_on_demand(make_trainer, tmp_path):
     pixel_values = torch.stack([image["pixel_values"] for image in images])
     with torch.no_grad():
         assert torch.equal(saved(pixel_values).logits, average.model.eval()(pixel_values).logits)
+
+
+def spread(prediction) -> dict[str, float]:
+    """Measure what no two sets of weights have in common."""
+    return {"spread": float(prediction.predictions.std())}
+
+
+MEASURED = {
+    **ARGUMENTS,
+    "eval_dataset": make_images(),
+    "compute_metrics": spread,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "max_steps": 3,
+    "learning_rate": 0.1,
+}
+
+
+def test_a_card_has_the_metrics_of_the_weights_that_are_written(make_trainer, tmp_path):
+    average = EMACallback(decay=0.9)
+    trainer = make_trainer(**MEASURED, callbacks=[average])
+    trainer.train()
+    own = last_metrics(trainer)
+    with average.in_use(trainer.model):
+        assert own and last_metrics(trainer) == {}
+        of_average = trainer.evaluate()["eval_spread"]
+        trainer.create_model_card()
+    assert f"| {of_average:.4f} |" in (tmp_path / "out" / "README.md").read_text()
+    trainer.create_model_card()
+    assert f"| {own['spread']:.4f} |" in (tmp_path / "out" / "README.md").read_text()
+    with average.in_use(trainer.model), average.in_use(trainer.model):  # the student's are back
+        assert last_metrics(trainer) == own
+    trainer.evaluate()
+    assert last_metrics(trainer) == pytest.approx(own) != {"spread": of_average}
+
+
+class MeasureAverage(TrainerCallback):
+    """Evaluate the average beside the student, after each step."""
+
+    def __init__(self, average):
+        self.average, self.trainer, self.measured = average, None, []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with self.average.in_use(model):
+            self.measured.append(self.trainer.evaluate()["eval_spread"])
+        control.should_evaluate = True
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_metrics_of_an_average_are_told_apart_in_a_resumed_run(make_trainer, best):
+    """Also where the student is that of its best step: the average is that of the last one."""
+    arguments = MEASURED | {"save_steps": 1, "load_best_model_at_end": best}
+    average = EMACallback(decay=0.9)
+    measure = MeasureAverage(average)
+    measure.trainer = trainer = make_trainer(**arguments, callbacks=[average, measure])
+    trainer.train()
+    assert not best or trainer.state.best_global_step < 3
+    own = last_metrics(trainer)
+    assert f"{measure.measured[1]}" not in curve(trainer.state.log_history)
+    average = EMACallback(decay=0.9)
+    resumed = make_trainer(**arguments, callbacks=[average])
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3 and last_metrics(resumed) == own
+    with average.in_use(resumed.model):
+        assert last_metrics(resumed) == {"spread": measure.measured[-1]} != own
 
 
 def test_bad_values(make_mutual):

@@ -22,6 +22,8 @@ _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 _MOST_ROWS = 20
 # Arguments that change no result.
 _ONLY_SPEED = {"channels_last", "fast_teacher", "compile_teacher", "teacher_cache_dir"}
+# Marks in what is logged that an average was measured, which the student held for a while.
+AVERAGED = "averaged"
 
 
 def hub_id(name: str | None) -> str | None:
@@ -121,10 +123,14 @@ def _is_number(value) -> bool:
 def last_metrics(trainer: Trainer) -> dict[str, float]:
     """Return the metrics of the weights that are saved, as the trainer has logged them."""
     state = trainer.state
-    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    averaged = any(getattr(callback, "is_in_use", False) for callback in trainer.callback_handler.callbacks)
+    # An average is that of the last step, whichever step was the student's best.
+    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None and not averaged
     step, metrics, ended = state.best_global_step if best else state.global_step, {}, False
     for logs in state.log_history:
         ended = ended or "train_runtime" in logs
+        if logs.get(AVERAGED, False) != averaged:
+            continue
         # After training, the best weights are evaluated under the last step.
         if any(name.startswith("eval_") for name in logs) and (logs["step"] == step or ended):
             metrics |= numbers({name: value for name, value in logs.items() if name.startswith("eval_")})
@@ -137,6 +143,8 @@ def curve(log_history: list[dict]) -> str:
     for logs in log_history:
         if "train_runtime" in logs:
             break
+        if AVERAGED in logs:
+            continue
         if "loss" in logs:
             losses = {name: value for name, value in logs.items() if name.endswith("loss") and _is_number(value)}
         evaluated = {name: value for name, value in logs.items() if name.startswith("eval_") and _is_number(value)}

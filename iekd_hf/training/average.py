@@ -12,6 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..hub.card_facts import AVERAGED
+
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +62,7 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"Expected decay within [0, 1), got {decay}.")
         self.decay = decay
         self.averaged: AveragedModel | None = None
+        self.is_in_use = False
         self._checkpoint: Path | None = None  # that the run goes on from
 
     @property
@@ -74,15 +77,26 @@ class EMACallback(TrainerCallback):
         """
         Give a model the averaged weights for a while: `with average.in_use(trainer.model): trainer.evaluate()`.
 
+        A model card has the metrics that were measured with the weights that are in use when it is written.
+
         Args:
             model (`nn.Module`):
                 The student.
         """
-        _exchange(model, self.model)
+        self._exchange_with(model)
         try:
             yield
         finally:
-            _exchange(model, self.model)
+            self._exchange_with(model)
+
+    def _exchange_with(self, model: nn.Module) -> None:
+        _exchange(model, self.model)
+        self.is_in_use = not self.is_in_use
+
+    def on_log(self, args, state, control, **kwargs):
+        """Tell what is measured of the average from what is measured of the student."""
+        if self.is_in_use:
+            state.log_history[-1][AVERAGED] = True
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Begin with the student as it is, or with the average of the checkpoint that was loaded."""
