@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from iekd_hf.commands.distill import RunArguments
 from iekd_hf.commands.images import data as image_data
 from iekd_hf.commands.images.metrics import TopKAccuracy
+from iekd_hf.commands.images.source import original_rows
 from iekd_hf.training.manifest import read_manifest
 from iekd_hf.training.resume import find_last_checkpoint
 
@@ -82,7 +83,7 @@ def test_the_digits_from_nothing_to_the_table(run, tmp_path):
     pixels = processor([image.convert("RGB") for image in splits["validation"]["image"]], return_tensors="pt")
     with torch.no_grad():
         predicted = student.eval()(**pixels).logits.argmax(dim=1).tolist()
-    rows = image_data.original_rows(splits["validation"])
+    rows = original_rows(splits["validation"])
     named = [student.config.id2label[i] for i in predicted]
     assert lines == [f"{row},{name}" for row, name in zip(rows, named, strict=True)] and len(set(rows)) == 32
     with pytest.raises(
