@@ -5,6 +5,7 @@ Neither is among the requirements: `make test-torchvision` runs these tests in a
 """
 
 import copy
+import json
 
 import PIL.Image
 import pytest
@@ -97,12 +98,15 @@ def test_the_values_of_timms_processor():
 @needs_wrapper
 def test_timms_processor_is_found_by_name(make_trainer, tmp_path):
     """A repository of timm has no preprocessor_config.json: the values are in the model's configuration."""
-    model = timm.create_model("resnet18", num_classes=3)
-    values = {"mean": [0.1, 0.2, 0.3], "std": [0.2, 0.3, 0.4], "input_size": [3, 48, 48]}
-    timm.models.save_for_hf(model, tmp_path / "teacher", model_config=values, safe_serialization=True)
+    values = {"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.3, 0.4), "input_size": (3, 48, 48)}
+    model = timm.create_model("resnet18", pretrained_cfg_overlay=values)
+    timm.models.save_for_hf(model, tmp_path / "teacher", safe_serialization=True)
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    del config["model_args"]  # published repositories have none, and Transformers has num_classes twice with it
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
     assert not (tmp_path / "teacher" / "preprocessor_config.json").exists()
     processor = find_processor(str(tmp_path / "teacher"))
-    assert list(processor.data_config["mean"]) == values["mean"]
+    assert tuple(processor.data_config["mean"]) == values["mean"]
     student = ViTImageProcessorPil(size={"height": 32, "width": 32})
     trainer = make_trainer(teacher_model=str(tmp_path / "teacher"), processing_class=student)
     assert trainer.teacher.teacher_pixels.size == {"height": 48, "width": 48}
