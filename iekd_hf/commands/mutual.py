@@ -93,8 +93,8 @@ class RunArguments(ScriptArguments, MutualTrainingArguments):
 def of_peer(i: int, logs: dict) -> dict:
     """Return logs or metrics as those of a model alone: a peer's own take the names of the means."""
     means = {name: value for name, value in logs.items() if not re.search(r"peer_\d+[/_]", name)}
-    named = ((re.sub(rf"peer_{i}[/_]", "", name), name, value) for name, value in logs.items())
-    return means | {own: value for own, name, value in named if own != name}
+    own = re.compile(rf"peer_{i}[/_]")
+    return means | {own.sub("", name): value for name, value in logs.items() if own.search(name)}
 
 
 def results_of(
