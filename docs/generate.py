@@ -43,7 +43,7 @@ TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", flags
 LINEAR = "ie-ft,paraphraser_decoder=linear"
 FEATURES_FIRST, ADAMW = "od,images=all,labels=none", "optim=adamw_torch,learning_rate=0.001"
 PAIR, PEERS = "cifar-resnet-56:cifar-resnet-20", "cifar-resnet-20+cifar-resnet-20"
-CONVERGENCE = "cifar10-teacher:cifar-resnet-8"
+CONVERGENCE, CONVERGENCE_20 = "cifar10-teacher:cifar-resnet-8", "cifar10-teacher:cifar-resnet-20"
 LARGER, SMALL = "cifar-resnet-20:cifar-resnet-56", "cifar-resnet-20:cifar-resnet-8"
 
 # Methods as the results name them, with their weights.
@@ -208,19 +208,15 @@ def automatic_weights() -> str:
     return rows_to_table(titles, rows, left=2)
 
 
-def near_convergence(mixed_precision: str = "bf16") -> list[dict]:
+def near_convergence(networks: str = CONVERGENCE, mixed_precision: str = "bf16") -> list[dict]:
     """Return the runs near convergence; those in float32 were added later, with seeds of their own."""
-    return [run for run in results("convergence") if run["settings"]["mixed_precision"] == mixed_precision]
-
-
-def convergence() -> str:
-    """Return the comparison near convergence."""
-    return comparison_table(near_convergence())
+    wanted = {"networks": networks, "mixed_precision": mixed_precision}
+    return [run for run in results("convergence") if wanted.items() <= run["settings"].items()]
 
 
 def convergence_again() -> str:
     """Return what was added on another machine, beside IE-FT with the weights chosen before."""
-    values = accuracies(near_convergence("no"), "test")[CONVERGENCE]
+    values = accuracies(near_convergence(mixed_precision="no"), "test")[CONVERGENCE]
     rows = []
     for method, found in sorted(values.items(), key=lambda item: interval(list(item[1].values()))[0]):
         difference = "" if method == IE_FT_500 else paired(found, values[IE_FT_500])
@@ -653,7 +649,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "explorations": explorations,
     "automatic-weights": automatic_weights,
     "preset-rows": preset_rows,
-    "convergence": convergence,
+    "convergence": lambda: comparison_table(near_convergence()),
+    "convergence-20": lambda: comparison_table(near_convergence(CONVERGENCE_20)),
+    "longer": lambda: comparison_table(results("longer")),
     "convergence-again": convergence_again,
     "halves": halves,
     "blood-cells": lambda: detection("bccd"),

@@ -193,6 +193,51 @@ def test_a_folder_with_brackets_and_files_of_other_kinds(tmp_path):
         load_images(DataArguments(train_file=str(tmp_path / "x.parquet")), 0)
 
 
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        (("cat/a", "cat/b", "dog/a", "dog/b"), "got several folders called a and several called b, each of which"),
+        (("cat", "dog", "dog/more"), r"got images in '.*dog' and in folders within it: move them, or name the classes"),
+        (("", "cat", "dog"), "got images in '.*folders' and in folders within it"),
+        (("cat",), "got images in '.*cat' alone"),
+    ],
+)
+def test_folders_that_are_not_one_for_each_class(tmp_path, places, words):
+    root = tmp_path / "folders"
+    for place in places:
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            picture(i).save(root / place / f"{i}.png")
+    with pytest.raises(ValueError, match=f"Expected a folder of images for each class in '.*folders', {words}"):
+        load_images(DataArguments(train_dir=str(root)), 0)
+    files = sorted(root.rglob("*.png"))
+    lines = [f"{file.relative_to(root).as_posix()},{i % 2}" for i, file in enumerate(files)]
+    (root / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    assert load_images(DataArguments(train_dir=str(root)), 0)["train"].features["label"].names == ["0", "1"]
+
+
+def test_classes_may_lie_deeper_and_beside_hidden_folders(tmp_path):
+    folder_of(tmp_path / "pets" / "small")
+    folder_of(tmp_path / "pets" / "large", classes=("cow", ".ipynb_checkpoints"))
+    splits = load_images(DataArguments(train_dir=str(tmp_path / "pets")), 0)
+    assert splits["train"].features["label"].names == ["cat", "cow", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"validation_dir": "v"}, "as --train_dir or --train_file beside validation_dir, got none: give them too"),
+        ({"dataset_name": "d", "validation_file": "v"}, "beside validation_file, got dataset_name, whose own splits"),
+        ({"train_dir": "t", "validation_file": "v", "validation_dir": "v"}, "got validation_dir and validation_file"),
+        ({"train_file": "t", "dataset_config_name": "c"}, "Expected dataset_name beside dataset_config_name, got none"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [DataArguments, DetectionDataArguments])
+def test_sources_that_would_not_be_read_are_refused(given, words, arguments):
+    with pytest.raises(ValueError, match=words):
+        arguments(**given)
+
+
 def test_labels_of_every_kind_become_classes(tmp_path, caplog):
     def names(labels, feature=None):
         split = load_rows(tmp_path, labels, feature)["train"]

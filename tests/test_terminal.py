@@ -66,16 +66,39 @@ def test_opposites_and_abbreviations_still_work(tmp_path):
 
 
 def test_values_of_a_recipe(tmp_path):
-    """As they are meant: PyYAML takes 5e-4 for text, and of a bool there is no lower case."""
+    """As a command line has them: PyYAML takes 5e-4 for text, and people put numbers and bools in quotes."""
     recipe = tmp_path / "recipe.yaml"
-    lines = ["max_grad_norm: 1e0", "weight_decay: 5e-4", "lambda_inh: 1.5E+3", "teacher: 1e3x", "student: '1e3'"]
+    lines = ["max_grad_norm: 1e0", "weight_decay: '5e-4'", "lambda_inh: 1.5E+3", "teacher: 1e3x", "student: '1e3'"]
+    lines += ["plain_student: 'false'", "max_train_samples: '10'", "horizontal_flip: no", "save_total_limit:"]
+    lines += ["report_to: [tensorboard, wandb]", "lr_scheduler_kwargs: {num_cycles: 2}", "lambda_exp: auto"]
     recipe.write_text("\n".join(["output_dir: out", "resume_from_checkpoint: true", *lines]))
-    model_args, _, args = CommandParser(distill.KINDS, "", "x").read([str(recipe)])
-    assert (args.max_grad_norm, args.weight_decay, args.lambda_inh) == (1.0, 5e-4, 1500.0)
-    assert (model_args.teacher, model_args.student) == ("1e3x", "1e3")
+    model_args, data_args, args = CommandParser(distill.KINDS, "", "x").read([str(recipe)])
+    assert (args.max_grad_norm, args.weight_decay, args.lambda_inh, args.lambda_exp) == (1.0, 5e-4, 1500.0, "auto")
+    assert (model_args.teacher, model_args.student, model_args.plain_student) == ("1e3x", "1e3", False)
+    assert (data_args.max_train_samples, data_args.horizontal_flip) == (10, False)
+    assert args.report_to == ["tensorboard", "wandb"] and args.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert args.save_total_limit is None
     args.output_dir = str(tmp_path / "nothing")
     with pytest.raises(ValueError, match="Expected the output_dir of a run that has begun"):
         find_start(args)
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("augmentation: cropped", "argument --augmentation: invalid choice: 'cropped'"),
+        ("dtype: float8", "argument --dtype: invalid choice: 'float8'"),
+        ("labelled_samples: 12.5", r"argument --labelled_samples\S*: invalid int value: '12.5'"),
+    ],
+)
+def test_a_wrong_value_of_a_recipe_is_refused_as_in_a_command_line(line, said, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(line)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["distill", str(tmp_path / "recipe.yaml")])
+    assert re.match(f"error: {said}", capsys.readouterr().err)
+    (tmp_path / "recipe.yaml").write_text("studnt: x")
+    with pytest.raises(ValueError, match="got --studnt=x: did you mean --student"):
+        cli.main(["distill", str(tmp_path / "recipe.yaml")])
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ class ScriptArguments:
     dataloader_pin_memory: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "Pin the batches' memory. Default: where there is a GPU."}
     )
-    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..., or none."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "Trackers: tensorboard, wandb, ..., or none."}
+    )
     disable_tqdm: bool = field(
         default=False, metadata={"help": "Write lines in place of a bar, as where the output is no terminal."}
     )

@@ -20,15 +20,6 @@ _OF_TRAINER = {field.name for field in dataclasses.fields(TrainingArguments)}
 _TRAINER = "Trainer's own arguments"
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """Read 5e-4 as a number, as YAML 1.2 has it; for PyYAML it is text: https://github.com/yaml/pyyaml/issues/173."""
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 class CommandParser(HfArgumentParser):
     """
     Read the data classes of a command.
@@ -93,11 +84,11 @@ class CommandParser(HfArgumentParser):
         """Return the data classes as the command line, or the one JSON or YAML file that it names, fills them."""
         files = [word for word in given if word != "--debug"]
         if len(files) == 1 and files[0].endswith((".json", ".yaml", ".yml")):
-            return self.parse_dict(self.read_file(files[0]))
+            given = self.as_words(self.read_file(files[0]))
         *classes, unknown = self.parse_args_into_dataclasses(list(given), return_remaining_strings=True)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
-            close = difflib.get_close_matches(unknown[0], known, n=1)
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists them."
             raise ValueError(f"Expected arguments of {self.prog}, got {' '.join(unknown)}: {hint}")
         return tuple(classes)
@@ -106,12 +97,24 @@ class CommandParser(HfArgumentParser):
         """Return the arguments in a JSON or YAML file."""
         try:
             text = Path(name).read_text(encoding="utf-8")
-            values = json.loads(text) if name.endswith(".json") else yaml.load(text, _YamlLoader)
+            values = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"Expected a file with arguments of {self.prog}, got {name!r}: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"Expected arguments by name in {name}, such as 'output_dir: out', got {values!r}.")
         return values
+
+    def as_words(self, values: dict) -> list[str]:
+        """Write a file's arguments as a command line has them, which is how they are read and checked."""
+        words, known = [], {action.dest for action in self._actions}
+        for name, value in values.items():
+            if value is None and name in known:
+                self.set_defaults(**{name: None})
+            elif isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
+            else:
+                words.append(f"--{name}={json.dumps(value) if isinstance(value, (bool, dict)) else value}")
+        return words
 
     def error(self, message: str) -> NoReturn:
         """Say in one line what is wrong."""

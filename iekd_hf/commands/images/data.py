@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
-from .labels import set_unlabelled_apart, unify_labels
+from .labels import check_class_folders, set_unlabelled_apart, unify_labels
 from .source import SourceArguments, check_filled, check_images, find_column, limit, load_source, rename_columns
 
 
@@ -80,6 +80,9 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
     A test split whose labels are hidden has no column `label`.
     """
     splits = datasets.DatasetDict({"train": _digits()}) if args.uses_digits else load_source(args)
+    for folder in (args.train_dir, args.validation_dir):
+        if folder is not None:
+            check_class_folders(folder)
     if args.uses_digits:
         args.image_size = args.image_size or 16  # 8x8 scans leave no room for three stages
     splits = datasets.DatasetDict({name: _rename_columns(split, args, name) for name, split in splits.items()})

@@ -1,10 +1,13 @@
 """Labels as people write them, brought to classes from 0 on; what is no class is refused before anything trains."""
 
 import logging
+import os
+from collections import Counter
 from collections.abc import Iterable
 
 import datasets
 import numpy as np
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,31 @@ def name_classes(values: Iterable[_Label]) -> list[str]:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         logger.warning("The labels %s become the classes 0 to %d, with the labels as names.", shown, len(names) - 1)
     return names
+
+
+def check_class_folders(path: str) -> None:
+    """Refuse a folder in which classes cannot be told by the folders of the images; with metadata it is not asked."""
+    holding = []
+    for place, folders, files in os.walk(path, followlinks=True):
+        if not set(files).isdisjoint(ImageFolder.METADATA_FILENAMES):
+            return
+        folders[:] = [folder for folder in folders if not folder.startswith((".", "__"))]  # which datasets leaves out
+        if any(os.path.splitext(file)[1].lower() in ImageFolder.EXTENSIONS for file in files):
+            holding.append(place)
+    twice = [name for name, count in Counter(map(os.path.basename, holding)).items() if count > 1]
+    around = [place for place in holding if any(other.startswith(place + os.sep) for other in holding)]
+    if twice:
+        found = f"several folders called {' and several called '.join(sorted(twice))}, each of which would be one class"
+    elif around:
+        found = f"images in {around[0]!r} and in folders within it"
+    elif len(holding) == 1:
+        found = f"images in {holding[0]!r} alone"
+    else:
+        return
+    raise ValueError(
+        f"Expected a folder of images for each class in {path!r}, got {found}: move them, or name the classes in a "
+        "metadata.csv with the columns file_name and label."
+    )
 
 
 def unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:

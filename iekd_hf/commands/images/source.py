@@ -58,6 +58,17 @@ class SourceArguments:
         sources = [name for name in ("dataset_name", "train_dir", "train_file") if getattr(self, name) is not None]
         if len(sources) > 1:
             raise ValueError(f"Expected one source of training images, got {' and '.join(sources)}: keep one.")
+        given = [name for name in ("validation_dir", "validation_file") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"Expected one source of validation images, got {' and '.join(given)}: keep one.")
+        if given and self.train_dir is None and self.train_file is None:
+            beside = "none" if self.dataset_name is None else "dataset_name, whose own splits are used"
+            raise ValueError(
+                f"Expected training images as --train_dir or --train_file beside {given[0]}, got {beside}: give them "
+                "too; where nothing is trained, their classes alone are used."
+            )
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError("Expected dataset_name beside dataset_config_name, got none: give it too.")
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} of at least 1, or None for all, got {getattr(self, name)}.")
