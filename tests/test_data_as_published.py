@@ -196,8 +196,11 @@ def test_a_folder_with_brackets_and_files_of_other_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("places", "words"),
     [
-        (("cat/a", "cat/b", "dog/a", "dog/b"), "got several folders called a and several called b, each of which"),
-        (("cat", "dog", "dog/more"), r"got images in '.*dog' and in folders within it: move them, or name the classes"),
+        (("cat/a", "cat/b", "dog/a", "dog/b"), "got several folders called a and several b, each of which"),
+        (
+            ("cat", "dog", "dog/more"),
+            r"got images in '.*dog' and in folders within it: move them, or name the classes",
+        ),
         (("", "cat", "dog"), "got images in '.*folders' and in folders within it"),
         (("cat",), "got images in '.*cat' alone"),
     ],
@@ -229,7 +232,10 @@ def test_classes_may_lie_deeper_and_beside_hidden_folders(tmp_path):
         ({"validation_dir": "v"}, "as --train_dir or --train_file beside validation_dir, got none: give them too"),
         ({"dataset_name": "d", "validation_file": "v"}, "beside validation_file, got dataset_name, whose own splits"),
         ({"train_dir": "t", "validation_file": "v", "validation_dir": "v"}, "got validation_dir and validation_file"),
-        ({"train_file": "t", "dataset_config_name": "c"}, "Expected dataset_name beside dataset_config_name, got none"),
+        (
+            {"train_file": "t", "dataset_config_name": "c"},
+            "Expected dataset_name beside dataset_config_name, got none",
+        ),
     ],
 )
 @pytest.mark.parametrize("arguments", [DataArguments, DetectionDataArguments])

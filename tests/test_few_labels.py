@@ -17,6 +17,7 @@ from iekd_hf import DecodedImages
 from iekd_hf.commands.distill import ImageArguments
 from iekd_hf.commands.images.data import load_images
 from iekd_hf.commands.images.few_labels import add_unlabelled, draw_labelled, split_by_labels
+from iekd_hf.commands.images.source import original_rows
 from iekd_hf.commands.images.transforms import prepare
 from iekd_hf.training.manifest import read_manifest
 
@@ -74,6 +75,17 @@ def test_training_images_without_a_label_are_taken_if_asked_for(tmp_path, decode
 
 
 @pytest.mark.slow
+def test_rows_are_those_of_the_data_with_unlabelled_ones_among_them(tmp_path):
+    images = [PIL.Image.new("RGB", (16, 16), (row, 0, 0)) for row in range(24)]
+    labels = [None if row < 8 else ("cat", "dog")[row % 2] for row in range(24)]
+    split = datasets.Dataset.from_dict({"image": images, "label": labels}).cast_column("image", datasets.Image())
+    split.to_parquet(tmp_path / "train.parquet")
+    splits = load_images(ImageArguments(train_file=str(tmp_path / "train.parquet"), unlabelled=True), seed=0)
+    assert len(splits["unlabelled"]) == 8 and len(splits["train"]) + len(splits["validation"]) == 16
+    for part in splits.values():
+        assert [image.getpixel((0, 0))[0] for image in part["image"][:]] == list(original_rows(part))
+
+
 @pytest.mark.parametrize("unlabelled", [True, False])
 def test_each_network_is_trained_on_what_the_table_says(run_example, tmp_path, unlabelled):
     small = ["--max_train_samples", 96, "--max_eval_samples", 32, "--num_train_epochs", 2, "--paraphraser_epochs", 1]
@@ -103,3 +115,8 @@ def test_each_network_is_trained_on_what_the_table_says(run_example, tmp_path, u
     assert [logs["step"] for logs in plain] == [steps // 2, steps]  # as many as the distilled one
     settings = json.loads((tmp_path / "results.json").read_text())["settings"]
     assert (settings["labelled_samples"], settings["unlabelled"]) == (20, unlabelled)
+    resumed = functools.partial(run, "--resume_from_checkpoint", "true", "--unlabelled", str(unlabelled).lower())
+    with pytest.raises(ValueError, match=r"plain student in .* trained as now, .* on 30 .*, got one of .* on 20 "):
+        resumed("--labelled_samples", 30)
+    with pytest.raises(ValueError, match=r"teacher in .* as now, 3 steps on 96 labelled images, got one of 2 epochs "):
+        resumed("--labelled_samples", 20, "--max_steps", 3)

@@ -15,7 +15,7 @@ from iekd_hf.commands.mutual import of_peer
 
 QUICK = ["--peers", "cifar-resnet-8", "cifar-resnet-8", "--max_train_samples", "64", "--max_eval_samples", "32"]
 QUICK += ["--num_train_epochs", "1", "--disable_tqdm", "true", "--per_device_train_batch_size", "16", "--use_cpu"]
-AS_GIVEN = ["--peers_from_scratch", "false", "--do_train", "false"]
+AS_GIVEN = ["--do_train", "false"]
 ROWS = ["peer 1 alone", "peer 2 alone", "peer 1, DML", "peer 2, DML", "peer 1, IE-DML", "peer 2, IE-DML"]
 
 

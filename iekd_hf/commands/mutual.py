@@ -54,7 +54,8 @@ class PeerArguments:
         },
     )
     peers_from_scratch: bool = field(
-        default=True, metadata={"help": "Take only the configurations from --peers, not their weights."}
+        default=True,
+        metadata={"help": "Take only the configurations from --peers, not their weights, where they are trained."},
     )
     alone: bool = field(default=True, metadata={"help": "Also train each peer alone, to compare with."})
     dml: bool = field(default=True, metadata={"help": "Also train the peers by DML (logits only), to compare with."})
@@ -118,7 +119,8 @@ def main(given: list[str]) -> None:
     model_args, data_args, args = parse_arguments(KINDS, __doc__, "iekd-hf mutual", given)
     require("cli", "kornia", "matplotlib", "sklearn")
     run = ImageRun(data_args, args)
-    from_scratch = model_args.peers_from_scratch or all(is_shorthand(name) for name in model_args.peers)
+    from_scratch = args.do_train and model_args.peers_from_scratch
+    from_scratch = from_scratch or all(is_shorthand(name) for name in model_args.peers)
     peers = [
         build_model(name, "--peers", run.names, from_scratch or is_shorthand(name), model_args.trust_remote_code)
         for name in model_args.peers

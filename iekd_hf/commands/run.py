@@ -94,10 +94,16 @@ class CommandRun:
     def announce(self, what: str, epochs: float = 0, learner: str = "teacher") -> None:
         """Write the heading of a stage."""
         self.stage += 1
-        steps = self.steps_per_epoch(learner)
-        schedule = f"{epochs:g} epoch{'s' * (epochs != 1)}" if steps is None else f"{round(steps * epochs)} steps"
+        say(f"[{self.stage}/{self.stages}] {what}{f', {self.schedule(learner, epochs)}' if epochs else ''}")
+
+    def schedule(self, learner: str, epochs: float) -> str:
+        """Return for how long a network is trained, and on what."""
+        steps, most = self.steps_per_epoch(learner), self.args.max_steps
+        length = f"{epochs:g} epoch{'s' * (epochs != 1)}"
+        if steps is not None or most > 0:
+            length = f"{most if steps is None else round(steps * epochs)} steps"
         images = self.trained_on(learner) or f"{len(self.common(learner)['train_dataset']):,} images"
-        say(f"[{self.stage}/{self.stages}] {what}{f', {schedule} on {images}' if epochs else ''}")
+        return f"{length} on {images}"
 
     def common(self, learner: str = "teacher") -> dict:
         """Return the arguments that every trainer of this command takes, with the images that one learns from."""
@@ -199,16 +205,22 @@ class CommandRun:
     ) -> tuple[float, list[dict]]:
         """Train a network to compare with in a folder that is never pushed; a resumed run finds it there."""
         folder = Path(self.args.output_dir) / f"_{re.sub('[^a-z0-9]+', '_', name.lower())}"
+        schedule = self.schedule(name, epochs)
         if self.start and (folder / MANIFEST_FILE).is_file():
             if damage := find_damage(folder):
                 raise ValueError(
                     f"Expected the {name} in {folder} as it was saved, got another: {damage}. Remove that folder to "
                     "train it again."
                 )
+            done = read_manifest(folder)
+            if done.get("schedule", schedule) != schedule:
+                raise ValueError(
+                    f"Expected the {name} in {folder} to be trained as now, {schedule}, got one of "
+                    f"{done['schedule']}: resume with the arguments of that run, or choose another --output_dir."
+                )
             for subfolder, model in models.items():
                 load_weights(model, str(folder / subfolder))
             say("  finished earlier")
-            done = read_manifest(folder)
             return done["seconds"], done["log_history"]
         args = copy.copy(self.args)
         args.output_dir, args.num_train_epochs, args.push_to_hub = str(folder), epochs, False
@@ -230,7 +242,7 @@ class CommandRun:
         trainer.save_model()
         if trainer.is_world_process_zero():
             patterns = [os.path.join(subfolder, "*") for subfolder in models]
-            write_manifest(folder, patterns, seconds=seconds, log_history=trainer.state.log_history)
+            write_manifest(folder, patterns, schedule=schedule, seconds=seconds, log_history=trainer.state.log_history)
         return seconds, trainer.state.log_history
 
     def train_alone(self, model: PreTrainedModel, name: str, epochs: float) -> tuple[float, list[dict]]:

@@ -87,9 +87,9 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
         args.image_size = args.image_size or 16  # 8x8 scans leave no room for three stages
     splits = datasets.DatasetDict({name: _rename_columns(split, args, name) for name, split in splits.items()})
     check_filled(splits)
+    splits = unify_labels(splits, bool(args.unlabelled))
     if args.unlabelled:
-        set_unlabelled_apart(splits)
-    splits = unify_labels(splits)
+        set_unlabelled_apart(splits)  # the last to choose rows: predictions name them as the data has them
     if "validation" not in splits:
         try:
             parts = splits["train"].train_test_split(args.train_val_split, seed=seed, stratify_by_column="label")

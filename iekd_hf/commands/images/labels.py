@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable
 
 import datasets
-import numpy as np
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 
@@ -61,7 +60,7 @@ def check_class_folders(path: str) -> None:
     twice = [name for name, count in Counter(map(os.path.basename, holding)).items() if count > 1]
     around = [place for place in holding if any(other.startswith(place + os.sep) for other in holding)]
     if twice:
-        found = f"several folders called {' and several called '.join(sorted(twice))}, each of which would be one class"
+        found = f"several folders called {' and several '.join(sorted(twice))}, each of which would be one class"
     elif around:
         found = f"images in {around[0]!r} and in folders within it"
     elif len(holding) == 1:
@@ -74,12 +73,20 @@ def check_class_folders(path: str) -> None:
     )
 
 
-def unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Make `label` one `ClassLabel` over all splits; a test split whose labels are hidden loses the column."""
-    values = {name: _values(split, name) for name, split in splits.items() if "label" in split.column_names}
+def unify_labels(splits: datasets.DatasetDict, unlabelled: bool = False) -> datasets.DatasetDict:
+    """
+    Make `label` one `ClassLabel` over all splits; a test split whose labels are hidden loses the column.
+
+    With `unlabelled`, training images may lack a label.
+    """
+    labelled = {name: split for name, split in splits.items() if "label" in split.column_names}
+    values = {name: _values(split, name, unlabelled and name == "train") for name, split in labelled.items()}
+    known = [value for value in values["train"] if value is not None]
+    if not known:
+        raise ValueError("Expected some training images with a label, got none: a classifier needs its classes.")
     feature = splits["train"].features["label"]
     if not isinstance(feature, datasets.ClassLabel):
-        feature = datasets.ClassLabel(names=name_classes(values["train"]))
+        feature = datasets.ClassLabel(names=name_classes(known))
     if feature.num_classes < 2:
         raise ValueError(
             f"Expected images of two classes or more, got the label {', '.join(feature.names)} alone: check the file, "
@@ -97,14 +104,15 @@ def unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
             continue
         if isinstance(own, datasets.ClassLabel) and own.names == feature.names:
             continue
-        strings = [own.int2str(v) if isinstance(own, datasets.ClassLabel) else str(v) for v in values[name]]
-        unknown = sorted(set(strings) - set(feature.names))
+        write = own.int2str if isinstance(own, datasets.ClassLabel) else str
+        strings = [None if value is None else write(value) for value in values[name]]
+        unknown = sorted(set(strings) - {None, *feature.names})
         if unknown:
             raise ValueError(
                 f"Expected labels of the {name} split among the training split's {feature.num_classes} classes, got "
                 f"{', '.join(unknown[:5])}: mend the labels, or train on images of those classes too."
             )
-        codes = [feature.str2int(string) for string in strings]
+        codes = [None if string is None else feature.str2int(string) for string in strings]
         unified[name] = split.remove_columns("label").add_column("label", codes).cast_column("label", feature)
     return unified
 
@@ -112,16 +120,21 @@ def unify_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
 def set_unlabelled_apart(splits: datasets.DatasetDict) -> None:
     """Make the training images without a label a split of their own, `unlabelled`, in place."""
     train = splits["train"]
-    missing = np.array([is_missing(value) for value in train["label"][:]])
-    if missing.all():
-        raise ValueError("Expected some training images with a label, got none: a classifier needs its classes.")
-    if missing.any():
-        splits["train"] = train.select(np.flatnonzero(~missing))
-        splits["unlabelled"] = train.select(np.flatnonzero(missing)).remove_columns("label")
+    if any(map(is_missing, train["label"][:])):
+        for name, wanted in (("train", False), ("unlabelled", True)):
+            # Not `select`, which forgets what rows they were where one follows the other.
+            splits[name] = train.filter(
+                lambda labels, wanted=wanted: [is_missing(label) == wanted for label in labels],
+                input_columns="label",
+                batched=True,
+                keep_in_memory=True,
+                load_from_cache_file=False,
+            )
+        splits["unlabelled"] = splits["unlabelled"].remove_columns("label")
 
 
-def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
-    """Return the labels of a split; `None` where they are hidden, which those of a test split may be."""
+def _values(split: datasets.Dataset, name: str, may_lack: bool) -> list[_Label | None] | None:
+    """Return the labels of a split, `None` for a missing one; `None` for all of a test split where one is missing."""
     feature = split.features["label"]
     dtype = getattr(feature, "dtype", "")
     if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or not (
@@ -135,6 +148,8 @@ def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
     values = split["label"][:]
     for row, value in enumerate(values):
         if is_missing(value):
+            if may_lack:
+                continue
             if name == "test":
                 return None
             raise ValueError(
@@ -152,6 +167,7 @@ def _values(split: datasets.Dataset, name: str) -> list[_Label] | None:
                 f"Expected classes as labels of the {name} split, got {value} in row {row}: this command distils "
                 "classifiers; for targets of a regression use IEKDTrainer with a student of num_labels=1."
             )
+    values = [None if is_missing(value) else value for value in values]
     return [int(value) if isinstance(value, float) else value for value in values]
 
 
