@@ -11,7 +11,7 @@ from test_architectures import build
 from transformers import Dinov2Model, ViTImageProcessorPil
 
 from iekd_hf.commands import analyze as analyze_student
-from iekd_hf.commands.analyze import Tapped, active_neurons, cka_matrix, encode, varying_share
+from iekd_hf.commands.analyze import Tapped, active_neurons, cka_matrix, encode, seed_of, varying_share
 from iekd_hf.teacher.pixels import TeacherPixels
 
 
@@ -155,7 +155,8 @@ def test_a_finished_run(run_example, tmp_path):
 
     quick = ["--num_train_epochs", "1", "--paraphraser_epochs", "1", "--use_cpu"]
     quick += ["--max_train_samples", "64", "--max_eval_samples", "64"]
-    run_example(run_iekd, "--output_dir", tmp_path / "run", "--teacher", "cifar-resnet-8", *quick)
+    run_example(run_iekd, "--output_dir", tmp_path / "run", "--teacher", "cifar-resnet-8", *quick, "--seed", 7)
+    assert seed_of(tmp_path / "run") == 7 and seed_of(tmp_path) == 42
     analyse = functools.partial(run_example, analyze_student)
     printed = analyse("--run", tmp_path / "run", "--output_dir", tmp_path / "analysis", "--num_images", "64")
     for name in ("teacher", "student", "inheritance half", "exploration half", "plain student"):
@@ -172,6 +173,9 @@ def test_a_finished_run(run_example, tmp_path):
     assert table["student"] == "-" and table["exploration half"] == f"{varying['exploration half']:.1%}"
     with pytest.raises(ValueError, match=r"finished run of IEKDTrainer in --run, got .* without _encoders"):
         analyse("--run", tmp_path / "run" / "_teacher", "--output_dir", tmp_path / "analysis")
+    (tmp_path / "run" / "_teacher").rename(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"the run's teacher in --teacher, got none, as .*run' has not trained one"):
+        analyse("--run", tmp_path / "run", "--output_dir", tmp_path / "analysis")
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])

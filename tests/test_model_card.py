@@ -161,7 +161,7 @@ def test_other_recipes(make_trainer, tmp_path, settings, says):
     lambdas = {"lambda_inh": 0, "lambda_exp": 0} if "lambda_kd" in settings else {}
     make_trainer(**settings, **lambdas).create_model_card()
     text = read_card(tmp_path / "out").text
-    assert says in text and "pushed to find" not in text
+    assert says in text and "pushed to find" not in text and "Default:" not in text and "_share` |" not in text
 
 
 def test_peers(make_mutual, tmp_path):

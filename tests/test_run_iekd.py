@@ -97,7 +97,9 @@ def test_recipes_by_their_flags(run, tmp_path):
     recipe = ["--mixup", 0.4, "--cutmix", 0.4, "--rand_augment", 9, "--label_smoothing_factor", 0.1]
     recipe += ["--ema_decay", 0.8, "--layer_decay", 0.5, "--plain_student", "false"]
     printed = run("--output_dir", tmp_path, *QUICK, *recipe)
-    measured = dict(re.findall(r"^(distilled student|average of it) +78,042 +(\d+\.\d\d%)", printed, re.MULTILINE))
+    measured = dict(
+        re.findall(r"^(distilled student|distilled student, averaged) +78,042 +(\d+\.\d\d%)", printed, re.MULTILINE)
+    )
     assert len(measured) == 2, printed
     assert read_manifest(find_last_checkpoint(tmp_path))["files"].keys() >= {"average.safetensors"}
     student, average = (AutoModelForImageClassification.from_pretrained(tmp_path / part) for part in ("", "average"))
@@ -173,7 +175,9 @@ def test_parquet_yaml_and_pretrained_models(run, tmp_path):
     used = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
     assert (used["method"], used["lambda_inh"], used["lambda_exp"]) == ("ie-ft", 300, 30)  # as it is pretrained
     (tmp_path / "recipe.json").write_text(
-        json.dumps({**recipe, "output_dir": str(tmp_path / "alone"), "do_train": False})
+        json.dumps(
+            {**recipe, "student": recipe["output_dir"], "output_dir": str(tmp_path / "alone"), "do_train": False}
+        )
     )
     assert re.search(r"^student +[\d,]+ +\d", run(tmp_path / "recipe.json"), flags=re.MULTILINE)
 

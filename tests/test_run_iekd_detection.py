@@ -137,10 +137,26 @@ def test_parquet_yaml_padding_and_saved_models(run, tmp_path):
     printed = run(tmp_path / "recipe.yaml")
     assert re.search(r"^teacher +[\d,]+ +\d+\.\d +\d+\.\d +\d+ +-$", printed, flags=re.MULTILINE), printed
     assert AutoModelForObjectDetection.from_pretrained(tmp_path / "out").config.id2label == names
-    (tmp_path / "recipe.json").write_text(
-        json.dumps({**recipe, "output_dir": str(tmp_path / "alone"), "do_train": False, "image_square_size": 80})
-    )
+    recipe |= {"student": recipe["output_dir"], "output_dir": str(tmp_path / "alone")}
+    (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "do_train": False, "image_square_size": 80}))
     assert re.search(r"^student +[\d,]+ +\d", run(tmp_path / "recipe.json"), flags=re.MULTILINE)
+
+
+def test_predictions_have_the_numbers_of_the_data(run, tmp_path):
+    """As COCO's own categories, whose numbers leave some out."""
+    numbers = [1, 18, 44, 90]
+    rows = [
+        {**row, "objects": {**row["objects"], "category": [numbers[c] for c in row["objects"]["category"]]}}
+        for row in make_shapes(12, seed=0, size=32)
+    ]
+    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "train.parquet")
+    names = dict(enumerate(map(str, numbers)))
+    tiny_detector("tiny-rt-detr-4", id2label=names).save_pretrained(tmp_path / "student")
+    tiny_processor(32, 32).save_pretrained(tmp_path / "student")
+    arguments = ["--student", tmp_path / "student", "--train_file", tmp_path / "train.parquet", "--use_cpu"]
+    run("--output_dir", tmp_path / "out", *arguments, "--do_train", "false", "--do_eval", "false", "--do_predict")
+    predictions = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {(entry["category_id"], entry["category"]) for entry in predictions} <= {(n, str(n)) for n in numbers}
 
 
 def test_a_detector_from_scratch_trains_whole(tmp_path):

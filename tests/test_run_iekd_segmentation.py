@@ -93,16 +93,19 @@ def test_a_data_set_as_published_yaml_and_saved_models(run, tmp_path):
     build("SegFormer", 3)[0].save_pretrained(tmp_path / "student")  # of other classes: gets a new head
     SegformerImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "student")
     recipe = {"teacher": str(tmp_path / "teacher"), "student": str(tmp_path / "student"), "dataset_name": str(folder)}
-    recipe |= {"image_column_name": "pixels", "do_reduce_labels": True, "output_dir": str(tmp_path / "out")}
+    recipe |= {"do_reduce_labels": True, "output_dir": str(tmp_path / "out")}
     recipe |= {"num_train_epochs": 1, "paraphraser_epochs": 1, "disable_tqdm": True, "use_cpu": True}
     (tmp_path / "recipe.yaml").write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in recipe.items()))
     printed = run(tmp_path / "recipe.yaml")
     assert re.search(r"^teacher +[\d,]+ +\d+\.\d +\d+\.\d +\d+ +- +-$", printed, flags=re.MULTILINE), printed
     assert AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out").config.id2label == names
     assert AutoImageProcessor.from_pretrained(tmp_path / "out").do_reduce_labels
-    recipe |= {"output_dir": str(tmp_path / "alone"), "do_train": False, "image_size": [64, 96]}
+    recipe |= {"student": recipe["output_dir"], "output_dir": str(tmp_path / "alone"), "do_train": False}
+    recipe |= {"image_size": [64, 96], "do_predict": True}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     assert re.search(r"^student +[\d,]+ +\d", run(tmp_path / "recipe.json"), flags=re.MULTILINE)
+    files = (tmp_path / "alone" / "predictions").glob("*.png")
+    assert set(np.concatenate([np.unique(PIL.Image.open(file)) for file in files])) <= {1, 2, 3, 4}  # as in the masks
 
 
 @pytest.mark.slow
@@ -124,6 +127,11 @@ def test_what_cannot_be_had(run, tmp_path):
     build("DPT")[0].save_pretrained(tmp_path / "dpt")
     with pytest.raises(ValueError, match=r"takes, got 4x4 pixels \(.*give --image_size"):
         run("--output_dir", tmp_path, *QUICK, *FEW, "--student", tmp_path / "dpt", "--image_size", "4", "4")
+    for learner, samples in (("labelled_samples", 9), ("max_train_samples", 17)):
+        with pytest.raises(
+            ValueError, match=rf"got a last one of a single image \({samples} in .*--dataloader_drop_last"
+        ):
+            run("--output_dir", tmp_path, *QUICK, *FEW, f"--{learner}", samples)
     assert not (tmp_path / "_teacher").exists()
 
 
@@ -167,7 +175,24 @@ def test_a_class_that_would_become_the_label_of_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no label 3 in row \d .*turns into 2, the --ignore_index: choose"):
         load_masked(args, seed=0)
     args.ignore_index = 3
-    assert load_masked(args, seed=0)[1] == ["0", "1"]
+    assert load_masked(args, seed=0)[1] == ["1", "2"]
+
+
+def test_what_is_called_a_mask_is_no_image(tmp_path):
+    """Whatever stands first, and whatever the images are called; but what is named is taken."""
+    features = datasets.Features({"label": datasets.Image(), "pixel_values": datasets.Image()})
+    columns = {"label": grey(0, 1, 1, 0), "pixel_values": grey(*range(3, 7))}
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "train.parquet")
+    args = SegmentationDataArguments(train_file=str(tmp_path / "train.parquet"))
+    splits, names = load_masked(args, seed=0)
+    assert names == ["0", "1"] and {image.getpixel((0, 0)) for image in splits["train"].images["image"]} <= {
+        3,
+        4,
+        5,
+        6,
+    }
+    args.image_column_name = "label"
+    assert len(load_masked(args, seed=0)[1]) >= 6
 
 
 def test_a_label_that_is_no_class_is_refused(tmp_path):
@@ -186,6 +211,10 @@ def test_a_label_that_is_no_class_is_refused(tmp_path):
 
 def test_classes_without_names_are_numbers_and_those_without_pixels_are_said(tmp_path, caplog):
     args = parquet(tmp_path, IMAGES, grey(0, 3, 3, 0))
+    args.do_reduce_labels = True
+    assert load_masked(args, seed=0)[1] == ["1", "2", "3"]  # the data's
+    caplog.clear()
+    args.do_reduce_labels = False
     _, names = load_masked(args, seed=0)
     assert names == ["0", "1", "2", "3"]
     assert "Classes that no training pixel has: 1, 2 (2 of 4)." in caplog.text

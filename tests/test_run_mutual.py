@@ -1,6 +1,7 @@
 """The example script of mutual learning: the table with its three ways, resuming, and its errors."""
 
 import functools
+import json
 import re
 import shutil
 from pathlib import Path
@@ -39,9 +40,13 @@ def test_the_digits_from_nothing_to_the_table(run, tmp_path):
     for name in ("peer_1", "peer_2", "_peer_1_alone", "_peer_2_alone", "_dml/peer_1", "_dml/peer_2"):
         _, info = AutoModelForImageClassification.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not any(info.values())
-    measured = run("--output_dir", tmp_path, *QUICK, "--peers", tmp_path / "peer_1", tmp_path / "peer_2", *AS_GIVEN)
+    saved = ["--peers", tmp_path / "peer_1", tmp_path / "peer_2"]
+    measured = run("--output_dir", tmp_path / "measured", *QUICK, *saved, *AS_GIVEN)
     accuracies = [re.findall(r"^peer \d,.* (\d+\.\d\d)% ", text, flags=re.MULTILINE) for text in (printed, measured)]
     assert accuracies[0][2:] == accuracies[1]
+    assert json.loads((tmp_path / "measured" / "results.json").read_text())["settings"] == {}
+    with pytest.raises(ValueError, match=r"an output_dir without a run to measure in, got .*choose another"):
+        run("--output_dir", tmp_path, *QUICK, *saved, *AS_GIVEN)
     with pytest.raises(ValueError, match=r"without checkpoints, got .* with checkpoint-4: add --resume"):
         run("--output_dir", tmp_path, *QUICK)
 

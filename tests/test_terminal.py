@@ -128,6 +128,10 @@ def test_a_file_that_holds_no_arguments(name, text, said, tmp_path):
         (["distill", "--lambda_inh", "-1"], "error: Expected lambda_inh to be a finite weight"),
         (["mutual", "--lambda_kl", "-1"], "error: Expected lambda_kl to be a finite weight"),
         (["detect", "--train_val_split", "2"], "error: Expected train_val_split within"),
+        (
+            ["export", "--model", "m", "--output", "nowhere/x"],
+            "error: Expected --output in a folder that is there, got 'nowhere",
+        ),
         (["export", "--model", "nobody/nothing"], "error: Expected --model to be a folder"),
         (["analyze", "--run", "nothing"], "error: Expected a finished run of IEKDTrainer in --run, got 'nothing'"),
     ],
@@ -143,6 +147,19 @@ def test_a_refusal_is_one_line_and_with_debug_a_traceback(argv, said, tmp_path, 
         out, err = capsys.readouterr()
         assert out == "" and not list(tmp_path.iterdir())
         assert err.startswith("Traceback") if debug else err.startswith(said) and err.count("\n") == 1
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(distill, "DistillRun", interrupt)
+    with pytest.raises(KeyboardInterrupt) as ended:
+        cli.main(["distill"])
+    sys.excepthook(ended.type, ended.value, ended.tb)
+    expected = "interrupted: a command that trains goes on with --resume_from_checkpoint true\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_what_argparse_refuses_is_one_line(capsys):

@@ -45,6 +45,7 @@ from .images.data import DataArguments, load_images
 from .images.run import build_processor
 from .packages import require
 from .parser import parse_arguments
+from .report.results import RESULTS
 from .terminal import command
 
 
@@ -232,6 +233,13 @@ def read_split(run: str) -> tuple[list[str], torch.Tensor, torch.Tensor, list[st
     return [metadata["student_layers"].split(", ")[0]], *halves, [metadata["teacher_layers"].split(", ")[0]]
 
 
+def seed_of(run: Path) -> int:
+    """Return the seed of a command's run, by which it has drawn its validation images."""
+    file = run / RESULTS
+    settings = json.loads(file.read_text())["settings"] if file.is_file() else {}
+    return settings.get("seed", 42)
+
+
 def load(name: str, role: str) -> PreTrainedModel:
     """Load a model as it was saved, with or without a head, to be measured in float32."""
     return load_model(name, role, dtype="float32")
@@ -262,6 +270,11 @@ def main(given: list[str]) -> None:
     student_layers, inherits, explores, teacher_layers = read_split(analysis.run)
     student = load(analysis.run, "--run")
     teacher = analysis.teacher or str(run / "_teacher")
+    if analysis.teacher is None and not (run / "_teacher").is_dir():
+        raise ValueError(
+            f"Expected the run's teacher in --teacher, got none, as {analysis.run!r} has not trained one itself: name "
+            "the one that it had."
+        )
     networks = {
         "teacher": Tapped(load(teacher, "--teacher"), teacher_layers),
         "student": Tapped(student, student_layers),
@@ -273,7 +286,7 @@ def main(given: list[str]) -> None:
     if plain is not None:
         networks["plain student"] = Tapped(load(plain, "--plain"), student_layers)
 
-    validation = load_images(data_args, seed=42)["validation"]
+    validation = load_images(data_args, seed_of(run))["validation"]
     validation = validation.shuffle(seed=0).select(range(min(analysis.num_images, len(validation))))
     images = [to_rgb(image) for image in validation["image"]]
     processor = build_processor(analysis.run, data_args.image_size, images[0])

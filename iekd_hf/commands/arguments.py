@@ -19,6 +19,9 @@ class ScriptArguments:
 
     output_dir: str | None = field(default="out", metadata={"help": "Where the results and checkpoints go."})
     do_train: bool = field(default=True, metadata={"help": "Train; otherwise measure the models as they are."})
+    do_eval: bool = field(
+        default=True, metadata={"help": "Evaluate on the validation images, while training and at the end."}
+    )
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Epochs. Default: 10 for the digits, otherwise 30."}
     )
@@ -78,6 +81,8 @@ class ScriptArguments:
                 f"Expected num_train_epochs above 0, got {self.num_train_epochs}: to measure without training, set "
                 "--do_train false."
             )
+        if not self.do_eval:
+            self.eval_strategy = "no"  # any other would turn it on
         super().__post_init__()
 
     def use_own_epochs(self) -> None:

@@ -73,12 +73,11 @@ class RunArguments(DetectionScriptArguments, IEKDTrainingArguments):
             "choices": [name for name in METHODS if "kd" not in name],
         },
     )
-    do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation images."})
     do_predict: bool = field(
         default=False,
         metadata={
             "help": "Write predictions.json, in COCO's form, for the test split, or else for the validation images; "
-            "image_id is an image's row in the data."
+            "image_id is an image's row in the data, category_id the data's number of a class."
         },
     )
     inherit_head: bool | None = field(
@@ -136,8 +135,15 @@ class DetectRun(DetectionRun):
         if not trainer.is_world_process_zero():
             return
         split = self.splits.get("test", self.splits["validation"])
+        numbers = [int(name) for name in self.names] if all(map(str.isdecimal, self.names)) else range(len(self.names))
         predictions = [
-            {"image_id": row, "category_id": label, "category": self.names[label], "bbox": box, "score": score}
+            {
+                "image_id": row,
+                "category_id": numbers[label],
+                "category": self.names[label],
+                "bbox": box,
+                "score": score,
+            }
             for row, found in zip(original_rows(split.images), self.detect(student, split), strict=True)
             for box, label, score in zip(found["boxes"], found["labels"], found["scores"], strict=True)
         ]
@@ -147,7 +153,7 @@ class DetectRun(DetectionRun):
         """Write results.json, print the table, and draw what the students find."""
         results = [row.result for row in compared]
         settings = {name: getattr(self.args, name) for name in (*SETTINGS, "inherit_head")}
-        write_results(results, settings, self.args.output_dir)
+        write_results(results, settings if self.args.do_train else {}, self.args.output_dir)
         print("\n" + detection_table(results) + "\n")
         if self.args.do_eval:
             print("mAP: COCO's, in percent; images/s: one image at a time, CPU, 1 thread, float32, median")
@@ -182,7 +188,14 @@ def main(given: list[str]) -> None:
     from_scratch = model_args.student_from_scratch or is_tiny(model_args.student)
     hub = model_args.hub("student")
     student = build_detector(
-        model_args.student, "--student", run.names, run.most_objects, from_scratch, dtype=model_args.dtype, **hub
+        model_args.student,
+        "--student",
+        run.names,
+        run.most_objects,
+        from_scratch,
+        dtype=model_args.dtype,
+        new_head=args.do_train,
+        **hub,
     )
     run.prepare_images(model_args.student, **hub)
     run.check_size(student)

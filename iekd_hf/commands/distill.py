@@ -70,7 +70,6 @@ class RunArguments(MethodByDefault, ScriptArguments, IEKDTrainingArguments):
             "choices": list(METHODS),
         },
     )
-    do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation images."})
     do_predict: bool = field(
         default=False,
         metadata={"help": "Write predictions.csv for the test split, or else for the validation images."},
@@ -142,7 +141,7 @@ class DistillRun(ImageRun):
         settings = {name: getattr(self.args, name) for name in SETTINGS}
         settings["labelled_samples"] = self.data_args.labelled_samples
         settings["unlabelled"] = self.data_args.unlabelled is not False
-        write_results(results, settings, self.args.output_dir)
+        write_results(results, settings if self.args.do_train else {}, self.args.output_dir)
         print("\n" + table(results) + "\n")
         if self.args.do_eval:
             print("latency: one image, CPU, 1 thread, float32, median")
@@ -189,7 +188,9 @@ def main(given: list[str]) -> None:
         )
     from_scratch = model_args.student_from_scratch or is_shorthand(model_args.student)
     hub = model_args.hub("student")
-    student = build_model(model_args.student, "--student", run.names, from_scratch, dtype=model_args.dtype, **hub)
+    student = build_model(
+        model_args.student, "--student", run.names, from_scratch, dtype=model_args.dtype, new_head=args.do_train, **hub
+    )
     run.prepare_images(model_args.student, from_scratch, **hub)
     if not from_scratch:
         args.divide_weights(10)  # the preset's are for students from scratch

@@ -131,6 +131,9 @@ def main(given: list[str]) -> None:
     require("onnx", "onnx", "onnxruntime", "onnxscript")
     import onnxruntime
 
+    folder = os.path.dirname(os.path.abspath(args.output))
+    if not os.path.isdir(folder):
+        raise ValueError(f"Expected --output in a folder that is there, got {args.output!r}: make {folder} first.")
     model, pixels = load(args)
     unchecked = f"{args.output}.part"
     try:

@@ -122,7 +122,14 @@ def main(given: list[str]) -> None:
     from_scratch = args.do_train and model_args.peers_from_scratch
     from_scratch = from_scratch or all(is_shorthand(name) for name in model_args.peers)
     peers = [
-        build_model(name, "--peers", run.names, from_scratch or is_shorthand(name), model_args.trust_remote_code)
+        build_model(
+            name,
+            "--peers",
+            run.names,
+            from_scratch or is_shorthand(name),
+            model_args.trust_remote_code,
+            new_head=args.do_train,
+        )
         for name in model_args.peers
     ]
     run.prepare_images(model_args.peers[0], from_scratch)
@@ -136,9 +143,8 @@ def main(given: list[str]) -> None:
         for i, model in enumerate(copy.deepcopy(peers), start=1):
             run.announce(f"Peer {i} alone: {model_args.peers[i - 1]}", epochs, "peers")
             seconds, history = run.train_alone(model, f"peer {i} alone", epochs)
-            results.append(
-                Result(f"peer {i} alone", model.num_parameters(), run.evaluate(model), {"training": seconds}, history)
-            )
+            measured = run.evaluate(model) if args.do_eval else {}
+            results.append(Result(f"peer {i} alone", model.num_parameters(), measured, {"training": seconds}, history))
     if args.do_train and with_dml:
 
         def make_trainer(baseline_args):
@@ -149,20 +155,23 @@ def main(given: list[str]) -> None:
         folders = {f"peer_{i}": model for i, model in enumerate(baseline, start=1)}
         run.announce("Peers together, DML", epochs, "peers")
         seconds, history = run.train_beside("DML", epochs, folders, make_trainer)
-        results += results_of(baseline, [run.evaluate(model) for model in baseline], "DML", seconds, history)
+        measured = [run.evaluate(model) if args.do_eval else {} for model in baseline]
+        results += results_of(baseline, measured, "DML", seconds, history)
     trainer = MutualTrainer(peers, args=args, **run.common("peers"))
     seconds = None
     if args.do_train:
         run.announce(f"Peers together, {how}", epochs, "peers")
         run.progress.name = how
+        run.keep_settings()
         output = trainer.train(run.start)
         seconds = output.metrics["train_runtime"]
         trainer.save_model()
         trainer.save_state()
         trainer.save_metrics("train", output.metrics)
     history = list(trainer.state.log_history)
-    evaluated = trainer.evaluate()
-    trainer.save_metrics("eval", evaluated)
+    evaluated = trainer.evaluate() if args.do_eval else {}
+    if args.do_eval:
+        trainer.save_metrics("eval", evaluated)
     evaluated = {name.removeprefix("eval_"): value for name, value in evaluated.items()}
     metrics = [of_peer(i, evaluated) for i in range(1, len(peers) + 1)]
     results += results_of(peers, metrics, how, seconds, history)
@@ -170,7 +179,7 @@ def main(given: list[str]) -> None:
     if trainer.is_world_process_zero():
         settings = {"seed": args.seed, "method": args.mutual_loss, "num_train_epochs": args.num_train_epochs}
         settings |= {"labelled_samples": data_args.labelled_samples, "learning_rate": args.learning_rate}
-        write_results(results, settings, args.output_dir)
+        write_results(results, settings if args.do_train else {}, args.output_dir)
         print("\n" + table(results) + "\n")
         if args.do_train:
             from .report.curves import draw_losses, draw_peers

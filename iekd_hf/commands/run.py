@@ -1,6 +1,7 @@
 """What `distill`, `mutual` and `detect` share: resuming, networks to compare with, and the run of a distillation."""
 
 import copy
+import json
 import math
 import os
 import re
@@ -20,15 +21,18 @@ from iekd_hf import EMACallback, IEKDTrainer
 from ..data.rgb import to_rgb
 from ..training.base_trainer import DistillationTrainer
 from ..training.checkpoints import load_weights
-from ..training.manifest import MANIFEST_FILE, find_damage, read_manifest, write_manifest
+from ..training.manifest import MANIFEST_FILE, find_damage, read_manifest, write_manifest, write_whole
 from ..training.resume import RUN_FILE, ResumePoint, find_resume_point
 from .arguments import ModelArguments
 from .progress import Progress
 from .report.latency import median_milliseconds
+from .report.results import OF_PEERS, SETTINGS
 from .report.table import Result, latencies
 from .terminal import say
 
 
+# The settings that a run has begun with, in its output_dir; names that begin with an underscore are never pushed.
+SETTINGS_FILE = "_settings.json"
 # Where the moving average of a student is saved, in its output_dir.
 AVERAGE_FOLDER = "average"
 
@@ -39,6 +43,11 @@ def find_start(args: TrainingArguments) -> ResumePoint | None:
     if isinstance(resume, str) and resume.lower() in ("true", "false"):  # a recipe has a bool
         resume = resume.lower() == "true"
     if not args.do_train:
+        if Path(folder, RUN_FILE).is_file():
+            raise ValueError(
+                f"Expected an output_dir without a run to measure in, got {folder!r}, whose results would be written "
+                "over: choose another --output_dir."
+            )
         return None
     if not resume:
         if os.path.isdir(folder) and get_last_checkpoint(folder):
@@ -89,7 +98,31 @@ class CommandRun:
         args.disable_tqdm, transformers.trainer.DEFAULT_PROGRESS_CALLBACK = False, self.progress
         self.stages, self.stage = 0, 0
         self.start = find_start(args)
+        # As they were given: what is chosen by the data and the networks follows from them.
+        self.given = {name: getattr(args, name) for name in (*SETTINGS, *OF_PEERS) if hasattr(args, name)}
+        if self.start is not None:
+            self.check_settings()
         set_seed(args.seed)
+
+    def check_settings(self) -> None:
+        """Refuse to go on with other settings than the run has begun with; it may go on for longer."""
+        try:
+            begun = json.loads(Path(self.args.output_dir, SETTINGS_FILE).read_text())
+        except FileNotFoundError:
+            return
+        for name, value in self.given.items():
+            if name != "num_train_epochs" and begun.get(name, value) != value:
+                before = f"no --{name}" if begun[name] is None else f"--{name} {begun[name]}"
+                raise ValueError(
+                    f"Expected {before}, as the run in {self.args.output_dir} has begun, got {value}: resume with the "
+                    "arguments of that run, or choose another --output_dir."
+                )
+
+    def keep_settings(self) -> None:
+        """Write down what a resumed run is compared with."""
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_whole(Path(self.args.output_dir, SETTINGS_FILE), json.dumps(self.given))
 
     def announce(self, what: str, epochs: float = 0, learner: str = "teacher") -> None:
         """Write the heading of a stage."""
@@ -237,6 +270,7 @@ class CommandRun:
         self.progress.name = name
         if trainer.is_world_process_zero():
             (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of an earlier run
+        self.keep_settings()
         output = trainer.train(find_resume_point(folder, self.start is not None))
         seconds = output.metrics["train_runtime"]
         trainer.save_model()
@@ -287,6 +321,7 @@ class CommandRun:
         """Train both stages, and save the student with what is known of the training."""
         self.announce(f"Distilled student: {self.student_name}", self.args.num_train_epochs, "distilled student")
         self.progress.name = "stage 2"
+        self.keep_settings()
         metrics = trainer.train(self.start).metrics
         seconds = {"stage 2": metrics["train_runtime"]}
         if "paraphraser_train_runtime" in metrics:
@@ -325,7 +360,7 @@ class CommandRun:
             for part in (average, self.processor):
                 part.save_pretrained(os.path.join(self.args.output_dir, AVERAGE_FOLDER))
         measured = self.evaluate(average) if self.args.do_eval else {}
-        return Compared(Result("average of it", average.num_parameters(), measured), average)
+        return Compared(Result("distilled student, averaged", average.num_parameters(), measured), average)
 
     def latency(self, model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> float:
         """Return the milliseconds that a model takes for one image, on one thread of the CPU in float32."""

@@ -87,7 +87,6 @@ class RunArguments(MethodByDefault, SegmentationScriptArguments, IEKDTrainingArg
             "choices": list(METHODS),
         },
     )
-    do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation images."})
     do_predict: bool = field(
         default=False,
         metadata={
@@ -122,6 +121,8 @@ class SegmentRun(SegmentationRun):
         self.args.choose_method(own_classes)
         if is_tiny(model_args.student):
             self.args.divide_weights(30)  # the preset's are for larger networks
+        if epochs > 0:
+            self.check_last_batch(teacher, "teacher")
         self.announce(f"Teacher: {name}{'' if epochs else ', as it is'}", epochs)
         result = self.train_teacher(teacher, epochs, processor)
         if self.args.do_eval and own_classes:
@@ -142,17 +143,18 @@ class SegmentRun(SegmentationRun):
             return
         folder = Path(self.args.output_dir, "predictions")
         folder.mkdir(exist_ok=True)
-        kind = np.uint8 if len(self.names) <= 256 else np.uint16
+        first = int(self.data_args.do_reduce_labels)  # the number of the first class in the data's masks
+        kind = np.uint8 if len(self.names) + first <= 256 else np.uint16
         split = self.splits.get("test", self.splits["validation"])
         for row, classes in zip(original_rows(split.images), self.segment(student, split), strict=True):
-            PIL.Image.fromarray(classes.astype(kind)).save(folder / f"{row}.png")
+            PIL.Image.fromarray((classes + first).astype(kind)).save(folder / f"{row}.png")
 
     def report(self, compared: list[Compared]) -> None:
         """Write results.json, print the table, and draw what the students make of some images."""
         results = [row.result for row in compared]
         settings = {name: getattr(self.args, name) for name in SETTINGS}
         settings["labelled_samples"] = self.data_args.labelled_samples
-        write_results(results, settings, self.args.output_dir)
+        write_results(results, settings if self.args.do_train else {}, self.args.output_dir)
         print("\n" + segmentation_table(results) + "\n")
         if self.args.do_eval:
             print("mIoU, pixels: in percent; images/s: one image at a time, CPU, 1 thread, float32, median")
@@ -191,10 +193,12 @@ def main(given: list[str]) -> None:
         from_scratch,
         data_args.ignore_index,
         dtype=model_args.dtype,
+        new_head=args.do_train,
         **hub,
     )
     run.prepare_images(model_args.student, **hub)
     run.check_size(student)
+    run.check_last_batch(student, "distilled student", *["plain student"] * model_args.plain_student)
     run.distil(student, model_args)
 
 

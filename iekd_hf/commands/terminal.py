@@ -27,7 +27,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[[Sequence[str] | None
             _show_messages(debug)
             try:
                 main(given)
-            except (ValueError, OSError, FloatingPointError) as error:
+            except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
                 if not debug:
                     sys.excepthook = functools.partial(_say_in_one_line, error, sys.excepthook)
                 raise
@@ -46,10 +46,15 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _say_in_one_line(expected: Exception, otherwise: Callable, kind: type, error: BaseException, traceback) -> None:
+def _say_in_one_line(
+    expected: BaseException, otherwise: Callable, kind: type, error: BaseException, traceback
+) -> None:
     """End the process with a line in place of the traceback, if this is the error that it ends with."""
     if error is not expected:
         otherwise(kind, error, traceback)
+        return
+    if isinstance(error, KeyboardInterrupt):
+        say("interrupted: a command that trains goes on with --resume_from_checkpoint true")
         return
     message = " ".join(str(error).split()) or kind.__name__
     if not message.startswith("Expected"):  # not one of ours, which say what to do

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.modelcard import make_markdown_table
 
+from ..method.objective import AUTO
 from ..models.adapters import without_adapters
 from ..models.signature import takes_labels
 
@@ -166,8 +167,10 @@ def recipe(args: TrainingArguments) -> list[tuple[str, str, str]]:
     known = {f.name for f in fields(TrainingArguments)}
     ours = {name for cls in type(args).__mro__ if cls.__module__.startswith("iekd_hf.") for name in vars(cls)}
     values = args.to_dict()
+    if not any(values.get(name) == AUTO for name in ours):
+        ours -= {"inheritance_share", "exploration_share", "kd_share"}  # which are those of automatic weights
     return [
-        (f.name, plain(values[f.name]), f.metadata.get("help", "").replace(" Default: the method's.", "").rstrip("."))
+        (f.name, plain(values[f.name]), f.metadata.get("help", "").partition(" Default: ")[0].rstrip("."))
         for f in fields(args)
         if f.name in ours - known - _ONLY_SPEED and values[f.name] is not None
     ] + [("seed", str(args.seed), "Seed of the encoders, the data's order and augmentation")]

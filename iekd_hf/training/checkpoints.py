@@ -1,5 +1,6 @@
 """What a run keeps on disk: students, encoders with their splits, paraphrasers; each is loaded whole or not at all."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -135,7 +136,8 @@ def load_paraphrasers(
         if os.path.isdir(name):
             check_undamaged(Path(name))
         try:
-            source = [kind.from_pretrained(folder, strict=True) for folder in folders]
+            with contextlib.redirect_stdout(None):  # which the mixin prints "Loading weights" to
+                source = [kind.from_pretrained(folder, strict=True) for folder in folders]
         except TypeError as error:  # the mixin found no configuration to call the class with
             raise ValueError(
                 explain_unreachable(name, "paraphraser", ValueError("no config.json of a paraphraser was found there"))

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _SHAPES = {"train": 300, "validation": 200}
 # Of how many of them the students see the masks.
 _SHAPES_LABELLED = 30
+# What a column of masks is called.
+_MASKS = ("label", "labels", "mask", "masks", "annotation", "annotations", "segmentation", "segmentation_mask")
 # What a data set's file of class names is called.
 _NAMES_FILE = "id2label.json"
 
@@ -167,7 +169,7 @@ def load_masked(args: SegmentationDataArguments, seed: int) -> tuple[dict[str, M
             masks = split.select_columns("label")
             used[name] = _check_masks(masks, name, sizes, names, args)
             if names is None:  # those of the training split, which is the first
-                names = [str(label) for label in range(max(used[name]) + 1)]
+                names = [str(label + args.do_reduce_labels) for label in range(max(used[name]) + 1)]
         masked[name] = Masked(split.select_columns("image"), masks, args)
     missing = [label for index, label in enumerate(names) if index not in used["train"]]
     if missing:
@@ -178,7 +180,10 @@ def load_masked(args: SegmentationDataArguments, seed: int) -> tuple[dict[str, M
 
 def _rename_columns(split: datasets.Dataset, args: SegmentationDataArguments, name: str) -> datasets.Dataset:
     """Keep the images and their masks, under the names `image` and `label`; a test split needs no masks."""
-    image = find_column(split, name, "image", args.image_column_name, datasets.Image)
+    # Masks are images, too: what is called a mask is none of the others, unless it is named.
+    masks = [args.label_column_name] if args.label_column_name else _MASKS
+    others = [column for column in split.column_names if column not in masks or column == args.image_column_name]
+    image = find_column(split.select_columns(others), name, "image", args.image_column_name, datasets.Image)
     if name == "test":
         return rename_columns(split, {image: "image"})
     mask = find_column(split.remove_columns(image), name, "label", args.label_column_name, datasets.Image)

@@ -1,5 +1,6 @@
 """What `segment` is made of: its arguments, segmenters by name, and what is measured."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from transformers import (
 
 from ...models.kinds import set_ignore_index
 from ...models.loading import find_processor
+from ...training.checks import leaves_one
 from ..arguments import ScriptArguments
 from ..networks import label_maps, load_for_classes
 from ..run import CommandRun
@@ -223,6 +225,23 @@ class SegmentationRun(CommandRun):
             raise ValueError(
                 f"Expected images of a size that {type(model).__name__} takes, got {height}x{width} pixels ({error}): "
                 "give --image_size, for most networks multiples of their largest stride, 32."
+            ) from error
+
+    def check_last_batch(self, model: PreTrainedModel, *learners: str) -> None:
+        """Refuse a last batch of one image where a model cannot train on it, as one that normalises maps of 1x1."""
+        images = [self.common(learner)["train_dataset"] for learner in learners]
+        alone = [each for each in images if leaves_one(each, self.args)]
+        if not alone or not self.args.do_train or self.args.dataloader_drop_last:
+            return
+        pixel_values = next(iter(DataLoader(alone[0], 1, collate_fn=collate)))["pixel_values"]
+        try:
+            copy.deepcopy(model).train()(pixel_values=pixel_values.to(model.device))
+        except ValueError as error:
+            raise ValueError(
+                f"Expected batches of at least two images, on one of which {type(model).__name__} cannot train "
+                f"({error}), got a last one of a single image ({len(alone[0])} in batches of "
+                f"{self.args.train_batch_size}): set --dataloader_drop_last true, or another "
+                "--per_device_train_batch_size."
             ) from error
 
     def common(self, learner: str = "teacher") -> dict:

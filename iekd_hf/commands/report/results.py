@@ -11,6 +11,9 @@ RESULTS = "results.json"
 SETTINGS = ("seed", "method", "num_train_epochs", "learning_rate", "lambda_inh", "lambda_exp", "lambda_kd")
 SETTINGS += ("inheritance_share", "exploration_share", "kd_share", "kd_distance")
 
+# Those of peers.
+OF_PEERS = ("mutual_loss", "lambda_kl")
+
 
 def write_results(results: list[Result], settings: dict, folder: str) -> None:
     """
@@ -20,7 +23,7 @@ def write_results(results: list[Result], settings: dict, folder: str) -> None:
         results (`list[Result]`):
             Those of the table.
         settings (`dict`):
-            What tells the run from others.
+            What tells the run from others; empty where nothing was trained.
         folder (`str`):
             Where it goes.
 
