@@ -180,7 +180,8 @@ class IEKDTrainer(DistillationTrainer):
                 image_bytes = 2 * (cells + (logits.shape[1:].numel() if logits is not None else 0))
                 check_cache_folder(args, len(self.train_dataset), image_bytes)
             self._build_student_side()
-            check_batches_of_one(self.train_dataset, args, [*shapes, *self.student_shapes])
+            if self.student_side.inheritance_encoders or self.student_side.exploration_encoders:
+                check_batches_of_one(self.train_dataset, args, [*shapes, *self.student_shapes])
             if self.optimizer is not None:  # one that was given, which knows the student alone
                 add_what_is_missing(self.optimizer, self.lr_scheduler, self.student_side)
 
@@ -220,7 +221,7 @@ class IEKDTrainer(DistillationTrainer):
         labels = self.task_loss.take_labels(inputs)
         outputs, F_inh, F_exp = model(**inputs)
 
-        losses = self._losses(outputs, F_inh, F_exp, labels, targets, inputs)
+        losses = self.task_loss.weigh(self._losses(outputs, F_inh, F_exp, labels, targets, inputs), inputs)
         self.components.record(losses, self.state.global_step + 1)
         loss = self.distillation_objective(losses, self.progress)
         return (loss, outputs) if return_outputs else loss

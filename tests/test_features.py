@@ -20,7 +20,7 @@ from transformers import (
 
 from iekd_hf import list_layers
 from iekd_hf.features.layers import backbone_layers
-from iekd_hf.features.maps import split_index
+from iekd_hf.features.maps import split_index, to_map
 from iekd_hf.features.tap import FeatureTap
 from iekd_hf.method.padding import match_sizes
 from iekd_hf.teacher.frozen import FrozenTeacher
@@ -217,3 +217,14 @@ def test_the_backbone_of_a_detector():
     backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     config = DetrConfig(backbone_config=backbone, d_model=16, encoder_layers=1, decoder_layers=1)
     assert backbone_layers(DetrForObjectDetection(config)) == ["model.backbone.model[-1]"]
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [((70, 402), (5, 28)), ((224, 330), (16, 23)), ((224, 224), (16, 16)), ((28, 140), (2, 10))]
+)
+def test_tokens_of_sizes_that_patches_do_not_divide(size, grid):
+    """A grid with the class and register tokens in it may come nearer to the image's aspect."""
+    patches = torch.arange(grid[0] * grid[1], dtype=torch.float32).view(1, -1, 1)
+    tokens = torch.cat([torch.full((1, 5, 1), -1.0), patches], dim=1)
+    assert torch.equal(to_map(tokens, size, (5, 0), "encoder").flatten(), patches.flatten())
+    assert to_map(tokens, size, (5, 0), "encoder").shape == (1, 1, *grid)

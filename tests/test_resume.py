@@ -425,3 +425,25 @@ def test_a_foreign_pickle_runs_no_code(make_trainer, tmp_path, name):
     with pytest.raises(Exception, match=r"weights_only|Weights only|WeightsUnpickler"):
         make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_run_whose_folder_was_moved_keeps_its_best_checkpoint(make_trainer, tmp_path, limit):
+    measured = iter([0.1, 0.9, 0.2, 0.3, 0.4])
+    settings = BEST | {"save_steps": 1, "eval_steps": 1, "compute_metrics": lambda _: {"accuracy": next(measured)}}
+    make_trainer(method="kd", max_steps=3, **settings).train()
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    best = load_file(moved / "checkpoint-2" / "model.safetensors")
+    again = make_trainer(method="kd", max_steps=5, output_dir=str(moved), save_total_limit=limit, **settings)
+    again.train(resume_from_checkpoint=str(moved / "checkpoint-3"))
+    assert again.state.best_metric == 0.9 and (moved / "checkpoint-2").is_dir()
+    assert all(torch.equal(again.student.state_dict()[name], value) for name, value in best.items())
+
+
+def test_a_trial_of_a_search_can_be_resumed(make_trainer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    search = make_trainer(model_init=lambda: make_resnet(8, seed=1), eval_dataset=make_images(4), **settings)
+    best = search.hyperparameter_search(lambda trial: {"learning_rate": 0.01}, n_trials=1, backend="optuna")
+    checkpoint = tmp_path / "out" / f"run-{best.run_id}" / "checkpoint-1"
+    trainer = make_trainer(max_steps=3)
+    assert trainer.train(resume_from_checkpoint=str(checkpoint)).global_step == 3

@@ -12,6 +12,7 @@ from conftest import make_images, make_resnet, make_vit, same
 from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessorPil
 
 from iekd_hf import DistillationTrainer, FactorEncoder, IEKDTrainer, IEKDTrainingArguments, MutualTrainer, Paraphraser
+from iekd_hf.training.stage_1 import stage_1_settings
 
 
 def train_logs(trainer) -> list[dict]:
@@ -522,6 +523,34 @@ def test_hyperparameter_search(make_trainer):
     assert best.objective > 0
     assert len(widths) == 3
     assert {width for _, width in widths} <= {2, 6}
+
+
+def test_a_search_cannot_change_what_a_trainer_was_built_with(make_trainer):
+    trainer = make_trainer(model_init=lambda: make_resnet(8, seed=1), eval_dataset=make_images(8))
+    with pytest.raises(ValueError, match="got method='kd' for a trainer that was built with 'ie-ft': search with one"):
+        trainer.hyperparameter_search(
+            hp_space=lambda trial: {"method": "kd"}, n_trials=1, backend="optuna", direction="minimize"
+        )
+
+
+def test_stage_1_runs_again_for_what_its_result_depends_on(make_trainer):
+    trainer = make_trainer(paraphraser_max_steps=1)
+    first = stage_1_settings([(16, 8)], trainer.args)
+    for name, value in (("paraphraser_max_steps", 2), ("seed", 7), ("per_device_train_batch_size", 2)):
+        before = getattr(trainer.args, name)
+        setattr(trainer.args, name, value)
+        assert stage_1_settings([(16, 8)], trainer.args) != first
+        setattr(trainer.args, name, before)
+    assert stage_1_settings([(16, 8)], trainer.args) == first
+
+
+def test_data_that_are_put_in_place_later_are_counted(make_trainer):
+    trainer = make_trainer(method="kd")
+    trainer.train_dataset = [
+        {**row, "labels": -100 if i % 2 else row["labels"]} for i, row in enumerate(make_images())
+    ]
+    trainer.train()
+    assert trainer.task_loss.num_labelled == 8
 
 
 def test_teacher_sees_its_own_pixels(make_trainer):

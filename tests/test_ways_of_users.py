@@ -8,6 +8,7 @@ import datasets
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_images, make_resnet, make_vit
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Dinov2Config, Dinov2Model
@@ -15,6 +16,7 @@ from transformers import Dinov2Config, Dinov2Model
 from iekd_hf import DecodedImages, IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
 from iekd_hf.method.losses import kd_loss
 from iekd_hf.method.objective import logit_loss
+from iekd_hf.training import weights
 
 
 def stream(count: int = 16) -> datasets.IterableDataset:
@@ -217,6 +219,106 @@ def test_a_regression_has_no_logits(make_trainer, make_mutual):
     trainer = make_trainer(*models, train_dataset=images)  # features do
     trainer.train()
     assert trainer.state.log_history[0]["task_loss"] > 0
+
+
+def test_a_multi_label_student_with_a_loss_of_its_own_learns_from_logits(make_trainer):
+    """Whose problem_type nobody has noted: the labels say what it is."""
+    images = [{**row, "labels": torch.tensor([1.0, 0.0, 1.0])} for row in make_images()]
+
+    def binary(outputs, labels, num_items_in_batch=None):
+        return F.binary_cross_entropy_with_logits(outputs["logits"], labels)
+
+    found = []
+    for problem, loss in ((None, binary), ("multi_label_classification", None)):
+        models = [make_resnet(w, seed=w, problem_type=problem) for w in (8, 16)]
+        trainer = make_trainer(*models, method="kd", train_dataset=images, compute_loss_func=loss, learning_rate=0.0)
+        trainer.train()
+        found.append(trainer.state.log_history[0]["kd_loss"])
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_a_target_of_a_regression_may_be_100_below_zero(make_trainer):
+    rows = [{**row, "labels": [-100.0, 3.0][i % 2]} for i, row in enumerate(make_images(10))]
+    for kind in (float, int):
+        evaluated = [{**row, "labels": kind(row["labels"])} for row in rows]
+        trainer = make_trainer(
+            *regressors(), eval_dataset=evaluated, compute_metrics=lambda p: {"rows": len(p.label_ids)}
+        )
+        metrics = trainer.evaluate()
+        predicted = torch.tensor(trainer.predict(evaluated).predictions).squeeze()
+        expected = F.mse_loss(predicted, torch.tensor([float(row["labels"]) for row in evaluated]))
+        assert metrics["eval_rows"] == 10 and metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["plain", "kd"])
+def test_a_frozen_backbone_has_no_gradient_to_measure(make_trainer, method):
+    student = make_resnet(8, seed=1)
+    student.resnet.requires_grad_(False)
+    trainer = make_trainer(student, method=method)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+    assert not any("gradient_share" in name for logs in trainer.state.log_history for name in logs)
+
+
+def test_a_last_batch_of_one_image_without_encoders(make_trainer):
+    """No BatchNorm of ours sees its 1x1 map."""
+    images = make_images(9, size=(8, 8))
+    trainer = make_trainer(
+        make_vit(seed=1, image_size=8), method="kd", train_dataset=images, max_steps=-1, num_train_epochs=1
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_a_stream_that_ends_at_a_measurement_is_measured_once(make_trainer, monkeypatch):
+    """Trainer asks for the batches of all steps to come where a pass over the stream ends."""
+    calls = []
+    monkeypatch.setattr(weights, "measure_ratios", lambda trainer: calls.append(trainer.state.global_step) or {"x": 1})
+    monkeypatch.setattr(weights, "weighted", lambda ratios, of: {"inheritance_loss": 1.0})
+    monkeypatch.setattr(weights, "_LEAST", 4)
+    rows = datasets.IterableDataset.from_generator(lambda: iter(make_images(8)))
+    make_trainer(method="ft", train_dataset=rows, per_device_train_batch_size=2, max_steps=7).train()
+    assert calls == [0, 4]
+
+
+@pytest.mark.parametrize("mode", ["batch_eval_metrics", "eval_do_concat_batches"])
+def test_metrics_in_batches_are_those_of_the_images_with_a_label(make_trainer, mode):
+    evaluated = [{**row, "labels": -100 if i % 4 else 1} for i, row in enumerate(make_images(11))]
+    seen = []
+
+    def measure(prediction, compute_result=True):
+        labels, logits = prediction.label_ids, prediction.predictions
+        batches = zip(labels, logits, strict=True) if isinstance(labels, list) else [(labels, logits)]
+        for of_batch, of_logits in batches:
+            assert len(of_batch) == len(of_logits)
+            seen.extend(int(label) for label in of_batch)
+        return {"count": len(seen)} if compute_result else {}
+
+    arguments = {"batch_eval_metrics": True} if mode == "batch_eval_metrics" else {"eval_do_concat_batches": False}
+    trainer = make_trainer(eval_dataset=evaluated, compute_metrics=measure, per_device_eval_batch_size=2, **arguments)
+    assert trainer.evaluate()["eval_count"] == 3 and seen == [1, 1, 1]
+
+
+@pytest.mark.parametrize("method", ["plain", "kd", "at"])
+@pytest.mark.parametrize("labels", [[0, 1, 2, 0, 1, 2], [0, -100, -100, -100, 1, 2]])
+def test_micro_batches_of_different_sizes_make_one_batch(make_trainer, method, labels):
+    """As at the end of an epoch: each image counts alike."""
+    rows = [{**row, "labels": label} for row, label in zip(make_images(6), labels, strict=True)]
+    found = []
+    for size, steps in ((6, 1), (4, 2)):
+        trainer = make_trainer(
+            *(make_vit(seed=seed) for seed in (1, 2)),
+            **{"method": method, "train_dataset": rows, "max_steps": 1, "train_sampling_strategy": "sequential"},
+            **{"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "learning_rate": 1.0},
+            **{"optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0},
+        )
+        trainer.train()
+        found.append((trainer.state.log_history[0], trainer.student.state_dict()))
+    (one, whole), (two, parts) = found
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert two["task_loss"] == pytest.approx(one["task_loss"], rel=1e-5)
+    for name, parameter in whole.items():
+        torch.testing.assert_close(parts[name], parameter, rtol=1e-4, atol=1e-5)
 
 
 def test_label_maps_with_keys_as_json_has_them(make_trainer):

@@ -1,5 +1,6 @@
 """Turn a layer's output into a feature map: pick the tensor, lay tokens out on the image's grid, channels first."""
 
+import functools
 import math
 import re
 
@@ -74,6 +75,13 @@ def _mismatch(grid: tuple[int, int], image_size: tuple[int, int]) -> float:
     return abs(math.log(grid[0] / grid[1]) - math.log(image_size[0] / image_size[1]))
 
 
+@functools.cache
+def _patch_grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:
+    """Find the grid of so many whole patches of one size, square as those of all models are; `None` without one."""
+    grids = ((image_size[0] // side, image_size[1] // side) for side in range(1, min(image_size) + 1))
+    return next((grid for grid in grids if grid[0] * grid[1] == num_tokens), None)
+
+
 def _grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int]:
     """Find height and width of `num_tokens` patches: the factors whose aspect is nearest to the image's."""
     heights = (h for h in range(1, num_tokens + 1) if num_tokens % h == 0)
@@ -91,13 +99,14 @@ def to_map(
         return feature.movedim(3, 1) if turned and split_index(name)[1] is None else feature
     if feature is not None and feature.ndim == 3:
         # Hierarchical models (PVT) may add their class token in the last stage only, so none is tried as well.
-        candidates = {
-            extra: _grid(feature.shape[1] - sum(extra), image_size)
-            for extra in ((extra_tokens, (0, 0)) if extra_tokens[1] == 0 else (extra_tokens,))
-            if feature.shape[1] > sum(extra)
-        }
+        candidates = []
+        for extra in (extra_tokens, (0, 0)) if extra_tokens[1] == 0 else (extra_tokens,):
+            if (num_patches := feature.shape[1] - sum(extra)) > 0:
+                whole = _patch_grid(num_patches, tuple(image_size))  # other grids come nearer to some aspects
+                grid = whole or _grid(num_patches, image_size)
+                candidates.append((whole is None, _mismatch(grid, image_size), extra[0], grid))
         if candidates:
-            (before, _), grid = min(candidates.items(), key=lambda item: _mismatch(item[1], image_size))
+            *_, before, grid = min(candidates)
             if _mismatch(grid, image_size) < math.log(2):
                 patches = feature[:, before : before + grid[0] * grid[1]]
                 return patches.transpose(1, 2).unflatten(2, grid)

@@ -28,7 +28,7 @@ from .labels import FillLabels, measure_labelled
 from .layer_rates import layer_rates, split_by_rate
 from .manifest import write_manifest
 from .resume import ResumePoint, begin_run, find_resume_point, go_on_in_stream
-from .saving import checkpoint_written_whole, files_written_whole, tell_failed_save
+from .saving import checkpoint_written_whole, files_written_whole, find_best, tell_failed_save
 from .soft_labels import are_soft, check_labels, mix
 from .task_loss import TaskLoss, nothing_of
 
@@ -188,7 +188,7 @@ class DistillationTrainer(HubTrainer):
         outputs = model(**inputs)
         if self.model.training and not self.task_loss.has_goal(self.model, outputs, {"labels": labels.given}):
             self.task_loss.refuse_no_goal(self.model, outputs)
-        loss = self.task_loss(self.model, outputs, labels)
+        loss = self.task_loss.weigh({"loss": self.task_loss(self.model, outputs, labels)}, inputs)["loss"]
         return (loss, outputs) if return_outputs else loss
 
     def prepare_to_train(self, module: nn.Module, example: dict) -> nn.Module:
@@ -312,6 +312,7 @@ class DistillationTrainer(HubTrainer):
             self.check_checkpoint(point.checkpoint)
         if self.args.should_save:
             self.run = begin_run(self.args.output_dir, point)
+        self.task_loss.count_labelled()  # of data that may have been put in place since
         self.before_training(point, trial)
         return super().train(point.checkpoint if point else None, trial, ignore_keys_for_eval)
 
@@ -346,6 +347,7 @@ class DistillationTrainer(HubTrainer):
         try:
             with checkpoint_written_whole(checkpoint, self.args, self.accelerator, self.state, run=self.run) as folder:
                 self._saving_folder = folder
+                find_best(self.state, run_dir)
                 super()._save_checkpoint(model, trial)
                 for average in averages_among(self.callback_handler.callbacks) if self.args.should_save else ():
                     average.save(folder / checkpoint.name)
@@ -391,7 +393,7 @@ class DistillationTrainer(HubTrainer):
         self.sync_buffers(self.model)
         self.labelled_mean = LabelledMean(self, dataloader.dataset)
         compute_metrics = self.compute_metrics
-        if compute_metrics is not None and not self.args.batch_eval_metrics:
+        if compute_metrics is not None and not self.task_loss.is_regression:
             self.compute_metrics = functools.partial(measure_labelled, compute_metrics)
         try:
             output = super().evaluation_loop(

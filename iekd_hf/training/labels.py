@@ -150,18 +150,39 @@ def _no_label_like(label, column: str) -> int | np.ndarray | torch.Tensor:
     )
 
 
-def measure_labelled(compute_metrics: Callable, prediction: EvalPrediction) -> dict:
-    """Call `compute_metrics` with the images that have a label; without any there is nothing to measure."""
+def measure_labelled(compute_metrics: Callable, prediction: EvalPrediction, **compute_result: bool) -> dict:
+    """
+    Call `compute_metrics` with the images that have a label; without any there is nothing to measure.
+
+    They come as Trainer gives them: all, as a list of batches (`eval_do_concat_batches`), or batch by batch
+    (`batch_eval_metrics`), of which the last one says `compute_result`.
+    """
     labels = prediction.label_ids
-    is_classes = isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu"
-    if not is_classes or (kept := labels != NO_LABEL).all():
-        return compute_metrics(prediction)
+    if not _are_classes(labels):
+        return compute_metrics(prediction, **compute_result)
+    kept = [of_batch != NO_LABEL for of_batch in labels] if isinstance(labels, list) else labels != NO_LABEL
 
-    def keep(values):
-        return tuple(map(keep, values)) if isinstance(values, tuple) else values if values is None else values[kept]
+    def keep(values, kept):
+        if isinstance(values, list) and isinstance(kept, list):
+            return [keep(value, rows) for value, rows in zip(values, kept, strict=True) if rows.any()]
+        if isinstance(values, tuple):
+            return tuple(keep(value, kept) for value in values)
+        return values if values is None else values[kept]
 
-    if not kept.any():
+    if not any(rows.any() for rows in (kept if isinstance(kept, list) else [kept])) and not any(
+        compute_result.values()
+    ):
         return {}
     given = {"inputs": prediction.inputs, "losses": prediction.losses}
-    given = {name: keep(values) for name, values in given.items() if values is not None}
-    return compute_metrics(EvalPrediction(keep(prediction.predictions), labels[kept], **given))
+    given = {name: keep(values, kept) for name, values in given.items() if values is not None}
+    labelled = EvalPrediction(keep(prediction.predictions, kept), keep(labels, kept), **given)
+    return compute_metrics(labelled, **compute_result)
+
+
+def _are_classes(labels) -> bool:
+    """Return whether labels are one class for each image, as arrays, tensors, or a list of these."""
+    if isinstance(labels, list):
+        return all(map(_are_classes, labels))
+    if isinstance(labels, torch.Tensor):
+        return labels.ndim == 1 and not labels.is_floating_point()
+    return isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu"

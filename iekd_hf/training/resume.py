@@ -49,7 +49,9 @@ def find_resume_point(
             return ResumePoint(stage_1_checkpoint=str(resume_from_checkpoint))
         # A checkpoint from the Hub has them inside.
         inside, beside = named / PARAPHRASER_FOLDER, named.parent / PARAPHRASER_FOLDER
-        return ResumePoint(str(resume_from_checkpoint), paraphrasers=inside if inside.is_dir() else beside)
+        above = named.parent.parent / PARAPHRASER_FOLDER  # of a search, whose trials have folders of their own
+        found = next((folder for folder in (inside, beside, above) if folder.is_dir()), beside)
+        return ResumePoint(str(resume_from_checkpoint), paraphrasers=found)
     finished = Path(output_dir) / PARAPHRASER_FOLDER
     if checkpoint := find_last_checkpoint(output_dir):
         return ResumePoint(checkpoint, paraphrasers=finished)

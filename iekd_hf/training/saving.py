@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .manifest import write_manifest
@@ -50,6 +51,13 @@ def checkpoint_written_whole(
     finally:
         if clears:
             shutil.rmtree(saving, ignore_errors=True)
+
+
+def find_best(state: TrainerState, run_dir: Path) -> None:
+    """Find the best checkpoint of a run whose folder was moved; Trainer looks for it where one is being written."""
+    best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    if state.best_model_checkpoint is None and state.best_global_step and best.is_dir():
+        state.best_model_checkpoint = str(best)
 
 
 @contextmanager

@@ -131,8 +131,10 @@ def split_images(train_dataset: Dataset, eval_dataset, seed: int) -> tuple[Datas
 
 def stage_1_settings(widths: list[tuple[int, int]], args: IEKDTrainingArguments) -> tuple:
     """Return what the paraphrasers depend on; a hyperparameter search may change it between two runs."""
-    distance, epochs, rate = args.reconstruction_distance, args.paraphraser_epochs, args.paraphraser_learning_rate
-    return tuple(widths), args.paraphraser_decoder, args.encoder_kernel_size, distance, epochs, rate
+    names = ("paraphraser_decoder", "encoder_kernel_size", "reconstruction_distance", "paraphraser_epochs")
+    names += ("paraphraser_learning_rate", "paraphraser_max_steps", "max_steps", "seed", "bf16", "fp16")
+    names += ("per_device_train_batch_size", "gradient_accumulation_steps")
+    return tuple(widths), *(getattr(args, name) for name in names)
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
 
 from ..method.objective import logit_loss
 from ..models.adapters import without_adapters
@@ -36,12 +37,25 @@ class TaskLoss:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+        self.count_labelled()
+        self._labelled_share: torch.Tensor | None = None  # of a step, where it has several micro-batches or ranks
+        self._mean_size: float | None = None  # of a step's micro-batches, where they are not all of one size
+
+    def count_labelled(self) -> None:
+        """Count the training images with a label."""
         # None: not known, as it cannot be read cheaply.
         self.num_labelled = 0
         if self.takes_labels:
-            has_classes = "labels" in trainer.label_names
-            self.num_labelled = count_labelled(trainer.train_dataset) if has_classes else None
-        self._labelled_share: torch.Tensor | None = None  # of a step, where it has several micro-batches or ranks
+            has_classes = "labels" in self.trainer.label_names and not self.is_regression
+            self.num_labelled = count_labelled(self.trainer.train_dataset) if has_classes else None
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether labels are numbers to predict."""
+        model = without_adapters(self.trainer.model)
+        config, is_classifier = getattr(model, "config", None), type(model).__name__.endswith("ForImageClassification")
+        one = is_classifier and getattr(config, "num_labels", None) == 1
+        return one or getattr(config, "problem_type", None) == "regression"
 
     @property
     def takes_labels(self) -> bool:
@@ -55,7 +69,7 @@ class TaskLoss:
         if "labels" not in self.trainer.label_names or not type(model).__name__.endswith("ForImageClassification"):
             return False
         problem = getattr(model.config, "problem_type", None)
-        return model.config.num_labels != 1 and problem in (None, "single_label_classification")
+        return not self.is_regression and problem in (None, "single_label_classification")
 
     @property
     def are_all_labelled(self) -> bool:
@@ -127,13 +141,24 @@ class TaskLoss:
         self.end_step()
         # Of a stream that has ended there are none.
         several = len(micro_batches) > 1 or (micro_batches and self.trainer.args.world_size > 1)
+        sizes = [find_batch_size(batch) for batch in micro_batches]
+        if len({*sizes}) > 1:
+            self._mean_size = sum(sizes) / len(sizes)
         if several and self.takes_labels and not self.are_all_labelled:
-            share = torch.stack([self.share_of(batch.get("labels")).to(device) for batch in micro_batches]).mean()
-            self._labelled_share = self.trainer.accelerator.reduce(share, "mean")
+            shares = [self.share_of(batch.get("labels")).to(device) for batch in micro_batches]
+            of_step = sum(size * share for size, share in zip(sizes, shares, strict=True)) / sum(sizes)
+            self._labelled_share = self.trainer.accelerator.reduce(of_step, "mean")
 
     def end_step(self) -> None:
         """Let the next batch be one by itself."""
-        self._labelled_share = None
+        self._labelled_share = self._mean_size = None
+
+    def weigh(self, losses: dict[str, torch.Tensor], inputs: dict) -> dict[str, torch.Tensor]:
+        """Weigh a micro-batch by its images where a step's differ in size, so that their mean is that of one batch."""
+        if self._mean_size is None:
+            return losses
+        part = find_batch_size(inputs) / self._mean_size
+        return {name: loss * part for name, loss in losses.items()}
 
     def __call__(self, model: nn.Module, outputs: dict, labels: TaskLabels) -> torch.Tensor:
         """Return L_goal as Trainer has it: `compute_loss_func`, label smoothing, or the model's own loss."""
@@ -170,8 +195,11 @@ class TaskLoss:
     def logit_loss(self, model: nn.Module, logits, teacher_logits, labels: TaskLabels) -> torch.Tensor:
         """Return the logit term between two models that do the task of `model`."""
         config = getattr(without_adapters(model), "config", None)
-        multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
         ignored, args, given = ignore_index_of(model), self.trainer.args, labels.given
+        problem = getattr(config, "problem_type", None)
+        multi_label = problem == "multi_label_classification"
+        if problem is None and isinstance(given, torch.Tensor) and given.is_floating_point():
+            multi_label = given.ndim == 2 and not labels.are_soft  # what the model's own loss would have noted
         distance = getattr(args, "kd_distance", "kl")
         if distance == "dkd" and given is None:
             given = torch.full(logits.shape[:1], NO_LABEL, device=logits.device)

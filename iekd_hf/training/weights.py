@@ -21,6 +21,10 @@ _LEAST, _MOST = 100, 500
 _RAISE = 10
 
 
+# What a trainer is built with, which a search cannot change any more.
+_BUILT_WITH = ("method", "knowledge", "student_layers", "teacher_layers", "fast_teacher", "teacher_dtype")
+
+
 class AutoWeights(TrainerCallback, ExportableState):
     """
     Keep what "auto" weights are made of, in the state of Trainer, which its checkpoints hold: a running mean of each
@@ -76,16 +80,25 @@ def set_up_search(trainer: Trainer, trial) -> None:
     # Trainer casts what is suggested to the type of the value in its place, unless that is None. When it sets the
     # search up once more, as it begins to train, the values have their types.
     weights = {name: getattr(trainer.args, name) for name in SHARE_OF}
+    built_with = {name: getattr(trainer.args, name) for name in _BUILT_WITH}
     vars(trainer.args).update(dict.fromkeys(weights))
     try:
         trainer._hp_search_setup(trial)
     finally:
         vars(trainer.args).update({name: weights[name] for name in weights if getattr(trainer.args, name) is None})
+    for name, value in built_with.items():
+        if getattr(trainer.args, name) != value:
+            raise ValueError(
+                f"Expected a search over arguments that a training reads, got {name}={getattr(trainer.args, name)!r} "
+                f"for a trainer that was built with {value!r}: search with one trainer for each {name}, or over the "
+                "weights (lambda_inh, lambda_exp, lambda_kd; 0 leaves a loss out)."
+            )
 
 
 def begin_weights(trainer: Trainer) -> None:
     """Prepare for a training: forget "auto" weights of an earlier one, and warn of what clips the losses."""
     trainer.remove_callback(AutoWeights)
+    trainer.shares_measured_at = None
     trainer.distillation_objective.found = {}
     if trainer.distillation_objective.automatic():
         trainer.add_callback(AutoWeights())
@@ -120,7 +133,9 @@ def update_weights(trainer: Trainer) -> dict[str, float]:
     most = steps_between(state.max_steps, state.num_train_epochs)
     if kept is None:
         weights = trainer.distillation_objective.weights()
-        if weights and _is_time(state.global_step, most) and (ratios := measure_ratios(trainer)):
+        # Of a stream that has ended Trainer asks for all steps to come, while it stands at one.
+        is_new, trainer.shares_measured_at = state.global_step != trainer.shares_measured_at, state.global_step
+        if weights and is_new and _is_time(state.global_step, most) and (ratios := measure_ratios(trainer)):
             trainer.log(_named(weighted(ratios, weights)))
     elif kept.is_due(state.global_step, most):
         ratios = measure_ratios(trainer)
