@@ -321,6 +321,20 @@ def test_micro_batches_of_different_sizes_make_one_batch(make_trainer, method, l
         torch.testing.assert_close(parts[name], parameter, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["plain", "kd"])
+def test_an_evaluation_after_micro_batches_of_different_sizes(make_trainer, method):
+    """At the end of an epoch whose last step had some: the loss is that of the images."""
+    trainer = make_trainer(
+        *(make_vit(seed=seed) for seed in (1, 2)),
+        **{"method": method, "train_dataset": make_images(6), "eval_dataset": make_images(5, seed=5), "max_steps": 1},
+        **{"gradient_accumulation_steps": 2, "eval_strategy": "epoch"},
+    )
+    trainer.train()
+    during = next(logs["eval_loss"] for logs in trainer.state.log_history if "eval_loss" in logs)
+    trainer.task_loss.end_step()
+    assert during == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
 def test_label_maps_with_keys_as_json_has_them(make_trainer):
     student, teacher = make_resnet(8), make_resnet(16)
     student.config.id2label = {"0": "cat", "1": "dog", "2": "cow"}

@@ -29,12 +29,6 @@ def load_for_classes(
     try:
         saved = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
         own = [saved.id2label[index] for index in sorted(saved.id2label)]
-        is_known = sorted(own) == sorted(names)
-        if not new_head and not is_known and own != [f"LABEL_{index}" for index in range(len(names))]:
-            raise ValueError(
-                f"Expected {role} to know the {len(names)} classes of the data, {_shown(names)}, as it is measured as "
-                f"it is, got one of {len(own)}, {_shown(own)}: train it, or give it images of its own classes."
-            )
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **label_maps(names))
         if from_scratch:
             config.name_or_path = ""  # its weights are not that model's
@@ -50,9 +44,13 @@ def load_for_classes(
             **hub,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if str(error).startswith("Expected"):
-            raise
         raise ValueError(explain_unreachable(name, role, error)) from error
+    is_known = sorted(own) == sorted(names)
+    if not new_head and not is_known and own != [f"LABEL_{index}" for index in range(len(names))]:
+        raise ValueError(
+            f"Expected {role} to know the {len(names)} classes of the data, {_shown(names)}, as it is measured as it "
+            f"is, got one of {len(own)}, {_shown(own)}: train it, or give it images of its own classes."
+        )
     if is_known and own != names:
         _reorder_classes(model, [own.index(label) for label in names])
     return model

@@ -155,7 +155,7 @@ class TaskLoss:
 
     def weigh(self, losses: dict[str, torch.Tensor], inputs: dict) -> dict[str, torch.Tensor]:
         """Weigh a micro-batch by its images where a step's differ in size, so that their mean is that of one batch."""
-        if self._mean_size is None:
+        if self._mean_size is None or not self.trainer.model.training:
             return losses
         part = find_batch_size(inputs) / self._mean_size
         return {name: loss * part for name, loss in losses.items()}
