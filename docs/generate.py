@@ -295,7 +295,7 @@ def claims() -> str:
             f"IE-FT - FT: {less(pair[IE_FT], pair[FT])}; on 2,000 images {less(small[IE_FT], small[FT])}; "
             f"[near convergence](convergence.md) {less(late[IE_FT_500], late[FT_300])}; for a [larger "
             f"student](convergence.md#a-larger-student) {less(larger_late[IE_FT_500], larger_late[FT_300])}",
-            "for the larger student, by the half that inherits",
+            "for the larger student, where inheritance alone does as well",
         ],
         ["IE improves attention transfer (AT)", f"IE-AT - AT: {less(pair[ie_at], pair[at])}", "no, the opposite"],
         ["IE improves OD", f"IE-OD - OD: {less(pair[ie_od], pair[od])}", "not seen"],
