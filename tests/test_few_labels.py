@@ -74,7 +74,6 @@ def test_training_images_without_a_label_are_taken_if_asked_for(tmp_path, decode
     }
 
 
-@pytest.mark.slow
 def test_rows_are_those_of_the_data_with_unlabelled_ones_among_them(tmp_path):
     images = [PIL.Image.new("RGB", (16, 16), (row, 0, 0)) for row in range(24)]
     labels = [None if row < 8 else ("cat", "dog")[row % 2] for row in range(24)]
@@ -86,6 +85,7 @@ def test_rows_are_those_of_the_data_with_unlabelled_ones_among_them(tmp_path):
         assert [image.getpixel((0, 0))[0] for image in part["image"][:]] == list(original_rows(part))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unlabelled", [True, False])
 def test_each_network_is_trained_on_what_the_table_says(run_example, tmp_path, unlabelled):
     small = ["--max_train_samples", 96, "--max_eval_samples", 32, "--num_train_epochs", 2, "--paraphraser_epochs", 1]

@@ -35,7 +35,6 @@ from .boxes.tiny_detectors import is_tiny
 from .images.source import original_rows
 from .packages import require
 from .parser import parse_arguments
-from .report.results import SETTINGS, write_results
 from .report.table import Result, detection_table, gain
 from .run import Compared
 from .terminal import command
@@ -152,8 +151,7 @@ class DetectRun(DetectionRun):
     def report(self, compared: list[Compared]) -> None:
         """Write results.json, print the table, and draw what the students find."""
         results = [row.result for row in compared]
-        settings = {name: getattr(self.args, name) for name in (*SETTINGS, "inherit_head")}
-        write_results(results, settings if self.args.do_train else {}, self.args.output_dir)
+        self.write_results(results, "inherit_head")
         print("\n" + detection_table(results) + "\n")
         if self.args.do_eval:
             print("mAP: COCO's, in percent; images/s: one image at a time, CPU, 1 thread, float32, median")

@@ -33,7 +33,6 @@ from .images.run import LOSSES, PICTURE, ImageRun, build_model, is_shorthand
 from .images.source import original_rows
 from .packages import require
 from .parser import parse_arguments
-from .report.results import SETTINGS, write_results
 from .report.table import Result, gain, table
 from .run import Compared
 from .terminal import command
@@ -138,10 +137,8 @@ class DistillRun(ImageRun):
         if not (self.args.do_train or self.args.do_eval):
             return
         results = [row.result for row in compared]
-        settings = {name: getattr(self.args, name) for name in SETTINGS}
-        settings["labelled_samples"] = self.data_args.labelled_samples
-        settings["unlabelled"] = self.data_args.unlabelled is not False
-        write_results(results, settings if self.args.do_train else {}, self.args.output_dir)
+        unlabelled = self.data_args.unlabelled is not False
+        self.write_results(results, labelled_samples=self.data_args.labelled_samples, unlabelled=unlabelled)
         print("\n" + table(results) + "\n")
         if self.args.do_eval:
             print("latency: one image, CPU, 1 thread, float32, median")

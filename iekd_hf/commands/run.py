@@ -26,7 +26,7 @@ from ..training.resume import RUN_FILE, ResumePoint, find_resume_point
 from .arguments import ModelArguments
 from .progress import Progress
 from .report.latency import median_milliseconds
-from .report.results import OF_PEERS, SETTINGS
+from .report.results import OF_PEERS, SETTINGS, write_results
 from .report.table import Result, latencies
 from .terminal import say
 
@@ -229,6 +229,11 @@ class CommandRun:
                 latencies=latencies([row.result for row in compared]),
                 **self.for_the_card(),
             )
+
+    def write_results(self, results: list[Result], *names: str, **more) -> None:
+        """Write results.json, with the settings that tell the run from others if it was one; some may be added."""
+        settings = {name: getattr(self.args, name) for name in (*SETTINGS, *names)} | more
+        write_results(results, settings if self.args.do_train else {}, self.args.output_dir)
 
     def prepare_student(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         """Let the distilled student begin with what a command gives it of its teacher, or refuse that."""

@@ -41,7 +41,6 @@ from .masks.run import (
 from .masks.tiny_segmenters import is_tiny
 from .packages import require
 from .parser import parse_arguments
-from .report.results import SETTINGS, write_results
 from .report.table import Result, gain, segmentation_table
 from .run import Compared
 from .terminal import command
@@ -152,9 +151,7 @@ class SegmentRun(SegmentationRun):
     def report(self, compared: list[Compared]) -> None:
         """Write results.json, print the table, and draw what the students make of some images."""
         results = [row.result for row in compared]
-        settings = {name: getattr(self.args, name) for name in SETTINGS}
-        settings["labelled_samples"] = self.data_args.labelled_samples
-        write_results(results, settings if self.args.do_train else {}, self.args.output_dir)
+        self.write_results(results, labelled_samples=self.data_args.labelled_samples)
         print("\n" + segmentation_table(results) + "\n")
         if self.args.do_eval:
             print("mIoU, pixels: in percent; images/s: one image at a time, CPU, 1 thread, float32, median")

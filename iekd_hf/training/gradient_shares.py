@@ -66,10 +66,8 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _gradient_norm(loss: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-    features = [feature for feature in features if feature.requires_grad]
-    if not features:  # of a frozen backbone
-        return loss.new_zeros(()).detach()
-    gradients = torch.autograd.grad(loss * _SCALE, features, retain_graph=True, allow_unused=True)
+    features = [feature for feature in features if feature.requires_grad]  # none of a frozen backbone
+    gradients = torch.autograd.grad(loss * _SCALE, features, retain_graph=True, allow_unused=True) if features else ()
     flat = [gradient.flatten().float() for gradient in gradients if gradient is not None]
     return torch.linalg.vector_norm(torch.cat(flat)) if flat else loss.new_zeros(())
 

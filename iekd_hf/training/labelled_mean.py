@@ -20,10 +20,9 @@ class LabelledMean:
     def __init__(self, trainer: Trainer, dataset: Dataset):
         self.trainer = trainer
         num_labelled = count_labelled(dataset) if trainer.task_loss.takes_labels else 0
-        if trainer.task_loss.is_regression:  # to which -100 is a target
-            num_labelled = len(dataset) if hasattr(dataset, "__len__") else 0
-        # Else all batches are alike, and Trainer's mean is right.
-        self.is_needed = num_labelled != 0 and (num_labelled is None or num_labelled != len(dataset))
+        # Else all batches are alike, and Trainer's mean is right. To a regression -100 is a target.
+        some_lack = num_labelled != 0 and (num_labelled is None or num_labelled != len(dataset))
+        self.is_needed = some_lack and not trainer.task_loss.is_regression
         self._rows: list[torch.Tensor] = []
 
     def fill(self, inputs: dict) -> dict:

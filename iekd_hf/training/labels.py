@@ -161,6 +161,11 @@ def measure_labelled(compute_metrics: Callable, prediction: EvalPrediction, **co
     if not _are_classes(labels):
         return compute_metrics(prediction, **compute_result)
     kept = [of_batch != NO_LABEL for of_batch in labels] if isinstance(labels, list) else labels != NO_LABEL
+    batches = kept if isinstance(kept, list) else [kept]
+    if all(rows.all() for rows in batches):
+        return compute_metrics(prediction, **compute_result)
+    if not any(rows.any() for rows in batches) and not any(compute_result.values()):
+        return {}
 
     def keep(values, kept):
         if isinstance(values, list) and isinstance(kept, list):
@@ -169,10 +174,6 @@ def measure_labelled(compute_metrics: Callable, prediction: EvalPrediction, **co
             return tuple(keep(value, kept) for value in values)
         return values if values is None else values[kept]
 
-    if not any(rows.any() for rows in (kept if isinstance(kept, list) else [kept])) and not any(
-        compute_result.values()
-    ):
-        return {}
     given = {"inputs": prediction.inputs, "losses": prediction.losses}
     given = {name: keep(values, kept) for name, values in given.items() if values is not None}
     labelled = EvalPrediction(keep(prediction.predictions, kept), keep(labels, kept), **given)

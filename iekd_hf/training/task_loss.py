@@ -141,10 +141,12 @@ class TaskLoss:
         self.end_step()
         # Of a stream that has ended there are none.
         several = len(micro_batches) > 1 or (micro_batches and self.trainer.args.world_size > 1)
+        if not several:
+            return
         sizes = [find_batch_size(batch) for batch in micro_batches]
         if len({*sizes}) > 1:
             self._mean_size = sum(sizes) / len(sizes)
-        if several and self.takes_labels and not self.are_all_labelled:
+        if self.takes_labels and not self.are_all_labelled:
             shares = [self.share_of(batch.get("labels")).to(device) for batch in micro_batches]
             of_step = sum(size * share for size, share in zip(sizes, shares, strict=True)) / sum(sizes)
             self._labelled_share = self.trainer.accelerator.reduce(of_step, "mean")
