@@ -27,6 +27,16 @@ TEACHER_SHARDINGS = ("fsdp",)
 MUTUAL_LOSSES = ("ie", "kl", "ie+kl")
 # The share of the gradient by which each weight of `IEKDTrainer` is chosen, where it is "auto".
 SHARE_OF = {"lambda_inh": "inheritance_share", "lambda_exp": "exploration_share", "lambda_kd": "kd_share"}
+# Arguments that change nothing where no paraphraser is trained.
+STAGE_1_ARGUMENTS = frozenset(
+    {
+        "paraphraser_decoder",
+        "paraphraser_epochs",
+        "paraphraser_learning_rate",
+        "paraphraser_max_steps",
+        "reconstruction_distance",
+    }
+)
 # The inheritance_ratio at which the half of a weight has no channels.
 _EMPTY_AT = {"lambda_inh": 0, "lambda_exp": 1}
 

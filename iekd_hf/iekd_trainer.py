@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from .arguments import SHARE_OF, IEKDTrainingArguments
+from .arguments import SHARE_OF, STAGE_1_ARGUMENTS, IEKDTrainingArguments
 from .features.tap import FeatureTap, image_size_in
 from .hub.card_facts import CardFacts, Network, numbers
 from .hub.model_card import distilled
@@ -425,7 +425,8 @@ class IEKDTrainer(DistillationTrainer):
         self.teacher_summary.metrics = numbers(teacher_metrics or {})
         student = Network.of("student", self.model, metrics)
         how_trained = distilled(self.args, self.teacher_summary, self.task_loss.in_words())
-        return CardFacts([self.teacher_summary, student], how_trained, ("ie",))
+        unused = STAGE_1_ARGUMENTS if self.given_paraphrasers or not self.knowledge.is_trained else frozenset()
+        return CardFacts([self.teacher_summary, student], how_trained, ("ie",), unused)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain student; checkpoints and `output_dir` also get encoders and splits."""

@@ -203,3 +203,13 @@ def test_paraphraser(make_trainer, tmp_path):
     loaded.save_pretrained(tmp_path / "copy", model_card_kwargs={"license": "mit", "dataset": "uoft-cs/cifar10"})
     data = read_card(tmp_path / "copy").data.to_dict()
     assert (data["license"], data["datasets"]) == ("mit", ["uoft-cs/cifar10"]) and "teacher" not in data
+
+
+def test_a_recipe_leaves_out_a_stage_1_that_did_not_run(make_trainer, tmp_path):
+    def rows_of(**kwargs) -> tuple[bool, bool]:
+        make_trainer(**kwargs).create_model_card()
+        return "`paraphraser_epochs`" in (card := read_card(tmp_path / "out").text), "`split_mode`" in card
+
+    assert rows_of() == (True, True)
+    assert rows_of(paraphraser=Paraphraser(16, 8)) == (False, True)
+    assert rows_of(method="od") == (False, True)

@@ -97,11 +97,12 @@ class Network:
 
 
 class CardFacts(NamedTuple):
-    """Hold what a trainer knows for the card: rows of networks, how they were trained, and the papers to cite."""
+    """Hold what a trainer knows for the card: networks, how they were trained, papers, and unused arguments."""
 
     networks: list[Network]
     how_trained: str = ""
     papers: tuple[str, ...] = ()
+    unused: frozenset[str] = frozenset()
 
 
 def numbers(metrics: dict) -> dict[str, float]:
@@ -162,9 +163,9 @@ def curve(log_history: list[dict]) -> str:
     return make_markdown_table([{plain(name): row.get(name, "") for name in columns} for row in rows])
 
 
-def recipe(args: TrainingArguments) -> list[tuple[str, str, str]]:
-    """Return name, value and meaning of each argument that is set and that this library has added."""
-    known = {f.name for f in fields(TrainingArguments)}
+def recipe(args: TrainingArguments, unused: frozenset[str] = frozenset()) -> list[tuple[str, str, str]]:
+    """Return name, value and meaning of each argument that is set and used, and that this library has added."""
+    known = {f.name for f in fields(TrainingArguments)} | unused
     ours = {name for cls in type(args).__mro__ if cls.__module__.startswith("iekd_hf.") for name in vars(cls)}
     values = args.to_dict()
     if not any(values.get(name) == AUTO for name in ours):

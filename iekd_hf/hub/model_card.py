@@ -147,7 +147,7 @@ def write_card(
         unmeasured=any(name not in network.metrics for network in networks for name in metric_names),
         how_to_load=how_to_load or _how_to_load(trainer, task),
         brings_code=getattr(model, "_auto_class", None) is not None,
-        recipe=recipe(trainer.args) if facts.how_trained else [],
+        recipe=recipe(trainer.args, facts.unused) if facts.how_trained else [],
         hyperparameters={
             name: plain(value) for name, value in (summary.hyperparameters or {}).items() if trainer.state.log_history
         },

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, random_split
 from transformers import Trainer, set_seed
 from transformers.utils import logging
 
-from ..arguments import IEKDTrainingArguments
+from ..arguments import STAGE_1_ARGUMENTS, IEKDTrainingArguments
 from ..method.factors import Paraphraser
 from ..method.knowledge import KNOWLEDGE, MarginReLU
 from ..method.padding import zero_padding
@@ -131,8 +131,7 @@ def split_images(train_dataset: Dataset, eval_dataset, seed: int) -> tuple[Datas
 
 def stage_1_settings(widths: list[tuple[int, int]], args: IEKDTrainingArguments) -> tuple:
     """Return what the paraphrasers depend on; a hyperparameter search may change it between two runs."""
-    names = ("paraphraser_decoder", "encoder_kernel_size", "reconstruction_distance", "paraphraser_epochs")
-    names += ("paraphraser_learning_rate", "paraphraser_max_steps", "max_steps", "seed", "bf16", "fp16")
+    names = (*sorted(STAGE_1_ARGUMENTS), "encoder_kernel_size", "max_steps", "seed", "bf16", "fp16")
     names += ("per_device_train_batch_size", "gradient_accumulation_steps")
     return tuple(widths), *(getattr(args, name) for name in names)
 
