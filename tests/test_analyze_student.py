@@ -178,11 +178,11 @@ def test_a_finished_run(run_example, tmp_path):
         analyse("--run", tmp_path / "run", "--output_dir", tmp_path / "analysis")
 
 
-@pytest.mark.parametrize("ratio", [0.5, 1.0])
-def test_factors_are_those_of_the_trainer(make_trainer, ratio):
+@pytest.mark.parametrize("settings", [{}, {"inheritance_ratio": 1.0}, {"encoder_kernel_size": 1}])
+def test_factors_are_those_of_the_trainer(make_trainer, settings):
     """From the files of a run, the halves' factors come out as its encoders, in eval mode, give them."""
     pixels = torch.randn(2, 3, 32, 32)
-    trainer = make_trainer(teacher_model=make_resnet(16, seed=2), inheritance_ratio=ratio)
+    trainer = make_trainer(teacher_model=make_resnet(16, seed=2), **settings)
     trainer.train()
     trainer.save_model()
     run = trainer.args.output_dir

@@ -212,7 +212,8 @@ def encode(run: str, paraphraser: str, features: dict[str, torch.Tensor]) -> dic
         prefix, name = f"{half}_encoders.0.", f"{half} half"
         own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         if own:
-            encoder = FactorEncoder(features[name].shape[1], compressor.factor_channels).eval()
+            kernel_size = own["layers.1.weight"].shape[-1]
+            encoder = FactorEncoder(features[name].shape[1], compressor.factor_channels, kernel_size).eval()
             encoder.load_state_dict(own)
             factors[name] = encoder(features[name])
     return factors
