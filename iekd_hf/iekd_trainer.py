@@ -31,13 +31,13 @@ from .training.checkpoints import (
     save_paraphrasers,
 )
 from .training.checks import (
-    check_batches_of_one,
     check_factor_channels,
     check_logits,
     check_precision,
     check_student,
     check_trainable,
 )
+from .training.data_checks import check_batches_of_one
 from .training.dense import probe_with_labels
 from .training.given_optimizer import add_what_is_missing
 from .training.held_out import HeldOutLosses

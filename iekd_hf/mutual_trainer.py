@@ -19,7 +19,8 @@ from .method.trainable import PeerGroup, drawn_from, frozen_statistics
 from .models.loading import load_if_named
 from .teacher.frozen import TeacherTargets
 from .training.checkpoints import check_made_by, load_encoders, read_encoders, save_encoders
-from .training.checks import check_batches_of_one, check_models, check_precision, check_trainable
+from .training.checks import check_models, check_precision, check_trainable
+from .training.data_checks import check_batches_of_one
 from .training.dense import probe_with_labels
 from .training.partwise_optimizer import PartwiseOptimizer
 from .training.peers_trainer import PeersTrainer

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit, same
 from test_resume import ARGUMENTS, StopAt, everything, logged
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 
 peft = pytest.importorskip("peft")
@@ -201,3 +202,27 @@ def test_an_adapter_of_a_folder_is_not_pushed(make_trainer, tmp_path):
     student = peft.get_peft_model(base, peft.LoraConfig(r=2, **CONFIGURATIONS["vit"]))
     with pytest.raises(ValueError, match=r"adapter of a model of the Hub to push, got one of the folder 'base'"):
         make_trainer(student, push_to_hub=True, hub_token="hf_test")
+
+
+def test_a_batch_norm_within_a_head_that_is_saved(make_trainer, tmp_path):
+    """As PEFT's recipe for SegFormer has it: what `modules_to_save` names has the norm inside."""
+    torch.manual_seed(1)
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "num_attention_heads": [1, 2]}
+    strides = {
+        "sr_ratios": [2, 1],
+        "patch_sizes": [7, 3],
+        "strides": [4, 2],
+        "mlp_ratios": [2, 2],
+        "decoder_hidden_size": 16,
+    }
+    base = SegformerForSemanticSegmentation(SegformerConfig(num_labels=3, **sizes, **strides))
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["decode_head"])
+    student = peft.get_peft_model(copy.deepcopy(base), config)
+    images = [{**image, "labels": torch.full((32, 32), i % 3)} for i, image in enumerate(make_images())]
+    trainer = make_trainer(student, train_dataset=images)
+    trainer.train()
+    trainer.save_model()
+    pixels = torch.randn(2, 3, 32, 32)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values=pixels).logits, student.eval()(pixel_values=pixels).logits)

@@ -24,7 +24,7 @@ from iekd_hf.features.tap import FeatureTap
 from iekd_hf.method.objective import factor_losses
 from iekd_hf.method.padding import mask_at
 from iekd_hf.method.trainable import ParaphraserStack
-from iekd_hf.training.checks import check_dataset
+from iekd_hf.training.data_checks import check_dataset
 from iekd_hf.training.paraphraser_trainer import ParaphraserTrainer
 
 

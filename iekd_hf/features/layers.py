@@ -85,7 +85,9 @@ def backbone_layers(model: nn.Module) -> list[str]:
     if not isinstance(model, PreTrainedModel):
         return []
     modules = {name: module for name, module in model.named_modules() if name}
-    of_transformers = (name for name, module in modules.items() if isinstance(module, BackboneMixin))
+    # The convolutions in the embeddings of a hybrid DPT are no backbone of what predicts.
+    inner = {name for name in modules if "embeddings" in name.split(".")}
+    of_transformers = (n for n, module in modules.items() if isinstance(module, BackboneMixin) and n not in inner)
     bare = (name for name in modules if f".{name}".endswith(tuple(f".{end}" for end in _BARE_BACKBONES)))
     path = next(of_transformers, None) or next(bare, None)
     if path is None:
@@ -97,7 +99,8 @@ def backbone_layers(model: nn.Module) -> list[str]:
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """Return the module of a layer's name; for a map that the model itself returns, the model."""
     modules, (path, _) = dict(model.named_modules()), split_index(name)
-    if path in OWN_OUTPUTS and path not in modules:
+    returns_maps = not isinstance(model, PreTrainedModel) or is_headless(model) or isinstance(model, BackboneMixin)
+    if path in OWN_OUTPUTS and path not in modules and returns_maps:
         return model
     if path not in modules or not path:
         close = difflib.get_close_matches(path, modules, n=5, cutoff=0.5)

@@ -75,7 +75,9 @@ def find_layers(model: nn.Module, image_size: int | tuple[int, int] = 224) -> di
             named = {f"{name or 'feature_maps'}[{index}]": maps[index] for index in range(-len(maps), 0)}
             for path, tensor in (named or dict.fromkeys([*norms, *own], first_tensor(output))).items():
                 with contextlib.suppress(ValueError, TypeError):  # no map: a head, a pooler, an attention module
-                    found[path] = tuple(to_map(tensor, size, extra_tokens, path).shape[1:])
+                    feature_map = to_map(tensor, size, extra_tokens, path)
+                    if len(feature_map) == 1:  # not of windows
+                        found[path] = tuple(feature_map.shape[1:])
 
         return hook
 

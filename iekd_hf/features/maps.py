@@ -3,6 +3,8 @@
 import functools
 import math
 import re
+from collections import Counter
+from itertools import chain, product
 
 import torch
 from torch import nn
@@ -56,18 +58,23 @@ def pick_tensor(output, index: int | None) -> torch.Tensor | None:
 
 
 def count_extra_tokens(model: nn.Module) -> tuple[int, int]:
-    """Return how many tokens of a model's sequences stand before the patches, and how many behind them."""
-    before = behind = 0
+    """
+    Return how many tokens of a model's sequences stand before the patches, and how many behind them.
+
+    Of several towers, and of PEFT's copies of one, the most that any of them has.
+    """
+    before, behind = Counter(), Counter()
     for name, parameter in model.named_parameters():
-        *path, last = name.split(".")
+        owner, _, last = name.rpartition(".")
         count = parameter.shape[-2] if parameter.ndim > 1 else 1
-        if last in _PREFIX_TOKENS and "head" not in path:  # AIMv2 pools with a token of its own
-            before += count
+        if last in _PREFIX_TOKENS and "head" not in owner.split("."):  # AIMv2 pools with a token of its own
+            before[owner] += count
         elif last in _SUFFIX_TOKENS:
-            behind += count
-    # It puts its pooled map in front of the map's cells.
-    before += sum(isinstance(module, DINOv3ConvNextModel) for module in model.modules())
-    return before, behind
+            behind[owner] += count
+    for name, module in model.named_modules():
+        if isinstance(module, DINOv3ConvNextModel):  # it puts its pooled map in front of the map's cells
+            before[name] += 1
+    return max(before.values(), default=0), max(behind.values(), default=0)
 
 
 def _mismatch(grid: tuple[int, int], image_size: tuple[int, int]) -> float:
@@ -76,16 +83,23 @@ def _mismatch(grid: tuple[int, int], image_size: tuple[int, int]) -> float:
 
 
 @functools.cache
-def _patch_grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int] | None:
-    """Find the grid of so many whole patches of one size, square as those of all models are; `None` without one."""
-    grids = ((image_size[0] // side, image_size[1] // side) for side in range(1, min(image_size) + 1))
-    return next((grid for grid in grids if grid[0] * grid[1] == num_tokens), None)
+def _patch_grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[bool, tuple[int, int]] | None:
+    """
+    Find the grid of so many patches of one size, square as those of all models are; `None` without one.
 
-
-def _grid(num_tokens: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Find height and width of `num_tokens` patches: the factors whose aspect is nearest to the image's."""
-    heights = (h for h in range(1, num_tokens + 1) if num_tokens % h == 0)
-    return min(((h, num_tokens // h) for h in heights), key=lambda grid: _mismatch(grid, image_size))
+    Returns:
+        Whether an edge of the image cuts patches off, which are there all the same, and the grid.
+    """
+    height, width = image_size
+    sides = range(1, min(image_size) + 1)
+    whole = ((height // side, width // side) for side in sides)
+    # Each of several strides may round up or down, along each axis.
+    cut = (product({height // side, -(-height // side)}, {width // side, -(-width // side)}) for side in sides)
+    for is_cut, grids in ((False, whole), (True, chain.from_iterable(cut))):
+        fitting = [grid for grid in grids if math.prod(grid) == num_tokens and (height != width or grid[0] == grid[1])]
+        if fitting:
+            return is_cut, min(fitting, key=lambda grid: _mismatch(grid, image_size))
+    return None
 
 
 def to_map(
@@ -101,15 +115,13 @@ def to_map(
         # Hierarchical models (PVT) may add their class token in the last stage only, so none is tried as well.
         candidates = []
         for extra in (extra_tokens, (0, 0)) if extra_tokens[1] == 0 else (extra_tokens,):
-            if (num_patches := feature.shape[1] - sum(extra)) > 0:
-                whole = _patch_grid(num_patches, tuple(image_size))  # other grids come nearer to some aspects
-                grid = whole or _grid(num_patches, image_size)
-                candidates.append((whole is None, _mismatch(grid, image_size), extra[0], grid))
+            num_patches = feature.shape[1] - sum(extra)
+            if num_patches > 0 and (found := _patch_grid(num_patches, tuple(image_size))):
+                is_cut, grid = found
+                candidates.append((is_cut, _mismatch(grid, image_size), extra[0], grid))
         if candidates:
             *_, before, grid = min(candidates)
-            if _mismatch(grid, image_size) < math.log(2):
-                patches = feature[:, before : before + grid[0] * grid[1]]
-                return patches.transpose(1, 2).unflatten(2, grid)
+            return feature[:, before : before + math.prod(grid)].transpose(1, 2).unflatten(2, grid)
     raise ValueError(
         f"Expected layer {name!r} to give a map (batch_size, channels, height, width) or the patches (batch_size, "
         f"sequence_length, hidden_size) of a {image_size[0]}x{image_size[1]} image, got "

@@ -147,7 +147,15 @@ class FeatureTap:
         """Run the model and return what it gives with the maps of all layers."""
         image_size = image_size_in(inputs, self.model)  # first: it refuses what are no images
         outputs, captured = self.capture(inputs, stop_after_last)
-        return outputs, self.lay_out(captured, image_size)
+        maps, num_images = self.lay_out(captured, image_size), len(_images_in(inputs, self.model))
+        for feature_map, name in zip(maps, self.layers, strict=True):
+            if len(feature_map) != num_images:
+                raise ValueError(
+                    f"Expected layer {name!r} of {type(self.model).__name__} to give a map of each image, got "
+                    f"{len(feature_map)} for {num_images}, such as windows of them: name another layer."
+                    f"{suggest_layers()}"
+                )
+        return outputs, maps
 
     def capture(self, inputs: dict, stop_after_last: bool = False):
         """Run the model and return what it gives with the tensors of all layers as they are, class tokens included."""
@@ -183,15 +191,20 @@ class FeatureTap:
 
 def image_size_in(inputs: dict, model: nn.Module) -> tuple[int, int]:
     """Return the images' height and width, or in patches where the model takes those."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    if "spatial_shapes" in tensors:
-        return tuple(tensors["spatial_shapes"][0].tolist())
-    pixels = tensors.get("pixel_values", tensors.get(main_input_of(model)))
-    pixels = next((each for each in tensors.values() if each.ndim == 4), None) if pixels is None else pixels
+    if "spatial_shapes" in inputs:
+        return tuple(inputs["spatial_shapes"][0].tolist())
+    pixels = _images_in(inputs, model)
     if pixels is None or pixels.ndim != 4:
+        shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         raise ValueError(
-            "Expected images (batch_size, channels, height, width), got "
-            f"{ {name: tuple(value.shape) for name, value in tensors.items()} }: give one whole image for each "
+            f"Expected images (batch_size, channels, height, width), got {shapes}: give one whole image for each "
             "example, neither a video nor patches."
         )
     return tuple(pixels.shape[-2:])
+
+
+def _images_in(inputs: dict, model: nn.Module) -> torch.Tensor | None:
+    """Return the images of a batch, whatever the model calls them."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    pixels = tensors.get("pixel_values", tensors.get(main_input_of(model)))
+    return next((each for each in tensors.values() if each.ndim == 4), None) if pixels is None else pixels

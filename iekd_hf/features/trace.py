@@ -42,7 +42,7 @@ def make_sample(model: nn.Module, image_size: int | tuple[int, int] | None = Non
     size = image_size or image_size_of(model) or 224
     height, width = (size, size) if isinstance(size, int) else size
     parameter = next(model.parameters())
-    first = next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)  # of the first convolution
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
     channels = getattr(_vision_config(model), "num_channels", None) or first
     pixels = torch.linspace(-1, 1, channels * height * width).view(1, channels, height, width)
     return pixels.to(parameter.device, parameter.dtype)

@@ -32,8 +32,8 @@ def check_adapted(model: nn.Module) -> None:
     if not is_adapted(model):
         return
     norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    # Where `modules_to_save` names a layer, PEFT trains a copy beside the original, which does not train.
-    lost = [n for n in norms if ".modules_to_save." not in n and not n.endswith(".original_module")]
+    # Of what `modules_to_save` names, PEFT trains a copy beside the original, which does not train.
+    lost = [n for n in norms if not {"modules_to_save", "original_module"} & {*n.split(".")}]
     if lost:
         last = lost[0].rpartition(".")[2]
         raise ValueError(

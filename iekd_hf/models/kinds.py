@@ -3,6 +3,7 @@
 from torch import nn
 
 from .adapters import without_adapters
+from .signature import takes
 
 
 # Where configurations keep it: most families, and UperNet.
@@ -47,6 +48,7 @@ def why_no_logits(model: nn.Module) -> tuple[str, str] | None:
 
 
 def main_input_of(model: nn.Module) -> str:
-    """Return what a model calls its images; OneFormer names its task beside them."""
+    """Return what a model calls its images; OneFormer names its task beside them, Idefics3's tower a text."""
     name = getattr(model, "main_input_name", "pixel_values")
-    return name if isinstance(name, str) else name[0]
+    name = name if isinstance(name, str) else name[0]
+    return "pixel_values" if name != "pixel_values" and takes(model, "pixel_values") else name

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
-from .signature import WITHOUT_MASKS, is_headless
+from .signature import OF_IMAGES, WITHOUT_MASKS, is_headless
 
 
 logger = logging.get_logger(__name__)
@@ -74,7 +74,7 @@ def load_model(name_or_path: str, role: str, **kwargs) -> PreTrainedModel:
 def _class_of(config: PreTrainedConfig) -> type:
     """Return a checkpoint's own class: a detector stays a detector, and features come without a head."""
     architecture = (config.architectures or [""])[0]
-    if own := getattr(transformers, WITHOUT_MASKS.get(architecture, architecture), None):
+    if own := getattr(transformers, (WITHOUT_MASKS | OF_IMAGES).get(architecture, architecture), None):
         return own
     # Custom code is known to the auto classes alone.
     known = getattr(config, "auto_map", None) or {}

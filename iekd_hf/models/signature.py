@@ -13,6 +13,8 @@ from transformers.utils import ModelOutput, find_labels
 
 # Models that are trained on a few patches of each image, and what loads their weights to see all of them.
 WITHOUT_MASKS = {"ViTMAEModel": "ViTModel", "ViTMAEForPreTraining": "ViTModel", "HieraForPreTraining": "HieraModel"}
+# Models of videos, and what loads their weights for single images.
+OF_IMAGES = {"Sam2VideoModel": "Sam2Model"}
 
 _HAS_HEAD = re.compile("For[A-Z]").search
 
@@ -43,8 +45,10 @@ _labels_of = functools.cache(find_labels)  # it is asked for each batch
 
 def find_image_tower(model: nn.Module) -> str | None:
     """Name the part of a model that alone takes images and gives their features, as in CLIP and SAM."""
-    towers = (name for name, m in model.named_modules() if name and is_headless(m) and takes(m, "pixel_values"))
-    return next(towers, None)
+    for name, module in model.named_modules():
+        if name and is_headless(module) and takes(module, "pixel_values") and not takes(module, "input_ids"):
+            return name
+    return None
 
 
 def check_sees_images(model: nn.Module) -> None:

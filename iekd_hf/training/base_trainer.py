@@ -20,9 +20,10 @@ from ..models.adapters import is_adapted, without_adapters
 from ..models.kinds import main_input_of
 from .average import averages_among
 from .checkpoints import check_training_state, load_weights, read_weights
-from .checks import check_callbacks, check_engine, check_recipe, is_stream
+from .checks import check_callbacks, check_engine, check_recipe
 from .collate import PassBatches
 from .component_log import ComponentLog
+from .data_checks import is_stream
 from .labelled_mean import LabelledMean
 from .labels import FillLabels, measure_labelled
 from .layer_rates import layer_rates, split_by_rate

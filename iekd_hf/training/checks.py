@@ -1,15 +1,13 @@
-"""Checks before training: empty datasets, unknown labels, incompatible models."""
+"""Checks before training: models that do not go together, arguments that do not fit them."""
 
 import inspect
 import re
 import warnings
 from collections.abc import Iterable
 
-import datasets
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.backbone_utils import BackboneMixin
 from transformers.utils import find_labels, logging
@@ -22,68 +20,11 @@ from ..models.adapters import check_adapted, is_adapted, without_adapters
 from ..models.kinds import main_input_of, why_no_logits
 from ..models.signature import is_headless, takes_labels
 from .average import averages_among
-from .dense import check_masks_of
-from .labels import NO_LABEL, check_are_classes, is_other_label, is_transformed, read_classes, read_least_target
+from .data_checks import check_datasets
+from .labels import count_labelled
 
 
 logger = logging.get_logger(__name__)
-
-
-def is_stream(dataset: Dataset) -> bool:
-    """Return whether a data set is read in its own order alone."""
-    return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
-
-
-def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
-    """Check all given datasets."""
-    for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        several = isinstance(given, dict) and name == "eval_dataset"
-        for dataset in given.values() if several else [given]:
-            if dataset is not None:
-                check_dataset(dataset, name, model)
-                check_masks_of(model, dataset, name)
-
-
-def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
-    """
-    Refuse an empty dataset, and class labels that the model has no output for.
-
-    Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
-    [`DecodedImages`].
-    """
-    if isinstance(dataset, (str, dict)) or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
-        remedy = "pass one of its splits" if isinstance(dataset, dict) else "load it first (datasets.load_dataset)"
-        raise ValueError(f"Expected {name} as a data set, got {type(dataset).__name__}: {remedy}.")
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(
-            f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
-        )
-    if not takes_labels(without_adapters(model)):
-        return  # a backbone, which takes no labels
-    config = getattr(model, "config", None)
-    num_labels, problem = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
-    if problem == "multi_label_classification" and (least := read_least_target(dataset)) is not None and least < 0:
-        raise ValueError(
-            f"Expected targets of 0 or 1 in {name} for several labels an image, got {least:g}: that an image is "
-            "without a label can be said of classes only. Remove these images, or leave out the labels of all."
-        )
-    if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
-        return  # targets, not classes
-    for column in ("labels", "label"):
-        if type(without_adapters(model)).__name__.endswith("ForImageClassification"):
-            check_are_classes(dataset, column, name)
-        labels = read_classes(dataset, column)
-        if labels is None:
-            continue
-        outside = (labels != NO_LABEL) & ((labels < 0) | (labels >= num_labels))
-        row = int(outside.argmax())
-        # A transform may make other labels of these.
-        if outside[row] and not (is_transformed(dataset) and is_other_label(dataset[row], labels[row])):
-            raise ValueError(
-                f"Expected labels of {name} within 0 and {num_labels - 1}, the student's {num_labels} classes, got "
-                f"{int(labels[row])} in row {row} of column {column!r}: load the student with num_labels="
-                f"{int(labels.max()) + 1}, or fix the labels."
-            )
 
 
 def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, term: str, remedy: str) -> None:
@@ -126,6 +67,8 @@ def check_student(
             f"Expected a teacher_model, got {type(teacher).__name__}: pass a model, a Hub id or a folder."
         )
     check_adapted(student)
+    check_takes_labels(student, args, kwargs)
+    check_checkpointing(student, args)
     shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:
         raise ValueError(
@@ -148,6 +91,30 @@ def check_student(
         check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
     check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
     return layers
+
+
+def check_takes_labels(student: PreTrainedModel, args: TrainingArguments, kwargs: dict) -> None:
+    """Refuse a student with a head whose forward takes no labels, where there are some."""
+    kind = type(without_adapters(student))
+    has_own_loss = kwargs.get("compute_loss_func") is not None or args.label_names
+    if not takes_labels(without_adapters(student)) or find_labels(kind) or has_own_loss:
+        return
+    if count_labelled(kwargs.get("train_dataset")):
+        raise ValueError(
+            f"Expected a student that takes the labels of train_dataset, got {kind.__name__}, whose forward takes "
+            "none, so that nothing would train its head: load the same weights as a class that does "
+            "(DeiTForImageClassification for DeiTForImageClassificationWithTeacher), pass compute_loss_func and "
+            "label_names, or remove the labels."
+        )
+
+
+def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Refuse activation checkpointing where a model has none, before stage 1."""
+    if args.gradient_checkpointing and not without_adapters(model).supports_gradient_checkpointing:
+        raise ValueError(
+            f"Expected a student with activation checkpointing for gradient_checkpointing=True, got "
+            f"{type(without_adapters(model)).__name__}, which has none: leave it out."
+        )
 
 
 def tell_of_no_labels(student: PreTrainedModel, args: TrainingArguments) -> None:
@@ -226,24 +193,6 @@ def check_trainable(tap: FeatureTap, inputs: dict) -> None:
             "DETR and its kin. Call requires_grad_(True) on the student, or on its backbone, or name a layer that "
             "trains; no feature loss would reach the student."
         )
-
-
-def check_batches_of_one(dataset: Dataset, args: TrainingArguments, shapes: Iterable[torch.Size]) -> None:
-    """Refuse a batch of one image with maps of 1x1, on which BatchNorm of the encoders cannot train."""
-    if all(shape[1:].numel() > 1 for shape in shapes) or args.dataloader_drop_last:
-        return
-    if args.per_device_train_batch_size == 1 or leaves_one(dataset, args):
-        count = f"{len(dataset)} images in " if hasattr(dataset, "__len__") else ""
-        raise ValueError(
-            "Expected batches of at least two images where maps are 1x1, got one of a single image, which BatchNorm "
-            f"cannot train on ({count}batches of {args.train_batch_size}): set "
-            "dataloader_drop_last=True, another per_device_train_batch_size, or earlier layers."
-        )
-
-
-def leaves_one(dataset: Dataset, args: TrainingArguments) -> bool:
-    """Return whether the last batch of an epoch holds a single image."""
-    return hasattr(dataset, "__len__") and len(dataset) % (args.train_batch_size * args.world_size) == 1
 
 
 def check_factor_channels(widths: list[int], channels: list[int]) -> None:

@@ -1,5 +1,7 @@
 """Checks of dense tasks before training: labels of pixels, logits that can be compared, depth without a loss."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -45,7 +47,7 @@ def probe_with_labels(tap: FeatureTap, batch: dict) -> tuple[dict, list[torch.Si
     """Run a model once, its loss too; refuse labels that it cannot take, and a task that it does not train for."""
     check_masks(tap.model, batch)
     try:
-        return tap.probe(batch, stop_after_last=False)
+        outputs, shapes = tap.probe(batch, stop_after_last=False)
     except NotImplementedError as error:
         raise ValueError(
             f"Expected a model that computes its loss, got {type(tap.model).__name__}, whose training Transformers "
@@ -60,6 +62,13 @@ def probe_with_labels(tap: FeatureTap, batch: dict) -> tuple[dict, list[torch.Si
             f"{describe_rows([batch])} ({error}): mend the data set's transform, or load the model for such images "
             "and labels (num_labels, problem_type)."
         ) from error
+    if not isinstance(outputs, Mapping):
+        raise ValueError(
+            f"Expected {type(without_adapters(tap.model)).__name__} to return a ModelOutput or a dictionary with loss "
+            f"and logits, got a {type(outputs).__name__}: load it with return_dict=True, or let its forward return "
+            "one."
+        )
+    return outputs, shapes
 
 
 def check_comparable(student: nn.Module, outputs: dict, teacher_logits: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from ..method.padding import mask_at
 from ..method.trainable import ParaphraserStack
 from ..teacher.frozen import FrozenTeacher
 from .base_trainer import DistillationTrainer
-from .checks import is_stream, leaves_one
+from .data_checks import is_stream, leaves_one
 
 
 logger = logging.get_logger(__name__)

@@ -19,7 +19,7 @@ from ..method.padding import zero_padding
 from ..method.trainable import ParaphraserStack
 from ..teacher.frozen import FrozenTeacher
 from .checkpoints import load_paraphrasers, save_paraphrasers
-from .checks import is_stream
+from .data_checks import is_stream
 from .paraphraser_trainer import ParaphraserTrainer
 from .resume import PARAPHRASER_FOLDER, ResumePoint
 

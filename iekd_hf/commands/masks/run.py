@@ -19,7 +19,7 @@ from transformers import (
 
 from ...models.kinds import set_ignore_index
 from ...models.loading import find_processor
-from ...training.checks import leaves_one
+from ...training.data_checks import leaves_one
 from ..arguments import ScriptArguments
 from ..networks import label_maps, load_for_classes
 from ..run import CommandRun

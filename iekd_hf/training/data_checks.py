@@ -1,0 +1,88 @@
+"""Checks of data before training: empty datasets, unknown labels, batches of one image."""
+
+from collections.abc import Iterable
+
+import datasets
+import torch
+from torch.utils.data import Dataset, IterableDataset
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..models.adapters import without_adapters
+from ..models.signature import takes_labels
+from .dense import check_masks_of
+from .labels import NO_LABEL, check_are_classes, is_other_label, is_transformed, read_classes, read_least_target
+
+
+def is_stream(dataset: Dataset) -> bool:
+    """Return whether a data set is read in its own order alone."""
+    return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
+
+
+def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
+    """Check all given datasets."""
+    for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        several = isinstance(given, dict) and name == "eval_dataset"
+        for dataset in given.values() if several else [given]:
+            if dataset is not None:
+                check_dataset(dataset, name, model)
+                check_masks_of(model, dataset, name)
+
+
+def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
+    """
+    Refuse an empty dataset, and class labels that the model has no output for.
+
+    Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
+    [`DecodedImages`].
+    """
+    if isinstance(dataset, (str, dict)) or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        remedy = "pass one of its splits" if isinstance(dataset, dict) else "load it first (datasets.load_dataset)"
+        raise ValueError(f"Expected {name} as a data set, got {type(dataset).__name__}: {remedy}.")
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(
+            f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
+        )
+    if not takes_labels(without_adapters(model)):
+        return  # a backbone, which takes no labels
+    config = getattr(model, "config", None)
+    num_labels, problem = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
+    if problem == "multi_label_classification" and (least := read_least_target(dataset)) is not None and least < 0:
+        raise ValueError(
+            f"Expected targets of 0 or 1 in {name} for several labels an image, got {least:g}: that an image is "
+            "without a label can be said of classes only. Remove these images, or leave out the labels of all."
+        )
+    if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
+        return  # targets, not classes
+    for column in ("labels", "label"):
+        if type(without_adapters(model)).__name__.endswith("ForImageClassification"):
+            check_are_classes(dataset, column, name)
+        labels = read_classes(dataset, column)
+        if labels is None:
+            continue
+        outside = (labels != NO_LABEL) & ((labels < 0) | (labels >= num_labels))
+        row = int(outside.argmax())
+        # A transform may make other labels of these.
+        if outside[row] and not (is_transformed(dataset) and is_other_label(dataset[row], labels[row])):
+            raise ValueError(
+                f"Expected labels of {name} within 0 and {num_labels - 1}, the student's {num_labels} classes, got "
+                f"{int(labels[row])} in row {row} of column {column!r}: load the student with num_labels="
+                f"{int(labels.max()) + 1}, or fix the labels."
+            )
+
+
+def check_batches_of_one(dataset: Dataset, args: TrainingArguments, shapes: Iterable[torch.Size]) -> None:
+    """Refuse a batch of one image with maps of 1x1, on which BatchNorm of the encoders cannot train."""
+    if all(shape[1:].numel() > 1 for shape in shapes) or args.dataloader_drop_last:
+        return
+    if args.per_device_train_batch_size == 1 or leaves_one(dataset, args):
+        count = f"{len(dataset)} images in " if hasattr(dataset, "__len__") else ""
+        raise ValueError(
+            "Expected batches of at least two images where maps are 1x1, got one of a single image, which BatchNorm "
+            f"cannot train on ({count}batches of {args.train_batch_size}): set "
+            "dataloader_drop_last=True, another per_device_train_batch_size, or earlier layers."
+        )
+
+
+def leaves_one(dataset: Dataset, args: TrainingArguments) -> bool:
+    """Return whether the last batch of an epoch holds a single image."""
+    return hasattr(dataset, "__len__") and len(dataset) % (args.train_batch_size * args.world_size) == 1
