@@ -1,6 +1,5 @@
 """IE-KD: a student that inherits from a frozen teacher with one half and explores with the other (CVPR 2021)."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -28,11 +27,11 @@ from .training.checkpoints import (
     load_encoders,
     read_encoders,
     save_encoders,
-    save_paraphrasers,
 )
 from .training.checks import (
     check_factor_channels,
     check_logits,
+    check_own_loss,
     check_precision,
     check_student,
     check_trainable,
@@ -42,8 +41,8 @@ from .training.dense import probe_with_labels
 from .training.given_optimizer import add_what_is_missing
 from .training.held_out import HeldOutLosses
 from .training.manifest import written_whole
-from .training.resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint
-from .training.stage_1 import get_paraphrasers, make_paraphrasers, remove_checkpoints, save_whole, stage_1_settings
+from .training.resume import PARAPHRASER_FOLDER, ResumePoint
+from .training.stage_1 import get_paraphrasers, run_stage_1, save_whole
 from .training.task_loss import TaskLabels
 from .training.terms import check_terms
 from .training.weights import begin_weights, measure_gradient_shares, set_up_search, update_weights
@@ -129,7 +128,11 @@ class IEKDTrainer(DistillationTrainer):
         **kwargs,
     ):
         if not isinstance(args, IEKDTrainingArguments):
-            raise ValueError(f"Expected args to be IEKDTrainingArguments, got {type(args).__name__}: pass args=...")
+            raise ValueError(
+                f"Expected args to be IEKDTrainingArguments, got {type(args).__name__}: pass args=... by name, as "
+                "teacher_model comes before them."
+            )
+        check_own_loss(type(self), IEKDTrainer)
         if teacher_model is None:
             raise ValueError("Expected a teacher_model, got None: pass a model, a Hub id or a folder.")
         if teacher_processor is not None:
@@ -156,7 +159,7 @@ class IEKDTrainer(DistillationTrainer):
         self.given_paraphrasers = paraphraser
         self._fingerprint: str | None = None  # of the paraphrasers, once stage 1 is over
         self._metrics_before: dict[str, float] = {}  # of stage 1, and the gradient shares
-        self._trained_with: tuple | None = None  # the settings of a stage 1 that has run here
+        self.stage_1_settings: tuple | None = None  # of one that has run here
         self._teacher_logits: torch.Tensor | None = None  # of the sample
         if self.train_dataset is not None:
             if args.cache_teacher:
@@ -176,7 +179,7 @@ class IEKDTrainer(DistillationTrainer):
             if paraphraser is not None:
                 self.teacher.set_paraphrasers(get_paraphrasers(paraphraser, self.teacher_channels, args))
             if args.cache_teacher:
-                cells = sum(k * shape[1:].numel() for k, shape in zip(self._factor_channels(), shapes, strict=True))
+                cells = sum(k * shape[1:].numel() for k, shape in zip(self.factor_channels(), shapes, strict=True))
                 image_bytes = 2 * (cells + (logits.shape[1:].numel() if logits is not None else 0))
                 check_cache_folder(args, len(self.train_dataset), image_bytes)
             self._build_student_side()
@@ -310,33 +313,9 @@ class IEKDTrainer(DistillationTrainer):
         Returns:
             `dict[str, float]`: the metrics of this stage, if it has run.
         """
-        args, checkpoint = self.args, point.stage_1_checkpoint if point else None
-        if not is_on(args.lambda_inh) and not is_on(args.lambda_exp):
-            return {}  # no factor is compared: plain logit distillation needs no paraphraser
-        if not self.knowledge.is_kept:
-            self.teacher.set_paraphrasers([self.knowledge.teacher_side() for _ in self.teacher_channels])
-            return {}
-        widths = list(zip(self.teacher_channels, self._factor_channels(), strict=True))
-        settings = stage_1_settings(widths, args)
-        if self.given_paraphrasers is not None or (settings == self._trained_with and not checkpoint):
-            return {}
-        if point and point.paraphrasers:
-            self.teacher.set_paraphrasers(get_paraphrasers(str(point.paraphrasers), self.teacher_channels, args))
-            return {}
-        finished, unfinished = (Path(args.output_dir) / name for name in (PARAPHRASER_FOLDER, STAGE_1_FOLDER))
-        if not checkpoint and self.is_world_process_zero():
-            remove_checkpoints(unfinished)
-            shutil.rmtree(finished, ignore_errors=True)
-        paraphrasers, metrics = make_paraphrasers(self, widths, unfinished, checkpoint)
-        self.teacher.set_paraphrasers(paraphrasers)
-        self._trained_with = settings
-        if args.should_save:
-            save_paraphrasers(paraphrasers, finished, self.run)
-            remove_checkpoints(unfinished)
-        self.accelerator.wait_for_everyone()
-        return metrics
+        return run_stage_1(self, point)
 
-    def _factor_channels(self) -> list[int]:
+    def factor_channels(self) -> list[int]:
         """Return the channels of what is compared in each pair; a given paraphraser decides its own."""
         if self.given_paraphrasers is not None:
             return [paraphraser.factor_channels for paraphraser in self.teacher.paraphrasers]
@@ -358,7 +337,7 @@ class IEKDTrainer(DistillationTrainer):
             check_trainable(tap, sample)
         with drawn_from(self.args.seed):
             widths = [shape[0] for shape in self.student_shapes]
-            side = StudentWithEncoders.of(tap, widths, self._factor_channels(), self.args, self.knowledge)
+            side = StudentWithEncoders.of(tap, widths, self.factor_channels(), self.args, self.knowledge)
         self.student_side = side.to(self.args.device, self.model.dtype, memory_format=self.args.memory_format)
 
     def _wrap_model(self, model, training=True, dataloader=None):
@@ -372,6 +351,11 @@ class IEKDTrainer(DistillationTrainer):
         if self.student_side.student is not self.model:  # `model_init` has made a new student
             self._build_student_side()
         return super().create_optimizer(self.student_side)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Make the schedule, of an optimizer that trains the encoders too, whoever has made it."""
+        add_what_is_missing(self.optimizer, self.lr_scheduler, self.student_side)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """Return what the student's layers give for a batch, and the losses, by one pass of the bare side."""

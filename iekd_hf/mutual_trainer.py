@@ -19,7 +19,7 @@ from .method.trainable import PeerGroup, drawn_from, frozen_statistics
 from .models.loading import load_if_named
 from .teacher.frozen import TeacherTargets
 from .training.checkpoints import check_made_by, load_encoders, read_encoders, save_encoders
-from .training.checks import check_models, check_precision, check_trainable
+from .training.checks import check_models, check_own_loss, check_precision, check_trainable
 from .training.data_checks import check_batches_of_one
 from .training.dense import probe_with_labels
 from .training.partwise_optimizer import PartwiseOptimizer
@@ -104,6 +104,7 @@ class MutualTrainer(PeersTrainer):
         if not isinstance(models, (list, tuple)):
             raise ValueError(f"Expected models as a list, got {type(models).__name__}: pass models=[first, second].")
         models = [load_if_named(m, f"models[{i}]", None, dtype="float32") for i, m in enumerate(models)]
+        check_own_loss(type(self), MutualTrainer)
         check_models(models, args, kwargs)
         self.taps = _tap(models, args)
         super().__init__(models, args=args, **kwargs)

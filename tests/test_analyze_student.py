@@ -10,6 +10,7 @@ from conftest import make_dinov2, make_images, make_resnet, make_vit
 from test_architectures import build
 from transformers import Dinov2Model, ViTImageProcessorPil
 
+from iekd_hf import Paraphraser
 from iekd_hf.commands import analyze as analyze_student
 from iekd_hf.commands.analyze import Tapped, active_neurons, cka_matrix, encode, seed_of, varying_share
 from iekd_hf.teacher.pixels import TeacherPixels
@@ -192,7 +193,7 @@ def test_factors_are_those_of_the_trainer(make_trainer, settings):
         "inheritance half": Tapped(analyze_student.load(run, "--run"), student_layers, inherits).features(pixels),
         "exploration half": Tapped(analyze_student.load(run, "--run"), student_layers, explores).features(pixels),
     }
-    factors = encode(run, f"{run}/_paraphraser", features)
+    factors = encode(run, None, features)
     trainer.student_side.tap.attach()
     with torch.no_grad():
         _, inheritance, exploration = trainer.student_side.eval()(pixel_values=pixels)
@@ -202,9 +203,21 @@ def test_factors_are_those_of_the_trainer(make_trainer, settings):
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("method", ["ie-od", "ie-at"])
+@pytest.mark.parametrize("method", ["ie-od", "ie-at", "kd"])
 def test_a_run_without_factors_has_none(make_trainer, method):
+    make_trainer().train()  # leaves its paraphraser there
     trainer = make_trainer(method=method)
     trainer.train()
     trainer.save_model()
-    assert encode(trainer.args.output_dir, f"{trainer.args.output_dir}/_paraphraser", {}) == {}
+    assert encode(trainer.args.output_dir, None, {}) == {}
+
+
+def test_a_paraphraser_that_is_not_the_runs(make_trainer, tmp_path):
+    """An earlier run has left its own in the folder; another may be named."""
+    make_trainer().train()
+    trainer = make_trainer(paraphraser=Paraphraser(16, 8))
+    trainer.train()
+    trainer.save_model()
+    assert encode(str(tmp_path / "out"), None, {}) == {}
+    with pytest.raises(ValueError, match=r"the paraphraser of the run in .*out', got another one in --paraphraser="):
+        encode(str(tmp_path / "out"), str(tmp_path / "out" / "_paraphraser"), {})

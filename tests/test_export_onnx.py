@@ -90,6 +90,26 @@ def test_a_model_that_cannot_be_had(run_example, tmp_path):
         run_example(export_onnx, "--model", "nobody/nothing", "--output", tmp_path / "student.onnx")
 
 
+def test_an_adapter_is_to_be_merged_first(run_example, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(make_vit(), peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"a whole model in --model=.*, got an adapter of PEFT: .*merge_and_unload"):
+        run_example(export_onnx, "--model", tmp_path / "adapter", "--output", tmp_path / "student.onnx")
+
+
+def test_an_architecture_that_torch_does_not_export(run_example, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise torch.onnx.OnnxExporterError("a page of text\nand another")
+
+    make_resnet(8).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(ValueError, match=r"that torch .* exports to ONNX, got ResNetForImageClassification, which it"):
+        run_example(export_onnx, "--model", tmp_path / "model", "--output", tmp_path / "student.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def segmenter():
     sizes = {"num_encoder_blocks": 1, "depths": [1], "hidden_sizes": [8], "num_attention_heads": [1], "sr_ratios": [1]}
     strides = {"patch_sizes": [7], "strides": [4], "mlp_ratios": [2], "decoder_hidden_size": 8}

@@ -6,6 +6,7 @@ import pytest
 from conftest import make_images, make_resnet
 from hub_server import card_errors
 from huggingface_hub import ModelCard
+from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
 from iekd_hf import Paraphraser
 from iekd_hf.hub.card_facts import curve, hub_id, last_metrics
@@ -213,3 +214,30 @@ def test_a_recipe_leaves_out_a_stage_1_that_did_not_run(make_trainer, tmp_path):
     assert rows_of() == (True, True)
     assert rows_of(paraphraser=Paraphraser(16, 8)) == (False, True)
     assert rows_of(method="od") == (False, True)
+
+
+def test_a_depth_estimator_has_no_classes(make_trainer, tmp_path):
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        patch_size=8,
+        image_size=32,
+        out_indices=[1, 2],
+        reshape_hidden_states=False,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=8,
+        reassemble_hidden_size=16,
+        reassemble_factors=[1, 0.5],
+        neck_hidden_sizes=[8, 16],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+    )
+    images = [{"pixel_values": image["pixel_values"]} for image in make_images()]
+    trainer = make_trainer(DepthAnythingForDepthEstimation(config), train_dataset=images)
+    trainer.create_model_card()
+    card = read_card(tmp_path / "out")
+    assert card.data.pipeline_tag == "depth-estimation"
+    assert "This is a depth estimator with" in card.text and "classes" not in card.text

@@ -447,3 +447,19 @@ def test_a_trial_of_a_search_can_be_resumed(make_trainer, tmp_path):
     checkpoint = tmp_path / "out" / f"run-{best.run_id}" / "checkpoint-1"
     trainer = make_trainer(max_steps=3)
     assert trainer.train(resume_from_checkpoint=str(checkpoint)).global_step == 3
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_paraphraser_along(make_trainer, tmp_path):
+    """From there it goes on again, and not with what an older run has left in that folder."""
+    settings = ARGUMENTS | {"max_steps": 4, "save_steps": 2}
+    whole = make_trainer(**settings)
+    whole.train()
+    elsewhere = {**settings, "output_dir": str(tmp_path / "elsewhere")}
+    make_trainer(**elsewhere | {"seed": 3}).train()  # another run's
+    broken = make_trainer(**elsewhere, callbacks=[StopAt(3)])
+    broken.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    kept = Paraphraser.from_pretrained(tmp_path / "elsewhere" / "_paraphraser").state_dict()
+    assert same(kept, Paraphraser.from_pretrained(tmp_path / "out" / "_paraphraser").state_dict())
+    resumed = make_trainer(**elsewhere)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(everything(whole), everything(resumed))

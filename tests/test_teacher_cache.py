@@ -187,6 +187,20 @@ def test_it_is_made_anew_for_a_module_of_the_same_weights_that_differs_otherwise
             assert images_seen["images"] == images, changed
 
 
+def test_it_is_made_anew_for_a_model_of_transformers_that_was_changed_by_hand(make, images_seen, tmp_path):
+    """The weights and the configuration are the same."""
+    shared = {"teacher_cache_dir": str(tmp_path / "shared"), "num_train_epochs": 1}
+    for change in ("none", "stride", "activation"):
+        teacher = make_resnet(16, seed=2)
+        if change == "stride":
+            teacher.resnet.embedder.embedder.convolution.stride = (1, 1)
+        if change == "activation":
+            teacher.resnet.encoder.stages[0].layers[0].activation = nn.GELU()
+        images_seen.clear()
+        make(**shared, teacher_model=teacher, paraphraser=make_paraphraser()).train()
+        assert images_seen["images"] == 1 + 2 * 16, change
+
+
 def test_another_process_finds_it():
     # A digest that depended on addresses or hash seeds would differ.
     code = (

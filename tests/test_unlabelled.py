@@ -219,6 +219,17 @@ def test_a_stream_without_labels_is_evaluated_by_what_is_learnt_of_the_teacher(m
     assert prediction.predictions.shape == (8, 3)
 
 
+def test_the_losses_of_images_without_labels_are_their_mean(make_trainer):
+    """Whatever the batches: the last one may be of one image, unlike the others."""
+    images = [{"pixel_values": image["pixel_values"]} for image in make_images(9)]
+    images[-1]["pixel_values"] = images[-1]["pixel_values"] * 5
+    trainer, found = make_trainer(method="ie-ft+kd", paraphraser=Paraphraser(16, 8), eval_dataset=images), []
+    for size in (9, 8, 2):
+        trainer.args.per_device_eval_batch_size = size
+        found.append([trainer.evaluate()[f"eval_{name}loss"] for name in ("", "inheritance_", "kd_")])
+    torch.testing.assert_close(found[1:], [found[0]] * 2, rtol=1e-4, atol=1e-6)
+
+
 def test_rows_without_a_label_are_mixed_with_classes_only():
     collate = FillLabels(lambda rows: [row.get("labels") for row in rows])
     assert collate([{"labels": None}, {}, {"labels": 2}]) == [-100, -100, 2]

@@ -20,6 +20,7 @@ leaves out networks without logits of classes, and those that classify by a clas
 
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,9 +39,11 @@ from ..features.maps import pick_tensor, split_index
 from ..features.patches import as_inputs
 from ..features.tap import FeatureTap, image_size_in
 from ..models.loading import find_processor, load_model
+from ..teacher.frozen import fingerprint
 from ..teacher.pixels import TeacherPixels
 from ..training.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
 from ..training.manifest import check_undamaged
+from ..training.resume import PARAPHRASER_FOLDER
 from .images.data import DataArguments, load_images
 from .images.run import build_processor
 from .packages import require
@@ -199,14 +202,29 @@ def varying_share(factors: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def encode(run: str, paraphraser: str, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the factors of the teacher's map and of the halves, of a run that compared factors; else nothing."""
+def encode(run: str, given: str | None, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Return the factors of the teacher's map and of the halves, of a run that compared factors; else nothing.
+
+    The paraphraser is the one that is given, which must be the run's, or the one that the run has kept.
+    """
+    source = given or os.path.join(run, PARAPHRASER_FOLDER)
+    if given is None and not os.path.isdir(source):
+        return {}
     file = Path(run) / ENCODERS_FOLDER / ENCODERS_FILE
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     if metadata["knowledge"] != "factors":
         return {}
-    compressor = load_paraphrasers(paraphraser, len(metadata["teacher_layers"].split(", ")))[0].eval()
+    paraphrasers = load_paraphrasers(source, len(metadata["teacher_layers"].split(", ")))
+    if fingerprint(paraphraser.without_decoder() for paraphraser in paraphrasers) != metadata["paraphrasers"]:
+        if given is not None:
+            raise ValueError(
+                f"Expected the paraphraser of the run in {run!r}, got another one in --paraphraser={given!r}: name "
+                "the one that the run had."
+            )
+        return {}  # that of an earlier run in this folder
+    compressor = paraphrasers[0].eval()
     factors, weights = {"teacher": compressor.encode(features["teacher"])}, load_file(file)
     for half in ("inheritance", "exploration"):
         prefix, name = f"{half}_encoders.0.", f"{half} half"
@@ -298,8 +316,7 @@ def main(given: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     matrix = cka_matrix(features)
     active = {name: active_neurons(f) for name, f in features.items()}
-    paraphraser = analysis.paraphraser or (str(run / "_paraphraser") if (run / "_paraphraser").is_dir() else None)
-    factors = encode(analysis.run, paraphraser, features) if paraphraser is not None else {}
+    factors = encode(analysis.run, analysis.paraphraser, features)
     varying = {name: varying_share(factor) for name, factor in factors.items()}
     numbers = {
         "images": len(images),

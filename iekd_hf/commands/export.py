@@ -10,6 +10,7 @@ written only if its logits are the model's own.
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,8 @@ def load(args: ExportArguments) -> tuple[PreTrainedModel, torch.Tensor]:
         processor = AutoImageProcessor.from_pretrained(args.model, **trust)
     except OSError as error:
         raise ValueError(explain_unreachable(args.model, "--model", error)) from error
-    picture = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    shape = (224, 224) if getattr(model.config, "num_channels", 3) == 1 else (224, 224, 3)
+    picture = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     pixels = processor(PIL.Image.fromarray(picture), return_tensors="pt")["pixel_values"]
     check_classifies(model, pixels, args.model)
     return model, pixels
@@ -90,15 +92,21 @@ def check_classifies(model: PreTrainedModel, pixels: torch.Tensor, name: str) ->
 
 def export(model: PreTrainedModel, pixels: torch.Tensor, path: str) -> None:
     """Write a model as ONNX for any batch size, with its labels in the file's metadata."""
-    program = torch.onnx.export(
-        Logits(model).eval(),
-        (pixels.repeat(2, 1, 1, 1),),  # a size of 1 would be taken as fixed
-        input_names=["pixel_values"],
-        output_names=["logits"],
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch_size")}},
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            Logits(model).eval(),
+            (pixels.repeat(2, 1, 1, 1),),  # a size of 1 would be taken as fixed
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch_size")}},
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(
+            f"Expected an architecture that torch {torch.__version__} exports to ONNX, got {type(model).__name__}, "
+            f"which it does not ({type(error.__cause__ or error).__name__}): take another student, or another torch."
+        ) from error
     program.model.metadata_props["id2label"] = json.dumps(model.config.id2label)
     program.save(path)
 
@@ -135,22 +143,21 @@ def main(given: list[str]) -> None:
     if not os.path.isdir(folder):
         raise ValueError(f"Expected --output in a folder that is there, got {args.output!r}: make {folder} first.")
     model, pixels = load(args)
-    unchecked = f"{args.output}.part"
-    try:
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        unchecked = os.path.join(part, os.path.basename(args.output))
         export(model, pixels, unchecked)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = args.threads
         session = onnxruntime.InferenceSession(unchecked, options, providers=["CPUExecutionProvider"])
         difference = compare(model, pixels, session)
-        os.replace(unchecked, args.output)
-    finally:
-        if os.path.exists(unchecked):
-            os.remove(unchecked)
+        files = os.listdir(part)  # large weights have a file of their own
+        for name in files:
+            os.replace(os.path.join(part, name), os.path.join(folder, name))
 
     with torch.inference_mode():
         in_torch = median_milliseconds(lambda x: model(pixel_values=x), pixels, threads=args.threads)
     in_onnxruntime = median_milliseconds(lambda x: session.run(None, {"pixel_values": x}), pixels.numpy())
-    size = os.path.getsize(args.output) / 2**20
+    size = sum(os.path.getsize(os.path.join(folder, name)) for name in files) / 2**20
     _, channels, height, width = pixels.shape
     print(f"{args.output}: {size:.1f} MiB, pixel_values (batch_size, {channels}, {height}, {width}) -> logits")
     print(f"largest difference of two logits: {difference:.1e}")

@@ -22,7 +22,7 @@ from ..data.rgb import to_rgb
 from ..training.base_trainer import DistillationTrainer
 from ..training.checkpoints import load_weights
 from ..training.manifest import MANIFEST_FILE, find_damage, read_manifest, write_manifest, write_whole
-from ..training.resume import RUN_FILE, ResumePoint, find_resume_point
+from ..training.resume import RUN_FILE, ResumePoint, check_ran_to_its_end, find_resume_point
 from .arguments import ModelArguments
 from .progress import Progress
 from .report.latency import median_milliseconds
@@ -277,6 +277,7 @@ class CommandRun:
             (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of an earlier run
         self.keep_settings()
         output = trainer.train(find_resume_point(folder, self.start is not None))
+        check_ran_to_its_end(trainer, f"the {name}")
         seconds = output.metrics["train_runtime"]
         trainer.save_model()
         if trainer.is_world_process_zero():
@@ -328,6 +329,7 @@ class CommandRun:
         self.progress.name = "stage 2"
         self.keep_settings()
         metrics = trainer.train(self.start).metrics
+        check_ran_to_its_end(trainer, "the distilled student")
         seconds = {"stage 2": metrics["train_runtime"]}
         if "paraphraser_train_runtime" in metrics:
             seconds = {"stage 1": metrics["paraphraser_train_runtime"], **seconds}

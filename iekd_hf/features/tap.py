@@ -147,7 +147,7 @@ class FeatureTap:
         """Run the model and return what it gives with the maps of all layers."""
         image_size = image_size_in(inputs, self.model)  # first: it refuses what are no images
         outputs, captured = self.capture(inputs, stop_after_last)
-        maps, num_images = self.lay_out(captured, image_size), len(_images_in(inputs, self.model))
+        maps, num_images = self.lay_out(captured, image_size), len(images_in(inputs, self.model))
         for feature_map, name in zip(maps, self.layers, strict=True):
             if len(feature_map) != num_images:
                 raise ValueError(
@@ -193,7 +193,7 @@ def image_size_in(inputs: dict, model: nn.Module) -> tuple[int, int]:
     """Return the images' height and width, or in patches where the model takes those."""
     if "spatial_shapes" in inputs:
         return tuple(inputs["spatial_shapes"][0].tolist())
-    pixels = _images_in(inputs, model)
+    pixels = images_in(inputs, model)
     if pixels is None or pixels.ndim != 4:
         shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         raise ValueError(
@@ -203,7 +203,7 @@ def image_size_in(inputs: dict, model: nn.Module) -> tuple[int, int]:
     return tuple(pixels.shape[-2:])
 
 
-def _images_in(inputs: dict, model: nn.Module) -> torch.Tensor | None:
+def images_in(inputs: dict, model: nn.Module) -> torch.Tensor | None:
     """Return the images of a batch, whatever the model calls them."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     pixels = tensors.get("pixel_values", tensors.get(main_input_of(model)))

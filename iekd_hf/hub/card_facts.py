@@ -66,6 +66,7 @@ class Network:
         """Describe a model; of the metrics, numbers are kept."""
         tensors, bare = [*model.parameters(), *model.buffers()], without_adapters(model)
         config = getattr(bare, "config", None)
+        has_classes = takes_labels(bare) and not type(bare).__name__.endswith("ForDepthEstimation")
         return cls(
             role,
             type(bare).__name__,
@@ -73,7 +74,7 @@ class Network:
             sum(parameter.numel() for parameter in model.parameters()),
             sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20,
             numbers(metrics or {}),
-            list((getattr(config, "id2label", None) or {}).values()) if takes_labels(bare) else [],
+            list((getattr(config, "id2label", None) or {}).values()) if has_classes else [],
         )
 
     @property

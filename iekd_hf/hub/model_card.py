@@ -19,6 +19,9 @@ _TASKS = {  # those that TrainingSummary does not know
     "ForImageClassification": "image-classification",
     "ForObjectDetection": "object-detection",
     "ForSemanticSegmentation": "image-segmentation",
+    "ForUniversalSegmentation": "image-segmentation",
+    "ForInstanceSegmentation": "image-segmentation",
+    "ForDepthEstimation": "depth-estimation",
     "Model": "image-feature-extraction",
 }
 _KNOWLEDGE = {
@@ -30,6 +33,7 @@ _NOUNS = {
     "image-classification": "an image classifier",
     "object-detection": "an object detector",
     "image-segmentation": "an image segmentation model",
+    "depth-estimation": "a depth estimator",
     "image-feature-extraction": "a backbone, which gives features of images,",
 }
 # Where the logit term of each `kd_distance` is from.

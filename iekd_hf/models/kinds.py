@@ -1,9 +1,10 @@
 """What is known of a model by its class and configuration: its task, and the label that leaves a pixel out."""
 
+import inspect
+
 from torch import nn
 
 from .adapters import without_adapters
-from .signature import takes
 
 
 # Where configurations keep it: most families, and UperNet.
@@ -21,6 +22,17 @@ _WITHOUT_LOGITS = {
     "ForSegmentation": _BY_QUERIES,
     "ForDepthEstimation": ("a depth estimator", "depth is a number and no class, so there are no logits to compare"),
 }
+
+# Outputs of detectors that are no predictions; gathered, they would take more memory than the images.
+_NOT_PREDICTED_BY_DETECTORS = (
+    *("last_hidden_state", "encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"),
+    *("encoder_attentions", "decoder_attentions", "cross_attentions", "auxiliary_outputs", "backbone_features"),
+    *("intermediate_hidden_states", "intermediate_logits", "intermediate_predicted_corners"),
+    *("intermediate_reference_points", "init_reference_points", "initial_reference_points"),
+    *("enc_outputs_class", "enc_outputs_coord_logits", "enc_topk_logits", "enc_topk_bboxes", "denoising_meta_values"),
+)
+# Fields of any model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
+_NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
 
 
 def ignore_index_of(model: nn.Module) -> int:
@@ -47,8 +59,24 @@ def why_no_logits(model: nn.Module) -> tuple[str, str] | None:
     return next((why for end, why in _WITHOUT_LOGITS.items() if name.endswith(end)), None)
 
 
+def names_of_no_predictions(model: nn.Module) -> list[str]:
+    """Return the fields of a model's output that Trainer shall not gather as predictions, for compute_metrics."""
+    names = [*getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", []), *_NOT_PREDICTIONS]
+    detects = type(without_adapters(model)).__name__.endswith("ForObjectDetection")
+    return [*names, *(_NOT_PREDICTED_BY_DETECTORS if detects else ())]
+
+
 def main_input_of(model: nn.Module) -> str:
-    """Return what a model calls its images; OneFormer names its task beside them, Idefics3's tower a text."""
+    """
+    Return what a model calls its images.
+
+    OneFormer names its task beside them. Idefics3's tower names a text, and so does each `PreTrainedModel` that does
+    not say otherwise.
+    """
+    model = without_adapters(model)
     name = getattr(model, "main_input_name", "pixel_values")
     name = name if isinstance(name, str) else name[0]
-    return "pixel_values" if name != "pixel_values" and takes(model, "pixel_values") else name
+    if name == "pixel_values":
+        return name
+    taken = inspect.signature(model.forward).parameters
+    return "pixel_values" if "pixel_values" in taken else name if name in taken else next(iter(taken), name)

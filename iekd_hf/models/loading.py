@@ -131,6 +131,11 @@ def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
             f"Expected {role} without code of its own, got {name_or_path!r}, which has some that is not run unless "
             "you ask for it: read it, and if you trust it set trust_remote_code."
         )
+    if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
+        return (
+            f"Expected a whole model in {role}={name_or_path!r}, got an adapter of PEFT: load it with its base, and "
+            "save what merge_and_unload() returns."
+        )
     if os.path.isdir(name_or_path):
         return f"Expected {role}={name_or_path!r} to hold a loadable config.json and *.safetensors: {error}"
     cache = "HF_HUB_CACHE, by default ~/.cache/huggingface/hub"

@@ -19,7 +19,7 @@ from huggingface_hub.utils import WeakFileLock
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..arguments import IEKDTrainingArguments
@@ -98,8 +98,7 @@ class TeacherCache:
             "teacher": fingerprint([teacher]),
             "teacher_type": type(teacher).__name__,
             "teacher_config": json.dumps(config, sort_keys=True, default=str),
-            # A model of Transformers is what its configuration says.
-            "teacher_attributes": None if isinstance(teacher, PreTrainedModel) else attributes(teacher),
+            "teacher_attributes": attributes(teacher),
             "teacher_dtype": str(self.teacher.dtype),
             "teacher_layers": self.teacher.tap.layers,
             "teacher_pixels": _digest(self.teacher.teacher_pixels),

@@ -12,10 +12,11 @@ import torch
 from datasets.fingerprint import Hasher
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from ..arguments import IEKDTrainingArguments
 from ..features.patches import cut_patches, patch_size_of
-from ..features.tap import FeatureTap
+from ..features.tap import FeatureTap, images_in
 from ..features.trace import image_size_of
 from ..method.factors import Paraphraser
 from ..method.padding import mask_at
@@ -163,7 +164,8 @@ class FrozenTeacher(nn.Module):
 
     def to_teacher_inputs(self, inputs: dict) -> dict:
         """Return the part of the student's batch that the teacher takes, without labels, with the teacher's pixels."""
-        pixels = inputs[self.main_input_name if self.main_input_name in inputs else "pixel_values"]
+        named = inputs.get(self.main_input_name)
+        pixels = images_in(inputs, self.teacher) if named is None else named  # whatever the student calls them
         if self.teacher_pixels is not None:
             mask = inputs.get("pixel_mask")
             pixels = self.teacher_pixels(pixels, mask)
@@ -212,9 +214,12 @@ def fingerprint(modules: Iterable[nn.Module]) -> str:
 
 def attributes(network: nn.Module) -> str:
     """Return a digest of what a network's modules hold beside weights: dilations, slopes, functions' names, ..."""
+    is_said = isinstance(network, PreTrainedModel)
     held = [
-        (name, type(module).__qualname__, {k: v for k, v in vars(module).items() if k not in _OF_ANY_MODULE})
-        for name, module in network.named_modules()
+        (name, type(part).__qualname__, {k: v for k, v in vars(part).items() if k not in _OF_ANY_MODULE})
+        for name, part in network.named_modules()
+        # What a model of Transformers is beside layers of torch and activations, its configuration says.
+        if not is_said or type(part).__module__.startswith(("torch.nn.", "transformers.activations"))
     ]
     return hashlib.sha256(json.dumps(held, skipkeys=True, default=_as_json).encode()).hexdigest()
 

@@ -17,13 +17,13 @@ from transformers.utils import logging
 from ..hub.push import HubTrainer
 from ..method.objective import Objective
 from ..models.adapters import is_adapted, without_adapters
-from ..models.kinds import main_input_of
+from ..models.kinds import main_input_of, names_of_no_predictions
 from .average import averages_among
 from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import check_callbacks, check_engine, check_recipe
 from .collate import PassBatches
 from .component_log import ComponentLog
-from .data_checks import is_stream
+from .data_checks import check_dispatched, is_stream
 from .labelled_mean import LabelledMean
 from .labels import FillLabels, measure_labelled
 from .layer_rates import layer_rates, split_by_rate
@@ -35,17 +35,6 @@ from .task_loss import TaskLoss, nothing_of
 
 
 logger = logging.get_logger(__name__)
-
-# Outputs of detectors that are no predictions; gathered, they would take more memory than the images.
-_NOT_PREDICTED_BY_DETECTORS = (
-    *("last_hidden_state", "encoder_last_hidden_state", "encoder_hidden_states", "decoder_hidden_states"),
-    *("encoder_attentions", "decoder_attentions", "cross_attentions", "auxiliary_outputs", "backbone_features"),
-    *("intermediate_hidden_states", "intermediate_logits", "intermediate_predicted_corners"),
-    *("intermediate_reference_points", "init_reference_points", "initial_reference_points"),
-    *("enc_outputs_class", "enc_outputs_coord_logits", "enc_topk_logits", "enc_topk_bboxes", "denoising_meta_values"),
-)
-# Fields of a model's output that Trainer would otherwise gather as predictions and hand to compute_metrics.
-_NOT_PREDICTIONS = ("past_key_values", "hidden_states", "reshaped_hidden_states", "attentions")
 
 
 class DistillationTrainer(HubTrainer):
@@ -91,13 +80,20 @@ class DistillationTrainer(HubTrainer):
         self.augmentation, self.mixing = (part and part.to(self.args.device) for part in (augmentation, mixing))
         check_recipe(self, mixing)
         self.model_accepts_loss_kwargs = False
-        self.data_collator, self.task_loss = FillLabels(self.data_collator), TaskLoss(self)
+        self.data_collator = FillLabels(self.data_collator)
+        self.task_loss = TaskLoss(self)
+        self._fill_stream(self.train_dataset)
         self.components = ComponentLog()
         self.run = ""  # its name, in the manifests of its checkpoints
         self._saving_folder: Path | None = None  # while a checkpoint is being written
         self._counted: nn.Module | None = None
         self.labelled_mean: LabelledMean | None = None  # while images are evaluated
         check_engine(self)
+
+    def _fill_stream(self, dataset) -> None:
+        """Let all batches have labels where those of a stream of classes are dispatched to several ranks."""
+        if self.args.world_size > 1 and is_stream(dataset) and self.task_loss.takes_classes:
+            self.data_collator.fills_all = True
 
     def sample_batch(self) -> dict:
         """Return the first training example as a batch on the device, to find shapes with."""
@@ -107,15 +103,16 @@ class DistillationTrainer(HubTrainer):
             example = next(iter(dataset)) if is_stream(dataset) else dataset[0]
         except KeyError as error:
             raise ValueError(f"Expected a first training example, got no column {error} for it: {hint}.") from error
-        if not isinstance(example, Mapping):
+        if self.data_collator.is_usual and not isinstance(example, Mapping):
             raise ValueError(
                 f"Expected training examples as dictionaries with pixel_values and labels, got a "
-                f"{type(example).__name__}: wrap the data set, or make the dictionaries in its transform."
+                f"{type(example).__name__}: make them in the data set's transform, or in a data_collator."
             )
         batch = self._get_collator_with_removed_columns(self.data_collator)([example])
         name = main_input_of(self.model)
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
+        check_dispatched(self.accelerator, dataset, batch)
         check_labels(self, batch)
         if are_soft(self.model, batch.get("labels")):  # the model's own loss is probed, which takes classes
             batch["labels"] = batch["labels"].argmax(dim=1)
@@ -245,18 +242,15 @@ class DistillationTrainer(HubTrainer):
         """Log the training loss together with the components' means and the current weights."""
         if "loss" in logs:
             weights = self.distillation_objective.weights_at(self.progress) if self.distillation_objective else {}
-            logs = {**logs, **self.check_finite(), **weights}
+            logs |= {**self.check_finite(), **weights}
             self.components.reset()
-        super().log({self.log_prefix + name: value for name, value in logs.items()}, start_time)
+        # Trainer adds the epoch to what it is given, which are the metrics that `train` and `evaluate` return.
+        super().log({self.log_prefix + n: v for n, v in logs.items()} if self.log_prefix else logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Predict with the bare model, of whose output only predictions are kept."""
         if ignore_keys is None:
-            ignore_keys = [
-                *getattr(self.model.config, "keys_to_ignore_at_inference", []),
-                *_NOT_PREDICTIONS,
-                *_NOT_PREDICTED_BY_DETECTORS,
-            ]
+            ignore_keys = names_of_no_predictions(self.model)
         given, inputs = inputs, inputs if self.labelled_mean is None else self.labelled_mean.fill(inputs)
         with self.accelerator.autocast():  # where the bare model was not prepared by accelerate
             loss, *predicted = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -392,6 +386,7 @@ class DistillationTrainer(HubTrainer):
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, but by the images that have a label."""
         self.sync_buffers(self.model)
+        self._fill_stream(dataloader.dataset)
         self.labelled_mean = LabelledMean(self, dataloader.dataset)
         compute_metrics = self.compute_metrics
         if compute_metrics is not None and not self.task_loss.is_regression:

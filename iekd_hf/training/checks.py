@@ -21,7 +21,7 @@ from ..models.kinds import main_input_of, why_no_logits
 from ..models.signature import is_headless, takes_labels
 from .average import averages_among
 from .data_checks import check_datasets
-from .labels import count_labelled
+from .labels import collates_as_usual, count_labelled
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +89,7 @@ def check_student(
         refuse_logit_term([student, teacher], "lambda_kd > 0", "Set lambda_kd=0, or a method without '+kd'")
         check_not_regression(student, "lambda_kd > 0", "set lambda_kd=0, or a method without '+kd'")
         check_label_maps(student, teacher, "student and teacher", "lambda_kd > 0", "lambda_kd=0")
-    check_datasets(student, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    check_datasets(student, kwargs)
     return layers
 
 
@@ -97,7 +97,8 @@ def check_takes_labels(student: PreTrainedModel, args: TrainingArguments, kwargs
     """Refuse a student with a head whose forward takes no labels, where there are some."""
     kind = type(without_adapters(student))
     has_own_loss = kwargs.get("compute_loss_func") is not None or args.label_names
-    if not takes_labels(without_adapters(student)) or find_labels(kind) or has_own_loss:
+    is_usual = collates_as_usual(kwargs.get("data_collator"))
+    if not takes_labels(without_adapters(student)) or find_labels(kind) or has_own_loss or not is_usual:
         return
     if count_labelled(kwargs.get("train_dataset")):
         raise ValueError(
@@ -106,6 +107,19 @@ def check_takes_labels(student: PreTrainedModel, args: TrainingArguments, kwargs
             "(DeiTForImageClassification for DeiTForImageClassificationWithTeacher), pass compute_loss_func and "
             "label_names, or remove the labels."
         )
+
+
+def check_own_loss(kind: type, ours: type) -> None:
+    """Refuse a subclass whose own `compute_loss` leaves the method out."""
+    for cls in kind.__mro__[: kind.__mro__.index(ours)]:
+        code = getattr(vars(cls).get("compute_loss"), "__code__", None)
+        # One that calls super() has the cell `__class__`; others may name the method of a class.
+        if code and "__class__" not in code.co_freevars and "compute_loss" not in code.co_names:
+            raise ValueError(
+                f"Expected {cls.__name__} to keep the losses of {ours.__name__}, got a compute_loss of its own, which "
+                "would leave them out: pass the task's loss as compute_loss_func(outputs, labels, "
+                "num_items_in_batch), or call super().compute_loss(...)."
+            )
 
 
 def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None:
@@ -148,6 +162,11 @@ def check_engine(trainer: Trainer) -> None:
             f"Expected one process per GPU, got {trainer.args.n_gpu} GPUs in one process, where DataParallel would "
             f"split every batch under {name}'s hooks: run `accelerate launch --num_processes {trainer.args.n_gpu} "
             "script.py`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if trainer.args.save_on_each_node and trainer.args.world_size > 1:
+        raise ValueError(
+            "Expected one set of checkpoints, got save_on_each_node=True: of a machine that does not hold the main "
+            "process they would lack the weights. Give an output_dir that all machines see, and leave it out."
         )
     for engine, is_used in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
         # On a CPU, and in one process, Accelerate leaves out an engine that it was told to use, and does not say so.
@@ -299,7 +318,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
                 f"Expected models[{i}] to return a loss, got {type(model).__name__}, which takes no labels: pass a "
                 "model with a head for the task, or compute_loss_func."
             )
-        check_datasets(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        check_datasets(model, kwargs)
     check_callbacks(kwargs.get("callbacks"))
     if averages_among(kwargs.get("callbacks") or ()):
         raise ValueError(

@@ -1,16 +1,25 @@
 """Checks of data before training: empty datasets, unknown labels, batches of one image."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import datasets
 import torch
+from accelerate import Accelerator
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..models.adapters import without_adapters
 from ..models.signature import takes_labels
 from .dense import check_masks_of
-from .labels import NO_LABEL, check_are_classes, is_other_label, is_transformed, read_classes, read_least_target
+from .labels import (
+    NO_LABEL,
+    check_are_classes,
+    collates_as_usual,
+    is_other_label,
+    is_transformed,
+    read_classes,
+    read_least_target,
+)
 
 
 def is_stream(dataset: Dataset) -> bool:
@@ -18,22 +27,23 @@ def is_stream(dataset: Dataset) -> bool:
     return isinstance(dataset, (IterableDataset, datasets.IterableDataset))
 
 
-def check_datasets(model: PreTrainedModel, train_dataset: Dataset | None, eval_dataset) -> None:
-    """Check all given datasets."""
-    for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+def check_datasets(model: PreTrainedModel, kwargs: dict) -> None:
+    """Check all datasets among a trainer's keywords."""
+    for name in ("train_dataset", "eval_dataset"):
+        given = kwargs.get(name)
         several = isinstance(given, dict) and name == "eval_dataset"
         for dataset in given.values() if several else [given]:
             if dataset is not None:
-                check_dataset(dataset, name, model)
+                check_dataset(dataset, name, model, collates_as_usual(kwargs.get("data_collator")))
                 check_masks_of(model, dataset, name)
 
 
-def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
+def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel, reads_labels: bool = True) -> None:
     """
     Refuse an empty dataset, and class labels that the model has no output for.
 
     Labels are read where that is cheap: in the columns `labels` or `label` of a `datasets.Dataset`, or in
-    [`DecodedImages`].
+    [`DecodedImages`]; not where a collator may make others.
     """
     if isinstance(dataset, (str, dict)) or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
         remedy = "pass one of its splits" if isinstance(dataset, dict) else "load it first (datasets.load_dataset)"
@@ -42,7 +52,7 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
         raise ValueError(
             f"Expected {name} to hold at least one example, got an empty dataset: check its file or split."
         )
-    if not takes_labels(without_adapters(model)):
+    if not reads_labels or not takes_labels(without_adapters(model)):
         return  # a backbone, which takes no labels
     config = getattr(model, "config", None)
     num_labels, problem = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
@@ -68,6 +78,20 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel) -> None:
                 f"{int(labels[row])} in row {row} of column {column!r}: load the student with num_labels="
                 f"{int(labels.max()) + 1}, or fix the labels."
             )
+
+
+def check_dispatched(accelerator: Accelerator, dataset: Dataset, batch: Mapping) -> None:
+    """Refuse a batch of other things than tensors where one process reads the images and shares them out."""
+    chosen = accelerator.dataloader_config.dispatch_batches
+    if accelerator.num_processes == 1 or not (is_stream(dataset) if chosen is None else chosen):
+        return
+    # Of lists, Accelerate joins those of all ranks entry by entry, and cuts the entries.
+    if others := [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(
+            f"Expected batches of tensors alone where they are dispatched to {accelerator.num_processes} processes, "
+            f"got {others[0]!r} of type {type(batch[others[0]]).__name__}, which would come apart: set "
+            'accelerator_config={"dispatch_batches": False}, so that each process reads its own images.'
+        )
 
 
 def check_batches_of_one(dataset: Dataset, args: TrainingArguments, shapes: Iterable[torch.Size]) -> None:

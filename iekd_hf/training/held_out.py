@@ -7,21 +7,19 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from .component_log import ComponentLog
-from .labels import count_labelled
-
 
 class HeldOutLosses:
     """
     Measure the losses of distillation on images of which none has a label.
 
     Their sum by their weights, without a schedule, stands in for the task's loss; each is kept by its name, too. Where
-    it is not known whether any image has a label, they are measured until one has, and count if none had.
+    it is not known whether any image has a label, they are measured until one has, on whichever rank, and count if
+    none had.
     """
 
     def __init__(self, trainer: Trainer, dataset: Dataset):
-        self.trainer, self.log = trainer, ComponentLog()
-        num_labelled = count_labelled(dataset) if trainer.task_loss.takes_labels else 0
+        self.trainer, self._names, self._rows = trainer, (), []
+        num_labelled = trainer.task_loss.labelled_in(dataset)
         self.is_certain = num_labelled is not None
         self._has_labels = bool(num_labelled)
 
@@ -36,7 +34,10 @@ class HeldOutLosses:
         """Return whether an image of a batch, or of one before it, has a label that the student takes."""
         if not self._has_labels and not self.is_certain:
             given = [inputs[name] for name in self.trainer.label_names if inputs.get(name) is not None]
-            self._has_labels = any(bool(self.trainer.task_loss.share_of(labels) > 0) for labels in given)
+            here = any(bool(self.trainer.task_loss.share_of(labels) > 0) for labels in given)
+            # All ranks go the same way, as each gathers what the others do.
+            flag = torch.tensor([int(here)], device=self.trainer.args.device)
+            self._has_labels = bool(self.trainer.accelerator.gather(flag).any())
         return self._has_labels
 
     @torch.no_grad()
@@ -47,19 +48,22 @@ class HeldOutLosses:
             return False
         _, losses = trainer.maps_and_losses(trainer._prepare_inputs(inputs))
         losses["loss"] = trainer.distillation_objective(losses, progress=None)
-        self.log.record(losses, trainer.state.global_step)
+        self._names = tuple(losses)
+        row = torch.stack([loss.detach().float() for loss in losses.values()])
+        # As Trainer gathers losses: a row an image, without those that fill up the last batch.
+        self._rows.append(trainer.accelerator.gather_for_metrics(row.repeat(trainer.args.eval_batch_size, 1)))
         if trainer.task_loss.takes_classes and not self.is_certain:
             return False
         trainer.labelled_mean.record(None, None, were_filled=False)
         return True
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Return the mean of each loss over all ranks; none where an image has a label, on whichever rank."""
-        accelerator = self.trainer.accelerator
-        if accelerator.gather(torch.tensor([int(self._has_labels)], device=accelerator.device)).any():
+        """Return the mean of each loss over all images; none where one of them has a label."""
+        if self._has_labels or not self._rows:
             return {}
-        means, _ = self.log.means(accelerator)
-        return {f"{prefix}_{name}": mean for name, mean in means.items() if name != "task_loss"}
+        means = torch.cat(self._rows).double().mean(dim=0).tolist()
+        named = zip(self._names, means, strict=True)
+        return {f"{prefix}_{name}": mean for name, mean in named if name != "task_loss"}
 
     @contextlib.contextmanager
     def both_sides_ready(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..models.kinds import main_input_of
-from .labels import NO_LABEL, count_labelled
+from .labels import NO_LABEL
 
 
 class LabelledMean:
@@ -19,7 +19,7 @@ class LabelledMean:
 
     def __init__(self, trainer: Trainer, dataset: Dataset):
         self.trainer = trainer
-        num_labelled = count_labelled(dataset) if trainer.task_loss.takes_labels else 0
+        num_labelled = trainer.task_loss.labelled_in(dataset)
         # Else all batches are alike, and Trainer's mean is right. To a regression -100 is a target.
         some_lack = num_labelled != 0 and (num_labelled is None or num_labelled != len(dataset))
         self.is_needed = some_lack and not trainer.task_loss.is_regression

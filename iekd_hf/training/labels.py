@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
-from transformers import EvalPrediction
+from transformers import DefaultDataCollator, EvalPrediction, default_data_collator
 
 from ..data.decoded_images import DecodedImages
 
@@ -66,7 +66,8 @@ def check_are_classes(dataset: Dataset, column: str, name: str) -> None:
     elif isinstance(dataset, datasets.Dataset) and column in dataset.features:
         feature = dataset.features[column]
         dtype = getattr(feature, "dtype", "")
-        if dtype in ("string", "large_string"):  # default_data_collator would leave them out
+        # default_data_collator would leave strings out; a transform may make classes of them.
+        if dtype in ("string", "large_string") and not (is_transformed(dataset) and _brings_class(dataset[0])):
             raise ValueError(
                 f"Expected the numbers of classes in column {column!r} of {name}, got strings: make classes of them "
                 f"by class_encode_column({column!r})."
@@ -77,6 +78,10 @@ def check_are_classes(dataset: Dataset, column: str, name: str) -> None:
                 f"Expected {NO_LABEL} for images without a label in column {column!r} of {name}, got {missing} "
                 f"missing values, which the format {dataset.format['type']!r} turns into NaN: write {NO_LABEL} there."
             )
+
+
+def _brings_class(example: dict) -> bool:
+    return any(_is_class(example[column]) for column in _COLUMNS if example.get(column) is not None)
 
 
 def _is_class(value) -> bool:
@@ -119,14 +124,27 @@ def count_labelled(dataset: Dataset | None) -> int | None:
     return None
 
 
+def collates_as_usual(collate: Callable | None) -> bool:
+    """Return whether a collator is Trainer's own, which reads each row's `label` or `labels`; others may read any."""
+    return collate in (None, default_data_collator) or isinstance(collate, DefaultDataCollator)
+
+
 class FillLabels:
-    """Collate rows of which some have no label: theirs is -100; a batch where none has one gets no `labels`."""
+    """
+    Collate rows of which some have no label: theirs is -100; a batch where none has one gets no `labels`.
+
+    It gets them, -100 throughout, where `fills_all` is set: ranks that a stream's batches are dispatched to must all
+    have the same keys. A collator of one's own gets the rows as they are.
+    """
 
     def __init__(self, collate: Callable):
-        self.collate = collate
+        self.collate, self.is_usual = collate, collates_as_usual(collate)
+        self.fills_all = False
 
     def __call__(self, rows: list):
-        if isinstance(rows[0], Mapping):
+        if self.is_usual and isinstance(rows[0], Mapping):
+            if self.fills_all and all(row.get(column) is None for row in rows for column in _COLUMNS):
+                rows = [{**row, "labels": NO_LABEL} for row in rows]
             for column in _COLUMNS:
                 missing = [row.get(column) is None for row in rows]
                 if all(missing):

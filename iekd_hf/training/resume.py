@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length, sort_checkpoints
 from transformers.utils import logging
@@ -64,6 +64,16 @@ def find_resume_point(
         logger.warning(f"The run in {output_dir} was broken off before its first checkpoint: it starts again.")
         return ResumePoint()
     return None
+
+
+def check_ran_to_its_end(trainer: Trainer, what: str) -> None:
+    """Stop where a signal has ended a training before its last step: nothing of it must be taken as finished."""
+    state = trainer.state
+    if trainer.args.enable_jit_checkpoint and state.global_step < state.max_steps:
+        raise RuntimeError(
+            f"Expected {what} to take {state.max_steps} steps, got a signal to end after {state.global_step}, where a "
+            "checkpoint was written: go on with resume_from_checkpoint=True."
+        )
 
 
 def find_last_checkpoint(folder: str | Path) -> str | None:

@@ -15,13 +15,14 @@ from transformers.utils import logging
 from ..arguments import STAGE_1_ARGUMENTS, IEKDTrainingArguments
 from ..method.factors import Paraphraser
 from ..method.knowledge import KNOWLEDGE, MarginReLU
+from ..method.objective import is_on
 from ..method.padding import zero_padding
 from ..method.trainable import ParaphraserStack
 from ..teacher.frozen import FrozenTeacher
 from .checkpoints import load_paraphrasers, save_paraphrasers
 from .data_checks import is_stream
 from .paraphraser_trainer import ParaphraserTrainer
-from .resume import PARAPHRASER_FOLDER, ResumePoint
+from .resume import PARAPHRASER_FOLDER, STAGE_1_FOLDER, ResumePoint, check_ran_to_its_end
 
 
 logger = logging.get_logger(__name__)
@@ -53,6 +54,36 @@ def save_whole(trainer: Trainer, folder: Path) -> None:
     """Save the paraphrasers of an [`IEKDTrainer`] whole, as they were given or as stage 1 has kept them."""
     source = trainer.given_paraphrasers or str(Path(trainer.args.output_dir) / PARAPHRASER_FOLDER)
     save_paraphrasers(get_paraphrasers(source, trainer.teacher_channels, trainer.args), folder)
+
+
+def run_stage_1(trainer: Trainer, point: ResumePoint | None) -> dict[str, float]:
+    """Give an [`IEKDTrainer`] its paraphrasers, trained where its run has none; return the metrics of the training."""
+    args, teacher, checkpoint = trainer.args, trainer.teacher, point.stage_1_checkpoint if point else None
+    if not is_on(args.lambda_inh) and not is_on(args.lambda_exp):
+        return {}  # no factor is compared: plain logit distillation needs no paraphraser
+    if not trainer.knowledge.is_kept:
+        teacher.set_paraphrasers([trainer.knowledge.teacher_side() for _ in trainer.teacher_channels])
+        return {}
+    widths = list(zip(trainer.teacher_channels, trainer.factor_channels(), strict=True))
+    settings = stage_1_settings(widths, args)
+    if trainer.given_paraphrasers is not None or (settings == trainer.stage_1_settings and not checkpoint):
+        return {}
+    finished, unfinished = (Path(args.output_dir) / name for name in (PARAPHRASER_FOLDER, STAGE_1_FOLDER))
+    if point and point.paraphrasers:
+        paraphrasers, metrics = get_paraphrasers(str(point.paraphrasers), trainer.teacher_channels, args), {}
+    else:
+        if not checkpoint and trainer.is_world_process_zero():
+            remove_checkpoints(unfinished)
+            shutil.rmtree(finished, ignore_errors=True)
+        paraphrasers, metrics = make_paraphrasers(trainer, widths, unfinished, checkpoint)
+        trainer.stage_1_settings = settings
+    teacher.set_paraphrasers(paraphrasers)
+    # Those of a checkpoint that lies elsewhere, too: a push, or a run that goes on again, reads them here.
+    if args.should_save and not (point and point.paraphrasers and point.paraphrasers.resolve() == finished.resolve()):
+        save_paraphrasers(paraphrasers, finished, trainer.run)
+        remove_checkpoints(unfinished)
+    trainer.accelerator.wait_for_everyone()
+    return metrics
 
 
 def make_paraphrasers(
@@ -97,6 +128,7 @@ def train_paraphrasers(
     trainer = ParaphraserTrainer(ParaphraserStack(paraphrasers), teacher, args, output_dir=str(output_dir), **images)
     logger.info(f"Stage 1: training the paraphraser, {args.paraphraser_epochs:g} epochs.")
     output = trainer.train(ResumePoint(checkpoint) if checkpoint else None)
+    check_ran_to_its_end(trainer, "stage 1")
     # MLflow's callback ends whatever run is active when it is collected: let that be now, not in stage 2.
     trainer.callback_handler.callbacks.clear()
     return paraphrasers, {"train_runtime": output.metrics["train_runtime"], **trainer.reported}

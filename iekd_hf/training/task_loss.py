@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..method.objective import logit_loss
 from ..models.adapters import without_adapters
 from ..models.kinds import ignore_index_of
-from ..models.signature import takes_labels
+from ..models.signature import takes, takes_labels
 from .labels import NO_LABEL, count_labelled
 from .soft_labels import are_soft, soft_cross_entropy
 
@@ -47,7 +48,13 @@ class TaskLoss:
         self.num_labelled = 0
         if self.takes_labels:
             has_classes = "labels" in self.trainer.label_names and not self.is_regression
-            self.num_labelled = count_labelled(self.trainer.train_dataset) if has_classes else None
+            self.num_labelled = self.labelled_in(self.trainer.train_dataset) if has_classes else None
+
+    def labelled_in(self, dataset: Dataset | None) -> int | None:
+        """Return how many images of a data set have a label that the model takes; `None` where that is not known."""
+        if not self.takes_labels:
+            return 0
+        return count_labelled(dataset) if self.trainer.data_collator.is_usual else None
 
     @property
     def is_regression(self) -> bool:
@@ -60,7 +67,10 @@ class TaskLoss:
     @property
     def takes_labels(self) -> bool:
         """Whether the model has a head that takes labels, or a custom loss does."""
-        return self.trainer.compute_loss_func is not None or takes_labels(without_adapters(self.trainer.model))
+        model = without_adapters(self.trainer.model)
+        if self.trainer.compute_loss_func is not None or takes_labels(model):
+            return True
+        return any(takes(model, name) for name in self.trainer.label_names)  # whatever they are called
 
     @property
     def takes_classes(self) -> bool:
