@@ -353,8 +353,9 @@ class IEKDTrainer(DistillationTrainer):
         return super().create_optimizer(self.student_side)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Make the schedule, of an optimizer that trains the encoders too, whoever has made it."""
-        add_what_is_missing(self.optimizer, self.lr_scheduler, self.student_side)
+        """Make the schedule; an optimizer that a subclass has made gets the encoders first."""
+        if type(self).create_optimizer is not IEKDTrainer.create_optimizer:
+            add_what_is_missing(self.optimizer, self.lr_scheduler, self.student_side)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def maps_and_losses(self, inputs: dict) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
