@@ -54,7 +54,8 @@ class TaskLoss:
         """Return how many images of a data set have a label that the model takes; `None` where that is not known."""
         if not self.takes_labels:
             return 0
-        return count_labelled(dataset) if self.trainer.data_collator.is_usual else None
+        is_usual = getattr(self.trainer.data_collator, "is_usual", False)  # another may have been put in its place
+        return count_labelled(dataset) if is_usual else None
 
     @property
     def is_regression(self) -> bool:
