@@ -8,7 +8,15 @@ import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit, same
 from test_whole_batches import make_augmentation, make_decoded
-from transformers import AutoModel, Dinov2Config, Dinov2Model, EvalPrediction, ResNetConfig, ResNetModel
+from transformers import (
+    AutoModel,
+    DefaultDataCollator,
+    Dinov2Config,
+    Dinov2Model,
+    EvalPrediction,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from iekd_hf import DecodedImages, IEKDTrainer, Paraphraser
 from iekd_hf.features.layers import default_layers
@@ -231,10 +239,10 @@ def test_the_losses_of_images_without_labels_are_their_mean(make_trainer):
 
 
 def test_rows_without_a_label_are_mixed_with_classes_only():
-    collate = FillLabels(lambda rows: [row.get("labels") for row in rows])
-    assert collate([{"labels": None}, {}, {"labels": 2}]) == [-100, -100, 2]
-    assert collate([{"labels": torch.tensor(1)}, {"labels": None}]) == [1, -100]
-    assert collate([{"labels": None}, {}]) == [None, None]
+    collate = FillLabels(DefaultDataCollator())
+    assert collate([{"labels": None}, {}, {"labels": 2}])["labels"].tolist() == [-100, -100, 2]
+    assert collate([{"labels": torch.tensor(1)}, {"labels": None}])["labels"].tolist() == [1, -100]
+    assert collate([{"labels": None}, {}]) == {}
     with pytest.raises(ValueError, match="some without and another of type list: rows without a label can be mixed"):
         collate([{"labels": [0.0, 1.0]}, {"labels": None}])
     with pytest.raises(ValueError, match="another of type float"):
