@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from conftest import make_dinov2, make_images, make_resnet, make_vit
+from test_segmenters import build, make_masked
 from test_streams import StopAt, make_tars, note_pixels, read_tars
 from test_whole_batches import make_augmentation, make_decoded
 
@@ -138,6 +139,38 @@ def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
     first_half = [image for i, image in enumerate(images) if i % 8 < 4]
     without = [{"pixel_values": image["pixel_values"]} for image in images]
     losses = [trainer.evaluate(data)["eval_loss"] for data in (images, WithoutAList(images), first_half, without)]
+    return trainer, {"student_side": trainer.student_side.state_dict(), "task_losses": logs, "eval_losses": losses}
+
+
+class Gaps(torch.utils.data.IterableDataset):
+    """Give images of which the first half of each eight, those of rank 0, have no label."""
+
+    def __iter__(self):
+        return iter({**im, "labels": None if i % 8 < 4 else im["labels"]} for i, im in enumerate(make_images(32)))
+
+
+def distil_gaps(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
+    """Train and evaluate on a stream with gaps; and on masks of which those of rank 1's first batch are void."""
+    settings = {**common(output_dir), "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1, "optim": "sgd"}
+    settings |= {"method": "kd", "per_device_eval_batch_size": 4, **changes}
+    trainer = IEKDTrainer(
+        model=make_vit(seed=1),
+        teacher_model=make_resnet(16, seed=2),
+        args=IEKDTrainingArguments(**settings),
+        train_dataset=Gaps(),
+    )
+    trainer.train()
+    logs = [logs["task_loss"] for logs in trainer.state.log_history if "task_loss" in logs]
+    masks = make_masked(16)
+    for image in masks[4:8]:
+        image["labels"] = torch.full_like(image["labels"], 255)
+    dense = IEKDTrainer(
+        model=build("SegFormer")[0],
+        teacher_model=build("SegFormer", seed=1)[0],
+        args=IEKDTrainingArguments(**settings),
+        train_dataset=masks,
+    )
+    losses = [trainer.evaluate(Gaps())["eval_loss"], dense.evaluate(masks)["eval_loss"]]
     return trainer, {"student_side": trainer.student_side.state_dict(), "task_losses": logs, "eval_losses": losses}
 
 
@@ -282,7 +315,7 @@ def main(output_dir: str, job: str) -> None:
         trainer, state = teach_each_other(output_dir, mutual_loss)
     else:
         special = {"cached": distil_cached, "unlabelled": distil_unlabelled, "sharded": distil_sharded}
-        special |= {"streams": distil_streams, "auto": distil_auto, "best": end_with_the_best}
+        special |= {"streams": distil_streams, "auto": distil_auto, "best": end_with_the_best, "gaps": distil_gaps}
         trainer, state = special[job](output_dir) if job in special else distil(output_dir, job)
     trainer.save_model(f"{output_dir}/saved")
     state["world_size"] = trainer.accelerator.num_processes

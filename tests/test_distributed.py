@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit, same
-from distributed_script import distil_unlabelled
+from distributed_script import distil_gaps, distil_unlabelled
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
@@ -51,7 +51,7 @@ def two_machines(tmp_path: Path, folders: list[Path], job: str) -> list[tuple[in
 
 
 JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled", "sharded", "streams", "auto"]
-JOBS += ["best"]
+JOBS += ["best", "gaps"]
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,17 @@ def test_a_rank_without_labels_and_one_with_some_are_one_large_batch(ranks, tmp_
     assert first["task_losses"] == pytest.approx(alone["task_losses"], rel=1e-4) and min(alone["task_losses"]) > 0
     assert first["eval_losses"] == second["eval_losses"] == pytest.approx(alone["eval_losses"], rel=1e-3)
     assert alone["eval_losses"][0] == pytest.approx(alone["eval_losses"][1]) == pytest.approx(alone["eval_losses"][2])
+    for name, value in alone["student_side"].items():
+        torch.testing.assert_close(first["student_side"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_stream_of_which_a_rank_gets_no_labels_is_one_large_batch(ranks, tmp_path):
+    """What is dispatched has labels throughout; and the ranks agree whether what they evaluate has any."""
+    first, second = held_by(ranks / "gaps")
+    _, alone = distil_gaps(str(tmp_path), per_device_train_batch_size=8)
+    assert first["task_losses"] == pytest.approx(alone["task_losses"], rel=1e-4) and min(alone["task_losses"]) > 0
+    assert first["eval_losses"] == second["eval_losses"] == pytest.approx(alone["eval_losses"], rel=1e-3)
     for name, value in alone["student_side"].items():
         torch.testing.assert_close(first["student_side"][name], value, rtol=1e-3, atol=1e-5, msg=name)
 
