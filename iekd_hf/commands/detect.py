@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from iekd_hf import IEKDTrainingArguments
 
-from ..features.layers import is_detector
 from ..method.presets import METHODS
 from ..models.inherit import inherit_head
+from ..models.kinds import is_detector
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
 from .arguments import ModelArguments

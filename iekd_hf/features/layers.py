@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
 from ..models.adapters import without_adapters
+from ..models.kinds import is_detector
 from ..models.signature import check_sees_images, find_image_tower, is_headless
 from .listing import find_layers
 from .maps import OWN_OUTPUTS, count_extra_tokens, split_index, suggest_layers
@@ -68,11 +69,6 @@ def pair_layers(
             "paired in order, and None stands for the last feature map, or the levels of a detector's pyramid."
         )
     return found[0][-count:], found[1][-count:]
-
-
-def is_detector(model: nn.Module) -> bool:
-    """Return whether a model of Transformers predicts boxes."""
-    return type(model).__name__.endswith("ForObjectDetection")
 
 
 def backbone_layers(model: nn.Module) -> list[str]:

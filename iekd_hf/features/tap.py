@@ -205,6 +205,8 @@ def image_size_in(inputs: dict, model: nn.Module) -> tuple[int, int]:
 
 def images_in(inputs: dict, model: nn.Module) -> torch.Tensor | None:
     """Return the images of a batch, whatever the model calls them."""
+    if isinstance(inputs.get("pixel_values"), torch.Tensor):
+        return inputs["pixel_values"]
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    pixels = tensors.get("pixel_values", tensors.get(main_input_of(model)))
+    pixels = tensors.get(main_input_of(model))
     return next((each for each in tensors.values() if each.ndim == 4), None) if pixels is None else pixels

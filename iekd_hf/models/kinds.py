@@ -48,6 +48,11 @@ def set_ignore_index(model: nn.Module, ignore_index: int) -> None:
             setattr(model.config, name, ignore_index)
 
 
+def is_detector(model: nn.Module) -> bool:
+    """Return whether a model of Transformers predicts boxes."""
+    return type(without_adapters(model)).__name__.endswith("ForObjectDetection")
+
+
 def is_semantic_segmenter(model: nn.Module) -> bool:
     """Return whether a model of Transformers predicts the class of each pixel."""
     return type(without_adapters(model)).__name__.endswith("ForSemanticSegmentation")
@@ -62,8 +67,7 @@ def why_no_logits(model: nn.Module) -> tuple[str, str] | None:
 def names_of_no_predictions(model: nn.Module) -> list[str]:
     """Return the fields of a model's output that Trainer shall not gather as predictions, for compute_metrics."""
     names = [*getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", []), *_NOT_PREDICTIONS]
-    detects = type(without_adapters(model)).__name__.endswith("ForObjectDetection")
-    return [*names, *(_NOT_PREDICTED_BY_DETECTORS if detects else ())]
+    return [*names, *(_NOT_PREDICTED_BY_DETECTORS if is_detector(model) else ())]
 
 
 def main_input_of(model: nn.Module) -> str:

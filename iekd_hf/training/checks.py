@@ -95,15 +95,15 @@ def check_student(
 
 def check_takes_labels(student: PreTrainedModel, args: TrainingArguments, kwargs: dict) -> None:
     """Refuse a student with a head whose forward takes no labels, where there are some."""
-    kind = type(without_adapters(student))
+    bare = without_adapters(student)
     has_own_loss = kwargs.get("compute_loss_func") is not None or args.label_names
     is_usual = collates_as_usual(kwargs.get("data_collator"))
-    if not takes_labels(without_adapters(student)) or find_labels(kind) or has_own_loss or not is_usual:
+    if not takes_labels(bare) or find_labels(type(bare)) or has_own_loss or not is_usual:
         return
     if count_labelled(kwargs.get("train_dataset")):
         raise ValueError(
-            f"Expected a student that takes the labels of train_dataset, got {kind.__name__}, whose forward takes "
-            "none, so that nothing would train its head: load the same weights as a class that does "
+            f"Expected a student that takes the labels of train_dataset, got {type(bare).__name__}, whose forward "
+            "takes none, so that nothing would train its head: load the same weights as a class that does "
             "(DeiTForImageClassification for DeiTForImageClassificationWithTeacher), pass compute_loss_func and "
             "label_names, or remove the labels."
         )

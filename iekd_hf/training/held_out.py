@@ -7,6 +7,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from .labelled_mean import gather_row_of_each_image
+
 
 class HeldOutLosses:
     """
@@ -50,8 +52,7 @@ class HeldOutLosses:
         losses["loss"] = trainer.distillation_objective(losses, progress=None)
         self._names = tuple(losses)
         row = torch.stack([loss.detach().float() for loss in losses.values()])
-        # As Trainer gathers losses: a row an image, without those that fill up the last batch.
-        self._rows.append(trainer.accelerator.gather_for_metrics(row.repeat(trainer.args.eval_batch_size, 1)))
+        self._rows.append(gather_row_of_each_image(trainer, row))
         if trainer.task_loss.takes_classes and not self.is_certain:
             return False
         trainer.labelled_mean.record(None, None, were_filled=False)

@@ -42,9 +42,7 @@ class LabelledMean:
             share = share * self.trainer.task_loss.share_of(labels).to(device)
         weighted = share if loss is None else torch.where(share > 0, loss.detach().mean() * share, 0.0)
         row = torch.stack([weighted.float(), share, torch.full_like(share, were_filled)])
-        # As Trainer gathers losses: those that fill up the last batch are left out.
-        rows = row.repeat(self.trainer.args.eval_batch_size, 1)
-        self._rows.append(self.trainer.accelerator.gather_for_metrics(rows))
+        self._rows.append(gather_row_of_each_image(self.trainer, row))
 
     def complete(self, output: EvalLoopOutput, prefix: str) -> EvalLoopOutput:
         """Return what an evaluation has found, with that mean as its loss; leave out labels that were not there."""
@@ -58,3 +56,8 @@ class LabelledMean:
             return output
         output.metrics.pop(f"{prefix}_loss", None)
         return output._replace(label_ids=None)
+
+
+def gather_row_of_each_image(trainer: Trainer, row: torch.Tensor) -> torch.Tensor:
+    """Gather what holds for a batch as Trainer gathers losses: for each image, without those that fill up the last."""
+    return trainer.accelerator.gather_for_metrics(row.repeat(trainer.args.eval_batch_size, 1))

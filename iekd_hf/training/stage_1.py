@@ -69,8 +69,9 @@ def run_stage_1(trainer: Trainer, point: ResumePoint | None) -> dict[str, float]
     if trainer.given_paraphrasers is not None or (settings == trainer.stage_1_settings and not checkpoint):
         return {}
     finished, unfinished = (Path(args.output_dir) / name for name in (PARAPHRASER_FOLDER, STAGE_1_FOLDER))
-    if point and point.paraphrasers:
-        paraphrasers, metrics = get_paraphrasers(str(point.paraphrasers), trainer.teacher_channels, args), {}
+    kept = point.paraphrasers if point else None
+    if kept:
+        paraphrasers, metrics = get_paraphrasers(str(kept), trainer.teacher_channels, args), {}
     else:
         if not checkpoint and trainer.is_world_process_zero():
             remove_checkpoints(unfinished)
@@ -79,7 +80,7 @@ def run_stage_1(trainer: Trainer, point: ResumePoint | None) -> dict[str, float]
         trainer.stage_1_settings = settings
     teacher.set_paraphrasers(paraphrasers)
     # Those of a checkpoint that lies elsewhere, too: a push, or a run that goes on again, reads them here.
-    if args.should_save and not (point and point.paraphrasers and point.paraphrasers.resolve() == finished.resolve()):
+    if args.should_save and not (kept and kept.resolve() == finished.resolve()):
         save_paraphrasers(paraphrasers, finished, trainer.run)
         remove_checkpoints(unfinished)
     trainer.accelerator.wait_for_everyone()
