@@ -54,9 +54,9 @@ class IETrainingArguments(TrainingArguments):
     Args:
         lambda_inh (`float`, *optional*, defaults to 30.0), lambda_exp (`float`, *optional*, defaults to 3.0):
             Weights of the inheritance and of the exploration loss. With `loss_reduction="mean"` the losses are about
-            1.13 / sqrt(N) for factors of N elements (0.025 for 32 x 8 x 8), so useful weights are in the hundreds;
-            they are lower for peers, who teach from their first step, when there is little to inherit yet. 0 removes
-            the half's encoder.
+            1.13 / sqrt(N) for factors of N elements (0.025 for 32 x 8 x 8), so useful weights are large: thousands for
+            a student from scratch, hundreds for a pretrained one. They are lower for peers, who teach from their first
+            step, when there is little to inherit yet. 0 removes the half's encoder.
         lambda_schedule (`str`, *optional*, defaults to `"constant"`):
             How the weights of all losses beside the task's move after the warm-up: `"constant"`, or down to 0 at the
             end of training along a line (`"linear"`) or half a cosine (`"cosine"`).
@@ -112,7 +112,7 @@ class IETrainingArguments(TrainingArguments):
     split_mode: str = choice("random", SPLIT_MODES, "How the channels are split.")
     split_seed: int = field(default=0, metadata={"help": "Seed of the random split."})
     factor_channels: int | None = field(
-        default=None, metadata={"help": "Channels k of the factors. Default: half of the teacher's."}
+        default=None, metadata={"help": "Channels k of the factors. Default: half of the teaching network's."}
     )
     encoder_kernel_size: int = field(
         default=3,
@@ -138,6 +138,10 @@ class IETrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         check_types(self)
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Refuse values outside their range; a search sets others than those that the arguments were made with."""
         self.check_choice("lambda_schedule", LAMBDA_SCHEDULES)
         self.check_choice("inheritance_distance", INHERITANCE_DISTANCES)
         self.check_choice("exploration_distance", EXPLORATION_DISTANCES)
@@ -268,8 +272,8 @@ class IEKDTrainingArguments(IETrainingArguments):
             stage 1; for `"preactivation"` it measures the margins of OD.
         lambda_inh (`float` or `"auto"`, *optional*), lambda_exp (`float` or `"auto"`, *optional*):
             Weights of the inheritance and of the exploration loss. With factors and `loss_reduction="mean"` the losses
-            are about 1.13 / sqrt(N) for N elements (0.025 for 32 x 8 x 8), so useful weights are in the hundreds. 0
-            removes the half's encoder.
+            are about 1.13 / sqrt(N) for N elements (0.025 for 32 x 8 x 8), so useful weights are large: thousands for
+            a student from scratch, hundreds for a pretrained one. 0 removes the half's encoder.
         lambda_kd (`float` or `"auto"`, *optional*):
             Weight of the logit term. Above 0 both models need the same labels.
         kd_distance (`str`, *optional*, defaults to `"kl"`):
@@ -414,10 +418,14 @@ class IEKDTrainingArguments(IETrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__()
+        self._turn_off_empty_halves(given)
+
+    def check_values(self) -> None:
+        """Refuse values outside their range, and some that do not go together."""
+        super().check_values()
         self.check_choice("knowledge", KNOWLEDGE)
         self.check_choice("kd_distance", KD_DISTANCES)
         self.check_weights("lambda_kd")
-        self._turn_off_empty_halves(given)
         self.check_positive(*SHARE_OF.values())
         if self.knowledge == "preactivation" and self.inheritance_distance == "cosine":
             raise ValueError(

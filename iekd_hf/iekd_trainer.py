@@ -67,8 +67,8 @@ class IEKDTrainer(DistillationTrainer):
             The student: a model that returns a loss, or a Hub id or folder. Omit it for `model_init`.
         teacher_model (`nn.Module` or `str`):
             The teacher, which is never changed: a model, or a Hub id or folder. One that is not of Transformers takes
-            the pixels first, needs `teacher_layers`, and, for `lambda_kd`, returns its logits. It need not do the
-            student's task: a classifier may teach a detector's or a segmenter's backbone.
+            the pixels first and, for `lambda_kd`, returns its logits; if it is no classifier, name `teacher_layers`.
+            It need not do the student's task: a classifier may teach a detector's or a segmenter's backbone.
         args (`IEKDTrainingArguments`):
             The arguments.
         train_dataset, eval_dataset, processing_class, data_collator, compute_metrics, callbacks, ...:
@@ -276,8 +276,7 @@ class IEKDTrainer(DistillationTrainer):
             self.cache = None
             self.teacher.detach()
             self.student_side.tap.detach()
-            # Give the student's side its own forward back, without accelerate's autocast around it.
-            self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            self.give_forward_back(self.model_wrapped)
             self.model_wrapped = self.model
         output.metrics.update(self._metrics_before)
         return output

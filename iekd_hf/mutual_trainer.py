@@ -19,11 +19,24 @@ from .method.trainable import PeerGroup, drawn_from, frozen_statistics
 from .models.loading import load_if_named
 from .teacher.frozen import TeacherTargets
 from .training.checkpoints import check_made_by, load_encoders, read_encoders, save_encoders
-from .training.checks import check_models, check_own_loss, check_precision, check_trainable
+from .training.checks import check_own_loss, check_precision, check_trainable
 from .training.data_checks import check_batches_of_one
 from .training.dense import probe_with_labels
 from .training.partwise_optimizer import PartwiseOptimizer
+from .training.peer_checks import check_models, check_no_average
 from .training.peers_trainer import PeersTrainer
+from .training.resume import ResumePoint
+
+
+# What acts in training by each term of `mutual_loss` alone.
+_ARGUMENTS_OF = {
+    "ie": {
+        *("lambda_inh", "lambda_exp", "inheritance_distance", "exploration_distance", "loss_reduction", "peer_layers"),
+        *("inheritance_ratio", "split_mode", "split_seed", "factor_channels", "encoder_kernel_size"),
+        *("paraphraser_learning_rate", "paraphraser_decoder", "reconstruction_distance"),
+    },
+    "kl": {"lambda_kl", "temperature"},
+}
 
 
 class MutualTrainer(PeersTrainer):
@@ -104,7 +117,7 @@ class MutualTrainer(PeersTrainer):
         if not isinstance(models, (list, tuple)):
             raise ValueError(f"Expected models as a list, got {type(models).__name__}: pass models=[first, second].")
         models = [load_if_named(m, f"models[{i}]", None, dtype="float32") for i, m in enumerate(models)]
-        check_own_loss(type(self), MutualTrainer)
+        check_own_loss(type(self), MutualTrainer, is_called=False)
         check_models(models, args, kwargs)
         self.taps = _tap(models, args)
         super().__init__(models, args=args, **kwargs)
@@ -133,6 +146,7 @@ class MutualTrainer(PeersTrainer):
             `torch.Tensor`: the mean of the peers' objectives.
         """
         model.train()
+        self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         labels, pixel_mask = self.task_loss.take_labels(inputs), inputs.get("pixel_mask")
         order = [*range(1, len(self.models)), 0]
@@ -232,12 +246,22 @@ class MutualTrainer(PeersTrainer):
         finally:
             for peer in self.group.peers:
                 peer.tap.detach()
-            # Give each part its own forward back, without accelerate's autocast around it.
             for part in (*self._wrapped_peers, *self._wrapped_paraphrasers):
-                self.accelerator.unwrap_model(part, keep_fp32_wrapper=False)
+                self.give_forward_back(part)
             self._wrapped_peers, self._wrapped_paraphrasers = [], []
             self.model_wrapped = self.model
         return output
+
+    def before_training(self, point: ResumePoint | None, trial) -> None:
+        """Refuse a callback that was added since and knows one model alone."""
+        check_no_average(self.callback_handler.callbacks)
+
+    def hyperparameter_search(self, *args, **kwargs):
+        """Refuse a search, which would train the same peers on and on."""
+        raise ValueError(
+            "Expected IEKDTrainer for a hyperparameter search, got MutualTrainer: a search makes its model anew for "
+            "each trial by model_init, and peers are given. Train a MutualTrainer for each setting."
+        )
 
     # ---- What trains, and where it is in Trainer ----
 
@@ -295,13 +319,25 @@ class MutualTrainer(PeersTrainer):
             self.optimizer = PartwiseOptimizer(optimizers)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Make the schedule, of an optimizer that holds one for each part."""
+        made = getattr(self.optimizer, "optimizer", self.optimizer)  # of an earlier training it is in accelerate's
+        if not isinstance(made, PartwiseOptimizer):
+            raise ValueError(
+                f"Expected an optimizer for each peer and paraphraser, got one {type(made).__name__} from "
+                f"{type(self).__name__}.create_optimizer: call super().create_optimizer(), or pass "
+                "optimizer_cls_and_kwargs."
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # ---- Checkpoints and the model card ----
 
     def card_facts(self, metrics: dict, teacher_metrics: dict | None) -> CardFacts:
         """Return a row for each peer, and how they were taught."""
         rows = super().card_facts(metrics, teacher_metrics).networks
-        papers = tuple({"ie", *self.args.mutual_loss.split("+")})
-        return CardFacts(rows, taught_each_other(self.args, len(rows)), papers)
+        terms = self.args.mutual_loss.split("+")
+        unused = frozenset().union(*(names for term, names in _ARGUMENTS_OF.items() if term not in terms))
+        return CardFacts(rows, taught_each_other(self.args, len(rows)), tuple({"ie", *terms}), unused)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save each peer in its own folder; checkpoints also get encoders, splits and paraphrasers."""

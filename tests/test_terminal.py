@@ -63,6 +63,26 @@ def test_opposites_and_abbreviations_still_work(tmp_path):
     assert [option.value for option in read(["--debug", "underflow_overflow"])[2].debug] == ["underflow_overflow"]
     (tmp_path / "recipe.json").write_text(json.dumps({"output_dir": "elsewhere"}))
     assert read([str(tmp_path / "recipe.json"), "--debug"])[2].output_dir == "elsewhere"
+    assert read(["--debug", str(tmp_path / "recipe.json")])[2].output_dir == "elsewhere"
+
+
+def test_the_command_line_takes_precedence_over_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: a\nseed: 1\nlambda_inh: 300\nreport_to: [tensorboard, wandb]\nplain_student: true")
+    given = [
+        str(recipe),
+        "--output_dir",
+        "b",
+        "--lambda_inh",
+        "auto",
+        "--report_to",
+        "none",
+        "--plain_student",
+        "false",
+    ]
+    model_args, _, args = CommandParser(distill.KINDS, "", "x").read(given)
+    assert (args.output_dir, args.lambda_inh, args.report_to, model_args.plain_student) == ("b", "auto", [], False)
+    assert args.seed == 1
 
 
 def test_values_of_a_recipe(tmp_path):

@@ -18,7 +18,9 @@ class ScriptArguments:
     """Change the defaults of a trainer's arguments where a command wants others; all can be set."""
 
     output_dir: str | None = field(default="out", metadata={"help": "Where the results and checkpoints go."})
-    do_train: bool = field(default=True, metadata={"help": "Train; otherwise measure the models as they are."})
+    do_train: bool = field(
+        default=True, metadata={"help": "Train; otherwise only measure the student, or the peers, as they are."}
+    )
     do_eval: bool = field(
         default=True, metadata={"help": "Evaluate on the validation images, while training and at the end."}
     )

@@ -10,7 +10,7 @@ Examples:
   iekd-hf detect         (drawn images of simple shapes, in some minutes)
   iekd-hf detect --teacher PekingU/rtdetr_r50vd --student PekingU/rtdetr_r18vd --dataset_name rishitdagli/cppe-5
 
-A recipe, one JSON or YAML file, takes all arguments, too: iekd-hf detect recipe.yaml
+A recipe, a JSON or YAML file, holds arguments; those after it take precedence: iekd-hf detect recipe.yaml
 On several GPUs: accelerate launch -m iekd_hf.commands.detect, with the same arguments
 """
 

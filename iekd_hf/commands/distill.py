@@ -10,7 +10,7 @@ Examples:
   iekd-hf distill        (handwritten digits that come with scikit-learn, in a minute)
   iekd-hf distill --teacher microsoft/resnet-50 --student microsoft/resnet-18 --dataset_name uoft-cs/cifar10
 
-A recipe, one JSON or YAML file, takes all arguments, too: iekd-hf distill recipe.yaml
+A recipe, a JSON or YAML file, holds arguments; those after it take precedence: iekd-hf distill recipe.yaml
 On several GPUs: accelerate launch -m iekd_hf.commands.distill, with the same arguments
 """
 

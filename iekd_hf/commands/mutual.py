@@ -10,7 +10,7 @@ Examples:
   iekd-hf mutual         (handwritten digits that come with scikit-learn, in a minute)
   iekd-hf mutual --peers cifar-resnet-32 cifar-resnet-20 --dataset_name uoft-cs/cifar10
 
-A recipe, one JSON or YAML file, takes all arguments, too: iekd-hf mutual recipe.yaml
+A recipe, a JSON or YAML file, holds arguments; those after it take precedence: iekd-hf mutual recipe.yaml
 On several GPUs: accelerate launch -m iekd_hf.commands.mutual, with the same arguments
 """
 

@@ -81,11 +81,12 @@ class CommandParser(HfArgumentParser):
                 self._parse_dataclass_field(_Group(groups[title], is_shown), field)
 
     def read(self, given: Sequence[str]) -> tuple:
-        """Return the data classes as the command line, or the one JSON or YAML file that it names, fills them."""
-        files = [word for word in given if word != "--debug"]
-        if len(files) == 1 and files[0].endswith((".json", ".yaml", ".yml")):
-            given = self.as_words(self.read_file(files[0]))
-        *classes, unknown = self.parse_args_into_dataclasses(list(given), return_remaining_strings=True)
+        """Return the data classes as a JSON or YAML file, which comes first, and the command line after it say."""
+        given = list(given)
+        first = int(given[:1] == ["--debug"])
+        if given[first:] and given[first].endswith((".json", ".yaml", ".yml")):
+            given[:] = [*self.as_words(self.read_file(given.pop(first))), *given]
+        *classes, unknown = self.parse_args_into_dataclasses(given, return_remaining_strings=True)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
@@ -124,7 +125,7 @@ class CommandParser(HfArgumentParser):
 def parse_arguments(
     kinds: tuple[type, ...], description: str, prog: str | None = None, given: Sequence[str] | None = None
 ) -> tuple:
-    """Read flags, or one JSON or YAML file, by default from the command line of the process."""
+    """Read flags, after a JSON or YAML file if there is one, by default from the command line of the process."""
     given = sys.argv[1:] if given is None else given
     return CommandParser(kinds, description, prog, with_trainer="--help_all" in given).read(given)
 

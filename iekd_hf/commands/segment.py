@@ -10,7 +10,7 @@ Examples:
   iekd-hf segment        (drawn images of simple shapes, in some minutes)
   iekd-hf segment --teacher nvidia/mit-b3 --student nvidia/mit-b0 --dataset_name segments/sidewalk-semantic
 
-A recipe, one JSON or YAML file, takes all arguments, too: iekd-hf segment recipe.yaml
+A recipe, a JSON or YAML file, holds arguments; those after it take precedence: iekd-hf segment recipe.yaml
 On several GPUs: accelerate launch -m iekd_hf.commands.segment, with the same arguments
 """
 

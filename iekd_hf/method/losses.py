@@ -101,8 +101,9 @@ def exploration_loss(
     Measure how alike the exploration half's factors and the teacher's are: \(L_{exp}\) of the paper, section 3.2.
 
     Lower is more different, so the loss is added to the objective as it is. `"l1"`, `"l2"` and `"partial_l2"` are
-    negative distances and have their optimum at opposite factors; `"orthogonal"` and `"cka"` have it at unrelated
-    ones: these are different aims, not different scales.
+    negative distances: `"l1"` is lowest where all elements have the sign opposite to the teacher's and one size,
+    `"l2"` at the negative of the teacher's factors. `"orthogonal"` and `"cka"` are lowest at unrelated factors: these
+    are different aims, not different scales.
 
     Args:
         student_factors (`torch.Tensor` of shape `(batch_size, factor_channels, height, width)`):

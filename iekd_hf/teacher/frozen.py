@@ -12,6 +12,7 @@ import torch
 from datasets.fingerprint import Hasher
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..arguments import IEKDTrainingArguments
@@ -206,8 +207,13 @@ def fingerprint(modules: Iterable[nn.Module]) -> str:
     """Return a digest of modules' weights and statistics; all ranks must ask for that of a sharded one."""
     digest = hashlib.sha256()
     for module in modules:
-        for held in module.state_dict().values():
+        # Quantised layers pack weight and bias together, and hold types beside them.
+        for held in tree_leaves(module.state_dict()):
+            if not isinstance(held, torch.Tensor):
+                digest.update(repr(held).encode())
+                continue
             tensor = held.full_tensor() if isinstance(held, DTensor) else held
+            tensor = tensor.dequantize() if tensor.is_quantized else tensor
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -23,7 +23,7 @@ from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import check_callbacks, check_engine, check_recipe
 from .collate import PassBatches
 from .component_log import ComponentLog
-from .data_checks import check_dispatched, is_stream
+from .data_checks import check_a_batch, check_dispatched, is_stream
 from .labelled_mean import LabelledMean
 from .labels import FillLabels, measure_labelled
 from .layer_rates import layer_rates, split_by_rate
@@ -112,6 +112,7 @@ class DistillationTrainer(HubTrainer):
         name = main_input_of(self.model)
         if name not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
+        check_a_batch(dataset, self.args)
         check_dispatched(self.accelerator, dataset, batch)
         check_labels(self, batch)
         if are_soft(self.model, batch.get("labels")):  # the model's own loss is probed, which takes classes
@@ -205,6 +206,12 @@ class DistillationTrainer(HubTrainer):
             module.train(was_training)
             self.accelerator.ddp_handler.find_unused_parameters = any(gradient is None for gradient in gradients)
         return self.accelerator.prepare_model(module)
+
+    def give_forward_back(self, prepared: nn.Module) -> None:
+        """Take accelerate's autocast from around a module's forward, so that the next training prepares it anew."""
+        module = self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        # Accelerate leaves its mark on it, and would take it for prepared.
+        vars(module).pop("_is_accelerate_prepared", None)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple:

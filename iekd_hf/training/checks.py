@@ -16,10 +16,9 @@ from ..features.layers import check_layers, pair_layers
 from ..features.patches import patch_size_of
 from ..features.tap import FeatureTap
 from ..method.objective import is_on
-from ..models.adapters import check_adapted, is_adapted, without_adapters
+from ..models.adapters import check_adapted, without_adapters
 from ..models.kinds import main_input_of, why_no_logits
 from ..models.signature import is_headless, takes_labels
-from .average import averages_among
 from .data_checks import check_datasets
 from .labels import collates_as_usual, count_labelled
 
@@ -44,6 +43,11 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
 
 def check_can_be_student(model: nn.Module, name: str) -> None:
     """Refuse a module that could not be saved and loaded as a model, or that does not take whole images."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError(
+            f"Expected {name} to be a PreTrainedModel, got what torch.compile makes of one: pass the model itself, "
+            "with torch_compile=True in the arguments, or after its own compile()."
+        )
     if not isinstance(without_adapters(model), PreTrainedModel):
         raise ValueError(
             f"Expected {name} to be a PreTrainedModel, which can be saved and loaded, got {type(model).__name__}: "
@@ -69,6 +73,8 @@ def check_student(
     check_adapted(student)
     check_takes_labels(student, args, kwargs)
     check_checkpointing(student, args)
+    check_noise(student, args)
+    check_weights_are_there(teacher)
     shared = {id(parameter) for parameter in student.parameters()} & {id(p) for p in teacher.parameters()}
     if shared:
         raise ValueError(
@@ -109,16 +115,18 @@ def check_takes_labels(student: PreTrainedModel, args: TrainingArguments, kwargs
         )
 
 
-def check_own_loss(kind: type, ours: type) -> None:
-    """Refuse a subclass whose own `compute_loss` leaves the method out."""
+def check_own_loss(kind: type, ours: type, is_called: bool = True) -> None:
+    """Refuse a subclass whose own `compute_loss` leaves the method out, or is not called in training at all."""
     for cls in kind.__mro__[: kind.__mro__.index(ours)]:
         code = getattr(vars(cls).get("compute_loss"), "__code__", None)
         # One that calls super() has the cell `__class__`; others may name the method of a class.
-        if code and "__class__" not in code.co_freevars and "compute_loss" not in code.co_names:
+        calls_ours = code and ("__class__" in code.co_freevars or "compute_loss" in code.co_names)
+        if code and not (calls_ours and is_called):
             raise ValueError(
                 f"Expected {cls.__name__} to keep the losses of {ours.__name__}, got a compute_loss of its own, which "
-                "would leave them out: pass the task's loss as compute_loss_func(outputs, labels, "
-                "num_items_in_batch), or call super().compute_loss(...)."
+                f"{'would leave them out' if is_called else 'no training calls'}: pass the task's loss as "
+                "compute_loss_func(outputs, labels, num_items_in_batch)"
+                + (", or call super().compute_loss(...)." if is_called else ".")
             )
 
 
@@ -128,6 +136,29 @@ def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None
         raise ValueError(
             f"Expected a student with activation checkpointing for gradient_checkpointing=True, got "
             f"{type(without_adapters(model)).__name__}, which has none: leave it out."
+        )
+
+
+def check_noise(student: PreTrainedModel, args: TrainingArguments) -> None:
+    """Refuse NEFTune's noise where Trainer would find no embeddings to add it to, before stage 1."""
+    if args.neftune_noise_alpha is None:
+        return
+    try:
+        without_adapters(student).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        raise ValueError(
+            f"Expected a student with input embeddings for neftune_noise_alpha, got {type(student).__name__}, which "
+            "has none: leave it out."
+        ) from None
+
+
+def check_weights_are_there(teacher: nn.Module) -> None:
+    """Refuse a teacher whose weights are not in memory."""
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        raise ValueError(
+            f"Expected a teacher with its weights in memory, got a {type(teacher).__name__} with some on the device "
+            '"meta", as a device_map leaves what it offloads: load it whole on the CPU, with '
+            'teacher_sharding="fsdp" if it does not fit on one device.'
         )
 
 
@@ -293,52 +324,3 @@ def check_recipe(trainer: Trainer, mixing: nn.Module | None) -> None:
         )
     if optimizer is None:
         check_optim_args(args, trainer.model)
-
-
-def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs: dict) -> None:
-    """Refuse models that cannot be trained together."""
-    if len(models) < 2:
-        raise ValueError(f"Expected at least two models, got {len(models)}: a peer learns from another one.")
-    owners = {}
-    for i, model in enumerate(models):
-        check_can_be_student(model, f"models[{i}]")
-        for parameter in model.parameters():
-            if owners.setdefault(parameter, i) != i:
-                raise ValueError(
-                    f"Expected models with weights of their own, but models[{owners[parameter]}] and models[{i}] "
-                    "share theirs: build the second one anew, or pass copy.deepcopy(model)."
-                )
-        if is_adapted(model):
-            raise ValueError(
-                f"Expected models whose every weight trains, got models[{i}] with adapters: peers start from scratch. "
-                "Pass it without, or use IEKDTrainer, whose student can have adapters."
-            )
-        if not find_labels(type(model)) and kwargs.get("compute_loss_func") is None:
-            raise ValueError(
-                f"Expected models[{i}] to return a loss, got {type(model).__name__}, which takes no labels: pass a "
-                "model with a head for the task, or compute_loss_func."
-            )
-        check_datasets(model, kwargs)
-    check_callbacks(kwargs.get("callbacks"))
-    if averages_among(kwargs.get("callbacks") or ()):
-        raise ValueError(
-            "Expected no EMACallback among the callbacks, got one: it averages one model, and here several train. Use "
-            "it with IEKDTrainer, or leave it out."
-        )
-    for name in ("model", "model_init", "optimizers"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"Expected no {name}, got one: pass models=[...]; each gets an optimizer of its own, by args.optim or "
-                "optimizer_cls_and_kwargs."
-            )
-    if args.peer_layers is not None and len(args.peer_layers) != len(models):
-        raise ValueError(
-            f"Expected a layer for each of the {len(models)} models in peer_layers, got {len(args.peer_layers)}."
-        )
-    if "kl" in args.mutual_loss:
-        term = f"mutual_loss={args.mutual_loss!r}"
-        refuse_logit_term(models, term, "Set mutual_loss='ie'")
-        for model in models:
-            check_not_regression(model, term, "set mutual_loss='ie'")
-        for i, model in enumerate(models):
-            check_label_maps(models[0], model, f"models[0] and models[{i}]", term, "mutual_loss='ie'")

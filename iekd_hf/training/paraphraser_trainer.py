@@ -169,6 +169,8 @@ def _stage_1_arguments(args: IEKDTrainingArguments, output_dir: str, train_datas
     has_no_end = is_stream(train_dataset) and not hasattr(train_dataset, "__len__")
     args.max_steps = args.max_steps if has_no_end else -1
     args.max_steps, args.num_train_epochs = args.paraphraser_max_steps or args.max_steps, args.paraphraser_epochs
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < args.train_batch_size * args.world_size:
+        args.dataloader_drop_last = False  # where images are held out, those that are left may fill no batch
     if leaves_one(train_dataset, args):  # BatchNorm of a 1x1 map fails on a last batch of one image
         args.dataloader_drop_last = True
     args.learning_rate, args.weight_decay = args.paraphraser_learning_rate, PARAPHRASER_SGD["weight_decay"]

@@ -23,6 +23,19 @@ class PartwiseOptimizer(torch.optim.Optimizer):
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 optimizer.step()
 
+    def train(self) -> None:
+        """Tell the parts that training goes on, which optimizers without a schedule want to know."""
+        self._tell("train")
+
+    def eval(self) -> None:
+        """Tell the parts that what they have trained is evaluated or saved."""
+        self._tell("eval")
+
+    def _tell(self, mode: str) -> None:
+        for optimizer in self.optimizers:
+            if hasattr(optimizer, mode):
+                getattr(optimizer, mode)()
+
     def state_dict(self) -> dict:
         """Return the states of all parts."""
         return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}

@@ -22,7 +22,15 @@ _RAISE = 10
 
 
 # What a trainer is built with, which a search cannot change any more.
-_BUILT_WITH = ("method", "knowledge", "student_layers", "teacher_layers", "fast_teacher", "teacher_dtype")
+_BUILT_WITH = (
+    "method",
+    "knowledge",
+    "student_layers",
+    "teacher_layers",
+    "fast_teacher",
+    "teacher_dtype",
+    "cache_teacher",
+)
 
 
 class AutoWeights(TrainerCallback, ExportableState):
@@ -86,6 +94,7 @@ def set_up_search(trainer: Trainer, trial) -> None:
         trainer._hp_search_setup(trial)
     finally:
         vars(trainer.args).update({name: weights[name] for name in weights if getattr(trainer.args, name) is None})
+    trainer.args.check_values()
     for name, value in built_with.items():
         if getattr(trainer.args, name) != value:
             raise ValueError(
