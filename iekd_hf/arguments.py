@@ -99,7 +99,7 @@ class IETrainingArguments(TrainingArguments):
 
     lambda_inh: float = field(default=30.0, metadata={"help": "Weight of the inheritance loss; 0 turns it off."})
     lambda_exp: float = field(default=3.0, metadata={"help": "Weight of the exploration loss; 0 turns it off."})
-    lambda_schedule: str = choice("constant", LAMBDA_SCHEDULES, "How the weights move after their warm-up.")
+    lambda_schedule: str = choice("constant", LAMBDA_SCHEDULES, "How the weights change after their warm-up.")
     lambda_warmup_ratio: float = field(
         default=0.0, metadata={"help": "Share of the steps over which the weights rise linearly from 0, in [0, 1)."}
     )
@@ -119,15 +119,15 @@ class IETrainingArguments(TrainingArguments):
         metadata={"help": "Size of the convolutions in encoders and paraphraser; 1 has a ninth of the weights."},
     )
     paraphraser_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of the paraphraser."})
-    paraphraser_decoder: str = choice("conv", DECODERS, "The paraphraser's decoder; `linear` suits maps with a sign.")
+    paraphraser_decoder: str = choice("conv", DECODERS, "The paraphraser's decoder; `linear` suits signed maps.")
     reconstruction_distance: str = choice("l1", RECONSTRUCTION_DISTANCES, "Reconstruction loss of the paraphraser.")
     temperature: float = field(default=4.0, metadata={"help": "Temperature of the logit term."})
     channels_last: bool = field(
         default=False,
-        metadata={"help": "Lay what trains out channels last; suits convolutions in bf16 or fp16."},
+        metadata={"help": "Train in the channels-last memory format, which suits convolutions in bf16 or fp16."},
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave losses that are not finite out of the logs; waits for the device."}
+        default=False, metadata={"help": "Leave losses that are not finite out of the logs; syncs at each step."}
     )
 
     @property
@@ -311,7 +311,7 @@ class IEKDTrainingArguments(IETrainingArguments):
             that is pretrained. Its head and the encoders have the whole rate. By default all have.
         fast_teacher (`bool`, *optional*, defaults to `True`):
             Whether to run a copy of the teacher with BatchNorm folded into its convolutions and, if it is
-            convolutional, in the channels-last format; its maps are the same to rounding. The given one is not
+            convolutional, in the channels-last format; its maps are the same up to rounding. The given one is not
             changed, but both are in memory.
         teacher_dtype (`str`, *optional*):
             Type to cast that copy to: `"float32"`, `"bfloat16"` or `"float16"`. By default the teacher's own.
@@ -349,10 +349,10 @@ class IEKDTrainingArguments(IETrainingArguments):
     """
 
     method: str = choice("ie-ft", METHODS, "What is distilled: defaults of knowledge, weights, distances and ratio.")
-    knowledge: str | None = _of_method("What of a feature map is compared.", KNOWLEDGE)
+    knowledge: str | None = _of_method("What is compared of a feature map.", KNOWLEDGE)
     lambda_inh: float | str | None = _weight("Weight of the inheritance loss; 0 turns it off.")
     lambda_exp: float | str | None = _weight("Weight of the exploration loss; 0 turns it off.")
-    lambda_kd: float | str | None = _weight("Weight of the logit term; needs equal labels.")
+    lambda_kd: float | str | None = _weight("Weight of the logit term; needs the same labels in both models.")
     kd_distance: str = choice(
         "kl", KD_DISTANCES, "Distance of the logit term: Hinton's, DKD's, DIST's, or of z-scores."
     )
@@ -375,37 +375,38 @@ class IEKDTrainingArguments(IETrainingArguments):
     )
     paraphraser_max_steps: int | None = field(
         default=None,
-        metadata={"help": "Steps of stage 1, in place of its epochs. Default: max_steps for data without a length."},
+        metadata={"help": "Steps of stage 1, instead of its epochs. Default: max_steps for data without a length."},
     )
     layer_decay: float | None = field(
         default=None,
         metadata={
-            "help": "Factor on the learning rate from a block of a pretrained student to the one before it. "
+            "help": "Factor on the learning rate from each block of a pretrained student to the block before it. "
             "Default: none."
         },
     )
     fast_teacher: bool = field(
-        default=True, metadata={"help": "Run a faster copy of the teacher, with the same maps to rounding."}
+        default=True, metadata={"help": "Run a faster copy of the teacher, with the same maps up to rounding."}
     )
     teacher_dtype: str | None = field(
-        default=None, metadata={"help": "Type of that copy. Default: the teacher's own.", "choices": TEACHER_DTYPES}
+        default=None,
+        metadata={"help": "Dtype of that copy. Default: the teacher's own.", "choices": TEACHER_DTYPES},
     )
     compile_teacher: bool = field(default=False, metadata={"help": "Compile that copy."})
     teacher_sharding: str | None = field(
         default=None,
         metadata={
-            "help": "Share the teacher's weights out over all processes (FSDP2). Default: each has all of them.",
+            "help": "Shard the teacher over all processes (FSDP2). Default: each has the whole teacher.",
             "choices": TEACHER_SHARDINGS,
         },
     )
     cache_teacher: bool = field(
-        default=False, metadata={"help": "Run the teacher once over some views of each image, and keep its factors."}
+        default=False, metadata={"help": "Run the teacher once over a few views of each image; cache its factors."}
     )
     cache_views: int = field(
-        default=8, metadata={"help": "How many views of each image to cache; epochs take turns with them."}
+        default=8, metadata={"help": "How many views of each image to cache; epochs take turns among them."}
     )
     teacher_cache_dir: str | None = field(
-        default=None, metadata={"help": "Where caches are. Default: _teacher_cache in output_dir."}
+        default=None, metadata={"help": "Folder of the caches. Default: _teacher_cache in output_dir."}
     )
 
     def __post_init__(self):

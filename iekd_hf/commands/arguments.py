@@ -17,12 +17,12 @@ OTHER_EPOCHS = 30.0
 class ScriptArguments:
     """Change the defaults of a trainer's arguments where a command wants others; all can be set."""
 
-    output_dir: str | None = field(default="out", metadata={"help": "Where the results and checkpoints go."})
+    output_dir: str | None = field(default="out", metadata={"help": "Folder for results and checkpoints."})
     do_train: bool = field(
         default=True, metadata={"help": "Train; otherwise only measure the student, or the peers, as they are."}
     )
     do_eval: bool = field(
-        default=True, metadata={"help": "Evaluate on the validation images, while training and at the end."}
+        default=True, metadata={"help": "Evaluate on the validation images during training and at the end."}
     )
     num_train_epochs: float | None = field(
         default=None, metadata={"help": "Epochs. Default: 10 for the digits, otherwise 30."}
@@ -37,27 +37,29 @@ class ScriptArguments:
         default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}
     )
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in the papers, for none."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Gradients are clipped to this norm; 0: they are not."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
     save_total_limit: int | None = field(default=1, metadata={"help": "How many checkpoints to keep."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log the losses."})
     dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "Pin the batches' memory. Default: where there is a GPU."}
+        default=torch.cuda.is_available(), metadata={"help": "Pin batches in memory. Default: where there is a GPU."}
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "Trackers: tensorboard, wandb, ..., or none."}
     )
     disable_tqdm: bool = field(
-        default=False, metadata={"help": "Write lines in place of a bar, as where the output is no terminal."}
+        default=False, metadata={"help": "Print lines, not a progress bar, as where there is no terminal."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: transforms need the images."})
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
-    seed: int = field(default=42, metadata={"help": "Seed of everything."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16 mixed precision."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even if there is a GPU."})
+    seed: int = field(default=42, metadata={"help": "Seed of all that is random."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Go on with the run in output_dir (true), or from this checkpoint."}
+        default=None, metadata={"help": "Resume the run in output_dir (true), or this checkpoint."}
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Push the result to the Hub, with a model card."})
     hub_model_id: str | None = field(
@@ -65,7 +67,7 @@ class ScriptArguments:
     )
     license: str | None = field(
         default=None,
-        metadata={"help": "Licence of what is pushed, as the Hub names it (mit, ...). Default: the pretrained one's."},
+        metadata={"help": "Licence of the pushed model, as on the Hub (mit, ...). Default: the pretrained one's."},
     )
 
     # Epochs on the data that a command makes itself, and on all other data.
@@ -182,7 +184,7 @@ class ModelArguments:
     )
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run model code that comes with a Hub model. Only for repositories you trust."},
+        metadata={"help": "Run the code that comes with a model on the Hub. Only for repositories you trust."},
     )
 
     def __post_init__(self):

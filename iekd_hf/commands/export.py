@@ -46,7 +46,7 @@ class ExportArguments:
     threads: int = field(default=1, metadata={"help": "Threads of both runtimes while they are timed."})
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run model code that comes with a Hub model. Only for repositories you trust."},
+        metadata={"help": "Run the code that comes with a model on the Hub. Only for repositories you trust."},
     )
 
 

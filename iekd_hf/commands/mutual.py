@@ -61,7 +61,7 @@ class PeerArguments:
     dml: bool = field(default=True, metadata={"help": "Also train the peers by DML (logits only), to compare with."})
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run model code that comes with a Hub model. Only for repositories you trust."},
+        metadata={"help": "Run the code that comes with a model on the Hub. Only for repositories you trust."},
     )
 
 

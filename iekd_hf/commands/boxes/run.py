@@ -42,7 +42,7 @@ class DetectionScriptArguments(ScriptArguments):
     optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer, as in TrainingArguments."})
     optim_args: str | None = field(default=None, metadata={"help": "Arguments of the optimizer."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 for none."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm; 0 for no clipping."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of a linear warm-up, or their share of all steps where below 1."}
     )

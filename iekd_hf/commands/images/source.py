@@ -51,8 +51,8 @@ class SourceArguments:
         default=0.15,
         metadata={"help": "Share of the training split to validate on, where there is no validation split."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many validation images only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only this many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only this many validation images."})
 
     def __post_init__(self):
         sources = [name for name in ("dataset_name", "train_dir", "train_file") if getattr(self, name) is not None]
