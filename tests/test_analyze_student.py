@@ -221,3 +221,8 @@ def test_a_paraphraser_that_is_not_the_runs(make_trainer, tmp_path):
     assert encode(str(tmp_path / "out"), None, {}) == {}
     with pytest.raises(ValueError, match=r"the paraphraser of the run in .*out', got another one in --paraphraser="):
         encode(str(tmp_path / "out"), str(tmp_path / "out" / "_paraphraser"), {})
+
+
+def test_what_only_training_reads_is_refused():
+    with pytest.raises(ValueError, match=r"Expected arguments of iekd-hf analyze, got --mixup 0\.5"):
+        analyze_student.main(["--run", "out", "--mixup", "0.5"])

@@ -44,7 +44,7 @@ from ..teacher.pixels import TeacherPixels
 from ..training.checkpoints import ENCODERS_FILE, ENCODERS_FOLDER, load_paraphrasers
 from ..training.manifest import check_undamaged
 from ..training.resume import PARAPHRASER_FOLDER
-from .images.data import DataArguments, load_images
+from .images.data import LabelledArguments, load_images
 from .images.run import build_processor
 from .packages import require
 from .parser import parse_arguments
@@ -275,7 +275,7 @@ def where_they_look(networks: dict[str, Tapped], pixels: torch.Tensor) -> dict[s
     return {name: each for name, each in heat.items() if each is not None}
 
 
-KINDS = (AnalysisArguments, DataArguments)
+KINDS = (AnalysisArguments, LabelledArguments)
 
 
 @command

@@ -11,8 +11,8 @@ from .source import SourceArguments, check_filled, check_images, find_column, li
 
 
 @dataclass
-class DataArguments(SourceArguments):
-    """Say where the images come from. With none of it, scikit-learn's handwritten digits are used."""
+class LabelledArguments(SourceArguments):
+    """Say where images with classes come from. With none of it, scikit-learn's handwritten digits are used."""
 
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images for each class."})
     train_file: str | None = field(
@@ -32,6 +32,29 @@ class DataArguments(SourceArguments):
         default=None,
         metadata={"help": "Height and width in pixels. Default: the pretrained student's, or the first image's own."},
     )
+
+    # Whether training images without a label are taken; `distill` makes an argument of it.
+    unlabelled = None
+
+    def __post_init__(self):
+        is_given = any(source is not None for source in (self.dataset_name, self.train_dir, self.train_file))
+        if self.train_val_split is None:
+            self.train_val_split = 0.15 if is_given else 1 / 3
+        super().__post_init__()
+        self.uses_digits = not self.is_given
+        self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"Expected image_size of at least 1 pixel, got {self.image_size}.")
+
+    def take_sizes(self, sizes: set[tuple[int, int]]) -> None:
+        """Keep the sizes of the images that were loaded."""
+        self.sizes = sizes
+
+
+@dataclass
+class DataArguments(LabelledArguments):
+    """Say also how training images are augmented."""
+
     augmentation: str = field(
         default="auto",
         metadata={
@@ -57,23 +80,19 @@ class DataArguments(SourceArguments):
         },
     )
 
-    # Whether training images without a label are taken; `distill` makes an argument of it.
-    unlabelled = None
-
     def __post_init__(self):
-        is_given = any(source is not None for source in (self.dataset_name, self.train_dir, self.train_file))
-        if self.train_val_split is None:
-            self.train_val_split = 0.15 if is_given else 1 / 3
         super().__post_init__()
-        self.uses_digits = not self.is_given
-        self.sizes: set[tuple[int, int]] = set()  # (height, width) of the images, once they are loaded
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"Expected image_size of at least 1 pixel, got {self.image_size}.")
         if self.horizontal_flip is None:
             self.horizontal_flip = not self.uses_digits
 
+    def take_sizes(self, sizes: set[tuple[int, int]]) -> None:
+        """Keep the sizes of the images, and decode those of one size once, where nothing is said."""
+        super().take_sizes(sizes)
+        if self.decode_once is None:
+            self.decode_once = len(sizes) == 1
 
-def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
+
+def load_images(args: LabelledArguments, seed: int) -> datasets.DatasetDict:
     """
     Load `train`, `validation` and perhaps `test`, with the columns `image` and `label`, a `ClassLabel`.
 
@@ -97,9 +116,7 @@ def load_images(args: DataArguments, seed: int) -> datasets.DatasetDict:
             parts = splits["train"].train_test_split(args.train_val_split, seed=seed)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     limit(splits, args, seed)
-    args.sizes = set().union(*(check_images(split, name) for name, split in splits.items()))
-    if args.decode_once is None:
-        args.decode_once = len(args.sizes) == 1
+    args.take_sizes(set().union(*(check_images(split, name) for name, split in splits.items())))
     return splits
 
 
@@ -115,7 +132,7 @@ def _digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": images, "label": digits.target}, features=features)
 
 
-def _rename_columns(split: datasets.Dataset, args: DataArguments, name: str) -> datasets.Dataset:
+def _rename_columns(split: datasets.Dataset, args: LabelledArguments, name: str) -> datasets.Dataset:
     """Keep the image and the label column, under the names `image` and `label`."""
     image = find_column(split, name, "image", args.image_column_name, datasets.Image)
     try:
