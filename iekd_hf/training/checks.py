@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import is_compiled_module, parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.backbone_utils import BackboneMixin
@@ -43,7 +43,7 @@ def check_label_maps(first: PreTrainedModel, second: PreTrainedModel, who: str, 
 
 def check_can_be_student(model: nn.Module, name: str) -> None:
     """Refuse a module that could not be saved and loaded as a model, or that does not take whole images."""
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if is_compiled_module(model):
         raise ValueError(
             f"Expected {name} to be a PreTrainedModel, got what torch.compile makes of one: pass the model itself, "
             "with torch_compile=True in the arguments, or after its own compile()."
