@@ -314,6 +314,7 @@ def test_a_task_that_is_not_trained_for(make_trainer):
 
 def test_the_guide_lists_them():
     guide = (Path(__file__).parent.parent / "docs" / "guide" / "segmentation.md").read_text()
-    for start, names in (("Segmenters", FAMILIES), ("Depth estimators", OF_DEPTH), ("By queries", BY_QUERIES)):
+    starts = {"Segmenters whose": FAMILIES, "Segmenters by queries": BY_QUERIES, "Depth estimators": OF_DEPTH}
+    for start, names in starts.items():
         listed = re.search(rf"^{start}.*?:\n\n(.+?)\n\n", guide, flags=re.DOTALL | re.MULTILINE)[1]
         assert {name.strip(" .\n") for name in listed.replace("\n", " ").split(",")} == set(names)
