@@ -37,9 +37,7 @@ class ScriptArguments:
         default="momentum=0.9,nesterov=true", metadata={"help": "Arguments of the optimizer."}
     )
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
-    max_grad_norm: float = field(
-        default=0.0, metadata={"help": "Gradients are clipped to this norm; 0: they are not."}
-    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 for no clipping."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})

@@ -82,11 +82,12 @@ class CommandParser(HfArgumentParser):
 
     def read(self, given: Sequence[str]) -> tuple:
         """Return the data classes as a JSON or YAML file, which comes first, and the command line after it say."""
-        given = list(given)
-        first = int(given[:1] == ["--debug"])
-        if given[first:] and given[first].endswith((".json", ".yaml", ".yml")):
-            given[:] = [*self.as_words(self.read_file(given.pop(first))), *given]
-        *classes, unknown = self.parse_args_into_dataclasses(given, return_remaining_strings=True)
+        words = list(given)
+        first = int(words[:1] == ["--debug"])
+        if words[first:] and words[first].endswith((".json", ".yaml", ".yml")):
+            of_file = self.as_words(self.read_file(words.pop(first)))
+            words = [*of_file, *words]
+        *classes, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)

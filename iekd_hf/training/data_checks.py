@@ -109,14 +109,22 @@ def check_batches_of_one(dataset: Dataset, args: TrainingArguments, shapes: Iter
 
 def check_a_batch(dataset: Dataset, args: TrainingArguments) -> None:
     """Refuse a data set that fills no batch where batches that are not full are dropped."""
-    batch_size = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and hasattr(dataset, "__len__") and len(dataset) < batch_size:
+    if args.dataloader_drop_last and fills_no_batch(dataset, args):
         raise ValueError(
-            f"Expected images for a batch of {batch_size} with dataloader_drop_last=True, got {len(dataset)}: set it "
-            "to False, or a smaller per_device_train_batch_size."
+            f"Expected images for a batch of {_images_a_batch(args)} with dataloader_drop_last=True, got "
+            f"{len(dataset)}: set it to False, or a smaller per_device_train_batch_size."
         )
+
+
+def fills_no_batch(dataset: Dataset, args: TrainingArguments) -> bool:
+    """Return whether a data set holds fewer images than a batch of all processes."""
+    return hasattr(dataset, "__len__") and len(dataset) < _images_a_batch(args)
 
 
 def leaves_one(dataset: Dataset, args: TrainingArguments) -> bool:
     """Return whether the last batch of an epoch holds a single image."""
-    return hasattr(dataset, "__len__") and len(dataset) % (args.train_batch_size * args.world_size) == 1
+    return hasattr(dataset, "__len__") and len(dataset) % _images_a_batch(args) == 1
+
+
+def _images_a_batch(args: TrainingArguments) -> int:
+    return args.train_batch_size * args.world_size

@@ -16,7 +16,7 @@ from ..method.padding import mask_at
 from ..method.trainable import ParaphraserStack
 from ..teacher.frozen import FrozenTeacher
 from .base_trainer import DistillationTrainer
-from .data_checks import is_stream, leaves_one
+from .data_checks import fills_no_batch, is_stream, leaves_one
 
 
 logger = logging.get_logger(__name__)
@@ -169,7 +169,7 @@ def _stage_1_arguments(args: IEKDTrainingArguments, output_dir: str, train_datas
     has_no_end = is_stream(train_dataset) and not hasattr(train_dataset, "__len__")
     args.max_steps = args.max_steps if has_no_end else -1
     args.max_steps, args.num_train_epochs = args.paraphraser_max_steps or args.max_steps, args.paraphraser_epochs
-    if hasattr(train_dataset, "__len__") and len(train_dataset) < args.train_batch_size * args.world_size:
+    if fills_no_batch(train_dataset, args):
         args.dataloader_drop_last = False  # where images are held out, those that are left may fill no batch
     if leaves_one(train_dataset, args):  # BatchNorm of a 1x1 map fails on a last batch of one image
         args.dataloader_drop_last = True
