@@ -678,7 +678,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """Return a document with its tables written anew."""
+    """Return a document with its tables written again."""
 
     def replace(match: re.Match) -> str:
         if match[2] not in TABLES:

@@ -178,9 +178,9 @@ class IETrainingArguments(TrainingArguments):
         """Refuse weights that are negative or not finite."""
         for name in names:
             if getattr(self, name) != AUTO and not 0 <= getattr(self, name) < math.inf:
+                sign = "; the exploration loss has its sign already" if name == "lambda_exp" else ""
                 raise ValueError(
-                    f"Expected {name} to be a finite weight of at least 0, got {getattr(self, name)}; the exploration "
-                    "loss has its sign already."
+                    f"Expected {name} to be a finite weight of at least 0, got {getattr(self, name)}{sign}."
                 )
 
     def check_positive(self, *names: str) -> None:
@@ -233,7 +233,7 @@ def _weight(text: str):
 
 
 def _share(default: float, term: str):
-    text = f'Share of the gradient that the {term} has with a weight "auto"; the task\'s loss has 1.'
+    text = f'Gradient that a weight "auto" gives the {term}, as a multiple of the task loss\'s.'
     return field(default=default, metadata={"help": text})
 
 
@@ -328,7 +328,7 @@ class IEKDTrainingArguments(IETrainingArguments):
         cache_views (`int`, *optional*, defaults to 8):
             How many views. It pays when there are more epochs than views; the fewer, the less augmentation.
         teacher_cache_dir (`str`, *optional*):
-            Where caches are, for several runs to share; one is made anew where teacher, paraphraser, layers, images,
+            Where caches are, for several runs to share; one is made again where teacher, paraphraser, layers, images,
             augmentation or processor differ. By default `_teacher_cache` in `output_dir`.
 
     Raises:
@@ -527,8 +527,8 @@ class MutualTrainingArguments(IETrainingArguments):
             )
         if self.gradient_checkpointing:
             raise ValueError(
-                "Expected no activation checkpointing, got it: it runs every peer forward once more in the backward "
-                "pass, which would move BatchNorm's statistics twice a step. Use bf16 or a smaller batch."
+                "Expected gradient_checkpointing=False for peers, got True: each would run forward once more in the "
+                "backward pass, and move BatchNorm's statistics twice a step. Use bf16 or a smaller batch."
             )
 
 
@@ -537,6 +537,6 @@ def _check_layer_pairs(teacher_layers: list[str] | None, student_layers: list[st
     counts = [len(layers) for layers in (teacher_layers, student_layers) if layers is not None]
     if 0 in counts or len(set(counts)) > 1:
         raise ValueError(
-            f"Expected as many teacher_layers as student_layers, got {' and '.join(map(str, counts))}: they are "
-            "paired in order, and None stands for the last feature map, or the levels of a detector's pyramid."
+            f"Expected as many teacher_layers as student_layers, one or more, got {' and '.join(map(str, counts))}: "
+            "they are paired in order, and None stands for the last map, or the levels of a detector's pyramid."
         )

@@ -259,8 +259,8 @@ class MutualTrainer(PeersTrainer):
     def hyperparameter_search(self, *args, **kwargs):
         """Refuse a search, which would train the same peers on and on."""
         raise ValueError(
-            "Expected IEKDTrainer for a hyperparameter search, got MutualTrainer: a search makes its model anew for "
-            "each trial by model_init, and peers are given. Train a MutualTrainer for each setting."
+            "Expected IEKDTrainer for a hyperparameter search, got MutualTrainer: a search makes a new model for each "
+            "trial by model_init, and peers are given. Train a MutualTrainer for each setting."
         )
 
     # ---- What trains, and where it is in Trainer ----
@@ -271,9 +271,9 @@ class MutualTrainer(PeersTrainer):
         widths = []
         if self.task_loss.num_labelled and not self.task_loss.are_all_labelled:
             warnings.warn(
-                f"{self.task_loss.num_labelled:,} of {len(self.train_dataset):,} images have a label. Where labels "
-                "are rare, peers that know little yet agree on anything, and may collapse: with a teacher, use "
-                "IEKDTrainer.",
+                f"{self.task_loss.num_labelled:,} of {len(self.train_dataset):,} images have a label. With few "
+                "labels, peers that have learnt little can agree on anything, and may collapse: if you have a "
+                "teacher, use IEKDTrainer.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -283,9 +283,9 @@ class MutualTrainer(PeersTrainer):
             outputs, shapes = probe_with_labels(tap, self.inputs_of(i, self._sample))
             if not self.task_loss.has_goal(tap.model, outputs, self._sample):
                 raise ValueError(
-                    f"Expected models[{i}] to return a loss, got {type(tap.model).__name__}, which returns "
-                    f"{', '.join(outputs)} for a batch of {', '.join(self._sample)}: pass a model with a head for the "
-                    "task, or compute_loss_func."
+                    f"Expected labels to train models[{i}] with, got none for {type(tap.model).__name__} in a batch "
+                    f"of {', '.join(self._sample)}: peers need labels. Give images their classes (not -100), use "
+                    "IEKDTrainer with a teacher, or pass compute_loss_func."
                 )
             check_trainable(tap, self.inputs_of(i, self._sample))
             check_batches_of_one(self.train_dataset, args, shapes)

@@ -142,6 +142,42 @@ def distil_unlabelled(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
     return trainer, {"student_side": trainer.student_side.state_dict(), "task_losses": logs, "eval_losses": losses}
 
 
+def own_loss(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
+    """Return the cross entropy of the images that have a label, 0 without any."""
+    logits = outputs["logits"]
+    if labels is None:
+        return logits.sum() * 0
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def distil_missing(output_dir: str, **changes) -> tuple[IEKDTrainer, dict]:
+    """Distil where one rank's rows have no label at all: read by rank 0 for both, and with a loss of one's own."""
+    held = {"task_losses": {}}
+    for kind, loss in (("dispatched", None), ("own-loss", own_loss)):
+        images = make_images(32)
+        for i, image in enumerate(images):
+            image["labels"] = None if i % 8 < 4 else image["labels"]
+        settings = {
+            **common(f"{output_dir}/{kind}"),
+            "eval_strategy": "no",
+            "logging_steps": 1,
+            "optim": "sgd",
+            **changes,
+        }
+        if loss is None:
+            settings["accelerator_config"] = {"dispatch_batches": True}
+        trainer = IEKDTrainer(
+            model=make_vit(seed=1),
+            teacher_model=make_resnet(16, seed=2),
+            args=IEKDTrainingArguments(method="kd", train_sampling_strategy="sequential", **settings),
+            train_dataset=images,
+            compute_loss_func=loss,
+        )
+        trainer.train()
+        held["task_losses"][kind] = [logs["task_loss"] for logs in trainer.state.log_history if "task_loss" in logs]
+    return trainer, {**held, "student_side": trainer.student_side.state_dict()}
+
+
 class Gaps(torch.utils.data.IterableDataset):
     """Give images of which the first half of each eight, those of rank 0, have no label."""
 
@@ -316,6 +352,7 @@ def main(output_dir: str, job: str) -> None:
     else:
         special = {"cached": distil_cached, "unlabelled": distil_unlabelled, "sharded": distil_sharded}
         special |= {"streams": distil_streams, "auto": distil_auto, "best": end_with_the_best, "gaps": distil_gaps}
+        special["missing"] = distil_missing
         trainer, state = special[job](output_dir) if job in special else distil(output_dir, job)
     trainer.save_model(f"{output_dir}/saved")
     state["world_size"] = trainer.accelerator.num_processes

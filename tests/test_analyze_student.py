@@ -175,7 +175,9 @@ def test_a_finished_run(run_example, tmp_path):
     with pytest.raises(ValueError, match=r"finished run of IEKDTrainer in --run, got .* without _encoders"):
         analyse("--run", tmp_path / "run" / "_teacher", "--output_dir", tmp_path / "analysis")
     (tmp_path / "run" / "_teacher").rename(tmp_path / "teacher")
-    with pytest.raises(ValueError, match=r"the run's teacher in --teacher, got none, as .*run' has not trained one"):
+    with pytest.raises(
+        ValueError, match=r"the run's teacher in --teacher, got none, and .*run' did not train its own"
+    ):
         analyse("--run", tmp_path / "run", "--output_dir", tmp_path / "analysis")
 
 

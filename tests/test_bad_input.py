@@ -68,7 +68,9 @@ def test_paraphraser_that_does_not_fit(make_trainer):
         make_trainer(paraphraser=Paraphraser(32, 8))
     with pytest.raises(ValueError, match="factor_channels=4, got one with 8"):
         make_trainer(paraphraser=Paraphraser(16, 8), factor_channels=4)
-    with pytest.raises(ValueError, match="Expected 1 paraphrasers, one for each layer of the teacher, got 2"):
+    with pytest.raises(
+        ValueError, match="Expected 1 paraphrasers, one for each layer of the teacher, got 2: pass as many"
+    ):
         make_trainer(paraphraser=[Paraphraser(16, 8), Paraphraser(16, 8)])
 
 
@@ -132,11 +134,13 @@ def test_empty_dataset(make_trainer, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("label", [3, -1])
-def test_label_outside_of_the_models_range(make_trainer, label):
+@pytest.mark.parametrize("label, remedy", [(3, "load the model with num_labels=4"), (-1, "write -100 for none")])
+def test_label_outside_of_the_models_range(make_trainer, label, remedy):
     rows = [{"pixel_values": image["pixel_values"].tolist(), "label": 0} for image in make_images(4)]
     rows[2]["label"] = label
-    with pytest.raises(ValueError, match=rf"within 0 and 2, the student's 3 classes, got {label} in row 2"):
+    with pytest.raises(
+        ValueError, match=rf"from 0 to 2, the model's 3 classes, got {label} in row 2.*: {remedy}, or fix"
+    ):
         make_trainer(train_dataset=datasets.Dataset.from_list(rows))
     rows[2]["label"] = -100  # what cross-entropy ignores is fine
     make_trainer(train_dataset=datasets.Dataset.from_list(rows).with_format("torch"))
@@ -181,7 +185,9 @@ def test_model_that_gives_no_loss(make_trainer):
         def forward(self, pixel_values, labels=None):
             return {"logits": self.body(pixel_values).mean(dim=(2, 3))[:, :3]}
 
-    with pytest.raises(ValueError, match=r"Silent to return a loss, got only logits"):
+    with pytest.raises(
+        ValueError, match=r"Silent to return a loss for a batch with labels, got only logits: let its forward"
+    ):
         make_trainer(Silent(), student_layers=["body"])
     unlabelled = [{"pixel_values": image["pixel_values"]} for image in make_images(4)]
     with pytest.raises(ValueError, match=r"ResNetFor\w+ to return a loss, got only logits: the batch needs labels"):
@@ -228,7 +234,7 @@ def test_channel_split():
             {"gradient_accumulation_steps": 4},
             "gradient_accumulation_steps=1, got 4: a step updates the peers",
         ),
-        ({"gradient_checkpointing": True}, "no activation checkpointing"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing=False for peers, got True"),
         ({"inheritance_ratio": -0.1}, r"within \[0, 1\], got -0.1"),
     ],
 )
@@ -262,7 +268,7 @@ def test_models_that_are_no_peers(make_mutual, tmp_path):
     with pytest.raises(ValueError, match=r"models\[1\] to be a folder or a Hub name that can be reached"):
         make_mutual([make_resnet(), "nobody/nothing"])
     labels_up_to_2 = datasets.Dataset.from_dict({"pixel_values": [[0.0]] * 3, "labels": [0, 1, 2]})
-    with pytest.raises(ValueError, match="within 0 and 1"):  # the second peer's head is too small for them
+    with pytest.raises(ValueError, match="from 0 to 1"):  # the second peer's head is too small for them
         make_mutual([make_resnet(), make_resnet(num_labels=2)], train_dataset=labels_up_to_2)
     assert not (tmp_path / "out").exists()
 
@@ -272,7 +278,9 @@ def test_a_peer_that_gives_no_loss(make_mutual):
     with pytest.raises(ValueError, match=r"models\[1\] to return a loss, got ViTModel, which takes no labels"):
         make_mutual([make_resnet(), body])
     unlabelled = [{"pixel_values": image["pixel_values"]} for image in make_images(4)]
-    with pytest.raises(ValueError, match=r"models\[0\] to return a loss, got ResNetFor.* a batch of pixel_values"):
+    with pytest.raises(
+        ValueError, match=r"labels to train models\[0\] with, got none for ResNetFor.* a batch of pixel_values"
+    ):
         make_mutual(train_dataset=unlabelled)
 
 

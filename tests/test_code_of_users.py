@@ -229,7 +229,7 @@ def test_a_model_with_other_names_for_images_and_labels(make_trainer):
 
 def test_checkpoints_of_each_machine_are_refused():
     args = types.SimpleNamespace(n_gpu=1, save_on_each_node=True, world_size=2)
-    with pytest.raises(ValueError, match=r"one set of checkpoints, got save_on_each_node=True"):
+    with pytest.raises(ValueError, match=r"save_on_each_node=False with several processes, got True"):
         check_engine(types.SimpleNamespace(args=args))
 
 

@@ -93,8 +93,7 @@ def test_boxes_outside_are_clipped_or_dropped_and_counted_once(tmp_path, caplog)
     assert splits["train"].objects["area"] == [[40.0, 10.0, 16.0], [], []]
     (record,) = [record for record in caplog.records if record.name == detection_data.__name__]
     assert record.levelno == logging.WARNING and record.getMessage() == (
-        "Boxes that do not fit their image: of 5 in the train split 2 are clipped to it, 2 without area inside of it "
-        "are left out."
+        "Boxes outside their image: 4 of 5 in the train split (2 clipped, 2 without area inside left out)."
     )
 
 
@@ -104,7 +103,7 @@ def test_boxes_outside_are_clipped_or_dropped_and_counted_once(tmp_path, caplog)
         ([[[0.1, 0.2, 0.3, 0.3]], [[0.5, 0.5, 0.5, 0.5]]], "in pixels in the train split, got numbers from 0 to 1"),
         ([[[20.0, 10.0, 39.0, 29.0]], [[25.0, 3.0, 40.0, 30.0]]], r"got what looks like corners \[x0, y0, x1, y1\]"),
         ([[[1.0, 1.0, 4.0, 4.0]], [[1.0, 2.0, 3.0]]], r"got \[\[1.0, 2.0, 3.0\]\] in row 1 of the train split"),
-        ([[[1.0, 1.0, float("nan"), 4.0]], []], "in row 0 of the train split: mend"),
+        ([[[1.0, 1.0, float("nan"), 4.0]], []], "in row 0 of the train split: fix"),
         ([[], []], "boxes in the train split, got none in 2 images"),
     ],
 )
@@ -136,7 +135,7 @@ def test_annotations_of_another_format_are_refused(tmp_path):
         ("area", [[50.0, 9.0], [-5.0], []], "as area for each bbox, got -5.0 in row 1"),
         ("iscrowd", [[0.0, 7.0], [0.0], []], "Expected 0 or 1 as iscrowd for each bbox, got 7.0 in row 0"),
     ):
-        with pytest.raises(ValueError, match=f"{words} of the train split: mend or remove"):
+        with pytest.raises(ValueError, match=f"{words} of the train split: fix or remove"):
             load(tmp_path, rows(**{field: values}))
 
 
@@ -146,7 +145,7 @@ def test_categories_as_tables_have_them(tmp_path):
     kind["objects"]["category"] = datasets.List(datasets.Value("float64"))
     splits, names = load(tmp_path, rows(names=None).cast(kind), rows(names=None).cast(kind))
     assert names == ["0", "1"] and splits["train"].truth([0])[0]["labels"] == [0, 1]
-    with pytest.raises(ValueError, match=r"categories of every object in the train split, got 1\.5 in row 1"):
+    with pytest.raises(ValueError, match=r"a category for every object in the train split, got 1\.5 in row 1"):
         load(tmp_path, rows(categories=[[0, 1], [1.5], []], names=None, kind="float64"))
     nested = rows(names=None).remove_columns("objects")
     nested = nested.add_column("objects", [{"bbox": [[1, 1, 5, 5]], "category": [[0, 1]]}] * 3)
@@ -180,7 +179,7 @@ def test_rows_are_named_as_in_the_file(tmp_path):
 
 
 def test_categories_outside_the_label_map_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="among the training split's 2 classes, got 'cow' in row 1: mend it"):
+    with pytest.raises(ValueError, match="among the training split's 2 classes, got 'cow' in row 1: fix it"):
         load(tmp_path, validation=rows(categories=[[0, 1], [2], []], names=("cat", "dog", "cow")))
     beyond = rows(categories=[[0, 7], [1], []], names=None)
     features = rows().features

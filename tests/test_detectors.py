@@ -375,7 +375,10 @@ def test_detectors_that_cannot_be_trained_can_teach(make_detection, name):
 
 
 def test_a_student_that_cannot_be_trained_is_refused_before_stage_1(make_detection, tmp_path):
-    for name, message in (("PP-DocLayoutV4", "does not support training"), ("PP-OCRv5", "to return a loss, got only")):
+    for name, message in (
+        ("PP-DocLayoutV4", "does not support training"),
+        ("PP-OCRv5", "to return a loss for a batch with labels, got only"),
+    ):
         with pytest.raises(ValueError, match=message):
             make_detection(WITHOUT_LOSS[name](), build("RT-DETR", 16), processor_of("RT-DETR"))
     assert not (tmp_path / "out" / "_paraphraser").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit, same
-from distributed_script import distil_gaps, distil_unlabelled
+from distributed_script import distil_gaps, distil_missing, distil_unlabelled
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetForImageClassification
@@ -51,7 +51,7 @@ def two_machines(tmp_path: Path, folders: list[Path], job: str) -> list[tuple[in
 
 
 JOBS = ["resnet", "vit", "dinov2", "mutual-ie", "mutual-kl", "cached", "unlabelled", "sharded", "streams", "auto"]
-JOBS += ["best", "gaps"]
+JOBS += ["best", "gaps", "missing"]
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +191,18 @@ def test_a_stream_of_which_a_rank_gets_no_labels_is_one_large_batch(ranks, tmp_p
     assert first["eval_losses"] == second["eval_losses"] == pytest.approx(alone["eval_losses"], rel=1e-3)
     for name, value in alone["student_side"].items():
         torch.testing.assert_close(first["student_side"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_rank_whose_rows_have_no_labels(ranks, tmp_path):
+    """What rank 0 reads for both has labels throughout; a loss of one's own waits for no count of labels."""
+    first, second = held_by(ranks / "missing")
+    assert same(first["student_side"], second["student_side"])
+    assert first["task_losses"] == second["task_losses"]
+    _, alone = distil_missing(str(tmp_path), per_device_train_batch_size=8)
+    dispatched, own = (first["task_losses"][kind] for kind in ("dispatched", "own-loss"))
+    assert dispatched == pytest.approx(alone["task_losses"]["dispatched"], rel=1e-4) and min(dispatched) > 0
+    assert len(own) == 4 and min(own) > 0
 
 
 @pytest.mark.slow

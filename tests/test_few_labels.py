@@ -120,7 +120,7 @@ def test_each_network_is_trained_on_what_the_table_says(run_example, tmp_path, u
         resumed("--labelled_samples", 30)
     with pytest.raises(ValueError, match=r"teacher in .* as now, 3 steps on 96 labelled images, got one of 2 epochs "):
         resumed("--labelled_samples", 20, "--max_steps", 3)
-    with pytest.raises(ValueError, match=r"Expected --seed 42, as the run in .* has begun, got 7: resume with"):
+    with pytest.raises(ValueError, match=r"Expected --seed 42, as the run in .* was started, got 7: resume with"):
         resumed("--labelled_samples", 20, "--seed", 7)
-    with pytest.raises(ValueError, match=r"Expected no --learning_rate, as the run in .* has begun, got 0\.05"):
+    with pytest.raises(ValueError, match=r"Expected no --learning_rate, as the run in .* was started, got 0\.05"):
         resumed("--labelled_samples", 20, "--learning_rate", 0.05)

@@ -185,7 +185,7 @@ def test_a_timm_teacher_sees_its_own_size():
     [
         (
             t.MobileViTImageProcessorPil(do_normalize=True),
-            r"which makes \[0.8, 0.4, 0.2\] of the colour \[51, 102, 204\]",
+            r"which turns the colour \[51, 102, 204\] into \[0.8, 0.4, 0.2\]",
         ),
         (t.SuperGlueImageProcessorPil(), "which makes no pixel_values of an image alone"),
         (t.Pix2StructImageProcessorPil(), "which normalises without an image_mean"),

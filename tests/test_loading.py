@@ -67,7 +67,7 @@ def test_revision_and_token_reach_the_hub(tmp_path, monkeypatch):
             assert TOKEN not in done.stderr
             return json.loads(done.stdout.splitlines()[-1])
 
-        assert "'user/teacher', which is no folder here and could not be had" in load()["error"]
+        assert "'user/teacher', which is no folder here and could not be fetched" in load()["error"]
         assert not seen
         for repository in hub.repos.values():  # a commit of that name; `main` must not be asked for
             repository["history"] = {"0123456789" * 4: repository["files"]}

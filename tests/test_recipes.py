@@ -67,7 +67,7 @@ def test_rand_augment_changes_training_images_within_their_range():
     assert (augmented >= low - 1e-5).all() and (augmented <= high + 1e-5).all()
     batches.operations = torch.nn.Identity()  # without operations nothing else has changed
     torch.testing.assert_close(batches(images, ids, 1), plain)
-    with pytest.raises(ValueError, match="Expected --rand_augment between 0 and 30, got 30"):
+    with pytest.raises(ValueError, match="Expected --rand_augment from 1 to 29, got 30"):
         RandAugmentedBatches(augmentation, magnitude=30)
 
 

@@ -294,7 +294,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 
 
 def test_data_sets_and_models_that_cannot_be_reached(run, tmp_path):
-    with pytest.raises(ValueError, match=r"'nobody/nothing', which cannot be had.*--train_file"):
+    with pytest.raises(ValueError, match=r"'nobody/nothing', which cannot be loaded.*--train_file"):
         run("--output_dir", tmp_path, "--dataset_name", "nobody/nothing")
     with pytest.raises(ValueError, match=r"--student .*'nobody/nothing'.*HF_HUB_CACHE"):
         run("--output_dir", tmp_path, *QUICK, "--student", "nobody/nothing")

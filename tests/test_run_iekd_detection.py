@@ -175,7 +175,7 @@ def test_a_detector_from_scratch_trains_whole(tmp_path):
 def test_too_few_queries_are_warned_of(tmp_path, caplog):
     make_detr().save_pretrained(tmp_path)
     build_detector(str(tmp_path), "--student", ["a"], 12, from_scratch=False)
-    assert "--student finds at most 9 objects in an image; some have 12." in caplog.text
+    assert "--student finds at most 9 objects in an image, but some have 12: it will miss the rest" in caplog.text
 
 
 @pytest.mark.slow
@@ -205,7 +205,7 @@ def test_help_explains(run, capsys):
 
 @pytest.mark.slow
 def test_what_cannot_be_had(run, tmp_path):
-    with pytest.raises(ValueError, match=r"'nobody/nothing', which cannot be had.*--train_file"):
+    with pytest.raises(ValueError, match=r"'nobody/nothing', which cannot be loaded.*--train_file"):
         run("--output_dir", tmp_path, "--dataset_name", "nobody/nothing")
     with pytest.raises(ValueError, match=r"--student .*'nobody/nothing'.*HF_HUB_CACHE"):
         run("--output_dir", tmp_path, *QUICK, *FEW, "--student", "nobody/nothing")

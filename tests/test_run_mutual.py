@@ -45,7 +45,9 @@ def test_the_digits_from_nothing_to_the_table(run, tmp_path):
     accuracies = [re.findall(r"^peer \d,.* (\d+\.\d\d)% ", text, flags=re.MULTILINE) for text in (printed, measured)]
     assert accuracies[0][2:] == accuracies[1]
     assert json.loads((tmp_path / "measured" / "results.json").read_text())["settings"] == {}
-    with pytest.raises(ValueError, match=r"an output_dir without a run to measure in, got .*choose another"):
+    with pytest.raises(
+        ValueError, match=r"an output_dir that holds no run with --do_train false, got .*choose another"
+    ):
         run("--output_dir", tmp_path, *QUICK, *saved, *AS_GIVEN)
     with pytest.raises(ValueError, match=r"without checkpoints, got .* with checkpoint-4: add --resume"):
         run("--output_dir", tmp_path, *QUICK)

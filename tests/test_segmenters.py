@@ -270,7 +270,7 @@ def test_images_without_a_class_leave_the_tasks_loss_out(segment, name):
     "student, teacher, rows, words",
     [
         (mask2former, resnet, make_segments, r"no lambda_kd > 0 with a segmenter by queries, got it with Mask2Former"),
-        (glpn, resnet, make_depths, r"with a depth estimator, got it with GLPN\w+: depth is a number and no class"),
+        (glpn, resnet, make_depths, r"with a depth estimator, got it with GLPN\w+: depth is a number, not a class"),
         ("SegFormer", maskformer, make_masked, r"with a segmenter by queries, got it with MaskFormer"),
         ("SegFormer", depth_anything, make_masked, r"with a depth estimator, got it with DepthAnything"),
         (
@@ -296,7 +296,7 @@ def test_masks_that_do_not_fit(make_trainer, make_mutual, name):
     other[3]["labels"][9, 9] = 7
     for rows, words in (
         (small, r"labels \(1, 64, 64\), one for each pixel of pixel_values, got \(1, 32, 32\) in row 0 of train_data"),
-        (other, r"within 0 and 2, the model's 3 classes, or 255, .* got 7 in row 3 of train_dataset"),
+        (other, r"from 0 to 2, the model's 3 classes, or 255, .* got 7 in row 3 of train_dataset"),
     ):
         with pytest.raises(ValueError, match=words):
             make_trainer(build(name)[0], train_dataset=rows)

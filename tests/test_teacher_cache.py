@@ -253,7 +253,7 @@ def test_blocks_that_have_changed_are_made_anew(make, images_seen, monkeypatch, 
     images_seen.clear()
     assert course(make()) == expected
     assert images_seen["images"] == 8 and file.read_bytes() == whole
-    assert ("1 of 4 blocks are made anew, view 1 of the images from 8 on" in caplog.text) == complete
+    assert ("1 of 4 blocks are made again, the first of them view 1 from image 8 on" in caplog.text) == complete
 
 
 @pytest.mark.parametrize("name", ["factors_0.npy", "done.npy"])
@@ -263,7 +263,7 @@ def test_an_emptied_file_is_made_anew(make, images_seen, tmp_path, name, caplog)
     (folder / name).write_bytes(b"")
     images_seen.clear()
     assert course(make()) == expected and images_seen["images"] == 1 + 2 * 16
-    assert "is damaged and made anew" in caplog.text
+    assert "is damaged and will be made again" in caplog.text
 
 
 def test_files_without_a_note_of_what_is_done_count_for_nothing(make, images_seen, tmp_path):

@@ -178,7 +178,7 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt) as ended:
         cli.main(["distill"])
     sys.excepthook(ended.type, ended.value, ended.tb)
-    expected = "interrupted: a command that trains goes on with --resume_from_checkpoint true\n"
+    expected = "interrupted: add --resume_from_checkpoint true to continue a training\n"
     assert capsys.readouterr().err == expected
 
 

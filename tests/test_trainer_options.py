@@ -1,15 +1,17 @@
 """Options of Trainer and states of models that either work with several losses and networks, or are refused."""
 
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 from conftest import make_images, make_resnet, make_vit
 from torch import nn
-from transformers import MobileViTConfig, MobileViTForImageClassification
+from transformers import MobileViTConfig, MobileViTForImageClassification, TrainingArguments
 
 from iekd_hf import EMACallback, MutualTrainer
 from iekd_hf.teacher.frozen import fingerprint
+from iekd_hf.training.data_checks import fills_no_batch, leaves_one
 from iekd_hf.training.partwise_optimizer import PartwiseOptimizer
 
 
@@ -184,11 +186,35 @@ def test_stage_1_has_a_batch_where_training_has_one(make_trainer):
     """Of 16 images one is held out, and 15 fill no batch of 16."""
     trainer = make_trainer(per_device_train_batch_size=16, dataloader_drop_last=True, max_steps=-1, num_train_epochs=1)
     assert trainer.train().global_step == 1
-    with pytest.raises(ValueError, match="for a batch of 32 with dataloader_drop_last=True, got 16"):
+    with pytest.raises(
+        ValueError,
+        match="at least one batch of 32 with dataloader_drop_last=True, got 16: set dataloader_drop_last=False",
+    ):
         make_trainer(per_device_train_batch_size=32, dataloader_drop_last=True)
 
 
 # ---- Models in other forms ----
+
+
+@pytest.mark.parametrize(
+    "config, images, batch, is_one, is_none",
+    [
+        ({}, 17, 4, False, False),  # Accelerate fills up the last batches
+        ({"even_batches": False}, 17, 4, True, False),
+        ({"even_batches": False}, 21, 4, True, False),  # of which one rank gets 4 more and the other 1
+        ({"dispatch_batches": True}, 18, 4, True, False),  # shared out by two
+        ({"dispatch_batches": True}, 19, 4, False, False),
+        ({}, 7, 4, False, True),
+        ({"split_batches": True}, 7, 4, False, False),
+    ],
+)
+def test_sizes_of_batches_on_two_ranks(tmp_path, config, images, batch, is_one, is_none):
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=batch, accelerator_config=config, use_cpu=True)
+    two = SimpleNamespace(
+        accelerator_config=args.accelerator_config, train_batch_size=args.train_batch_size, world_size=2
+    )
+    assert leaves_one(range(images), two) == is_one
+    assert fills_no_batch(range(images), two) == is_none
 
 
 def test_a_teacher_without_weights_is_refused(make_trainer):

@@ -173,7 +173,7 @@ def test_peers_take_them_and_are_warned(make_mutual):
     trainer.train()
     first, second = logs_of(trainer)
     assert first["peer_1/task_loss"] > 0 == second["peer_1/task_loss"] == second["peer_2/task_loss"]
-    with pytest.raises(ValueError, match=r"models\[0\] to return a loss"):
+    with pytest.raises(ValueError, match=r"labels to train models\[0\] with, got none.*IEKDTrainer with a teacher"):
         make_mutual(train_dataset=[{"pixel_values": image["pixel_values"]} for image in make_images(4)])
 
 
@@ -243,7 +243,7 @@ def test_rows_without_a_label_are_mixed_with_classes_only():
     assert collate([{"labels": None}, {}, {"labels": 2}])["labels"].tolist() == [-100, -100, 2]
     assert collate([{"labels": torch.tensor(1)}, {"labels": None}])["labels"].tolist() == [1, -100]
     assert collate([{"labels": None}, {}]) == {}
-    with pytest.raises(ValueError, match="some without and another of type list: rows without a label can be mixed"):
+    with pytest.raises(ValueError, match="some without and another of type list: only beside labels"):
         collate([{"labels": [0.0, 1.0]}, {"labels": None}])
     with pytest.raises(ValueError, match="another of type float"):
         collate([{"labels": 0.5}, {"labels": None}])
@@ -275,7 +275,7 @@ def test_labels_that_a_transform_hides_are_hidden(make_trainer):
 def test_labels_out_of_range_count_as_a_transform_makes_them(make_trainer):
     make_trainer(train_dataset=behind_a_transform(8, known=8, shift=5), remove_unused_columns=False)
     for images in (behind_a_transform(8, known=8), behind_a_transform(8, known=8).with_format(None)):
-        with pytest.raises(ValueError, match="within 0 and 1, the student's 2 classes, got 2 in row 2"):
+        with pytest.raises(ValueError, match="from 0 to 1, the model's 2 classes, got 2 in row 2"):
             make_trainer(make_resnet(8, num_labels=2), train_dataset=images)
 
 

@@ -136,8 +136,10 @@ def test_a_last_batch_of_one_image_on_a_1x1_map(make_trainer):
 
 def test_a_batch_of_one_image_of_a_stream_on_a_1x1_map(make_trainer):
     rows = datasets.IterableDataset.from_generator(lambda: iter(make_images(4, size=(4, 4))))
-    with pytest.raises(ValueError, match=r"single image.*\(batches of 1\).*another per_device_train_batch_size"):
+    with pytest.raises(ValueError, match=r"single image.*\(batches of 1\): set another per_device_train_batch_size"):
         make_trainer(train_dataset=rows, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match=r"single image.*\(batches of 1\)"):  # no batch is left out: all are full
+        make_trainer(train_dataset=rows, per_device_train_batch_size=1, dataloader_drop_last=True)
 
 
 class _OnMeta:
@@ -435,7 +437,7 @@ def test_whole_numbers_are_targets_of_a_regression_too(make_trainer):
 def test_a_label_outside_the_classes_is_refused_in_a_list_too(make_trainer, make_mutual):
     images = make_images()
     images[3]["labels"] = 7
-    with pytest.raises(ValueError, match=r"within 0 and 2.*got 7 in row 3"):
+    with pytest.raises(ValueError, match=r"from 0 to 2.*got 7.*num_labels=8 in row 3"):
         make_trainer(train_dataset=images)
     with pytest.raises(ValueError, match=r"got 7 in row 3"):
         make_mutual(train_dataset=images)

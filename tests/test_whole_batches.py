@@ -53,7 +53,7 @@ def test_batches_are_the_rows_asked_for_in_any_order(monkeypatch, tmp_path):
         assert np.array_equal(batch["pixel_values"].numpy(), pixels[ids].transpose(0, 3, 1, 2))
         assert batch["labels"].tolist() == ids == batch["image_ids"].tolist()
     assert len(list(images)) == 23
-    with pytest.raises(IndexError, match="within 0 and 22, got 23"):
+    with pytest.raises(IndexError, match="from 0 to 22, got 23"):
         images[23]
 
 
@@ -287,5 +287,5 @@ def test_raw_pixels_without_an_augmentation_are_refused(make_trainer):
 
 
 def test_labels_outside_the_students_are_refused(make_trainer):
-    with pytest.raises(ValueError, match="within 0 and 1, the student's 2 classes, got 2 in row 2"):
+    with pytest.raises(ValueError, match="from 0 to 1, the model's 2 classes, got 2 in row 2"):
         make_trainer(make_resnet(8, num_labels=2), train_dataset=make_decoded(4), augmentation=make_augmentation())

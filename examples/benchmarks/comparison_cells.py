@@ -50,7 +50,7 @@ class ScheduleArguments:
     )
     paraphraser_epochs: float = field(default=30.0, metadata={"help": "Epochs of stage 1, once for each teacher."})
     student_samples: int | None = field(
-        default=None, metadata={"help": "Train students, peers and paraphrasers on so many images. Default: all."}
+        default=None, metadata={"help": "Train students, peers and paraphrasers on this many images. Default: all."}
     )
     batch_size: int = field(default=128, metadata={"help": "Batch size."})
     learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of SGD."})

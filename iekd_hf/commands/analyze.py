@@ -71,7 +71,7 @@ class AnalysisArguments:
     )
     paraphraser: str | None = field(
         default=None,
-        metadata={"help": "Of a run that compared factors. Default: its `_paraphraser`, if it is there."},
+        metadata={"help": "Paraphraser of a run that compared factors. Default: its `_paraphraser`, if it is there."},
     )
     output_dir: str = field(default="analysis", metadata={"help": "Where the pictures and numbers go."})
     num_images: int = field(default=512, metadata={"help": "Images for CKA and active neurons."})
@@ -291,8 +291,8 @@ def main(given: list[str]) -> None:
     teacher = analysis.teacher or str(run / "_teacher")
     if analysis.teacher is None and not (run / "_teacher").is_dir():
         raise ValueError(
-            f"Expected the run's teacher in --teacher, got none, as {analysis.run!r} has not trained one itself: name "
-            "the one that it had."
+            f"Expected the run's teacher in --teacher, got none, and {analysis.run!r} did not train its own: name the "
+            "teacher that it was distilled from."
         )
     networks = {
         "teacher": Tapped(load(teacher, "--teacher"), teacher_layers),

@@ -50,7 +50,7 @@ class ScriptArguments:
         default_factory=lambda: ["none"], metadata={"help": "Trackers: tensorboard, wandb, ..., or none."}
     )
     disable_tqdm: bool = field(
-        default=False, metadata={"help": "Print lines, not a progress bar, as where there is no terminal."}
+        default=False, metadata={"help": "Print lines instead of a progress bar, as is done without a terminal."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: transforms need the images."})
     bf16: bool = field(default=False, metadata={"help": "Train in bfloat16 mixed precision."})
@@ -61,7 +61,7 @@ class ScriptArguments:
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Push the result to the Hub, with a model card."})
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository to push to. Default: one of output_dir's name, of the user."}
+        default=None, metadata={"help": "Repository to push to. Default: output_dir's name, in your namespace."}
     )
     license: str | None = field(
         default=None,
@@ -159,7 +159,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Decay of a moving average of the distilled student, which is measured beside it and saved in the "
-            "folder `average` of output_dir; 0.999 suits some thousand steps. Default: no average."
+            "folder `average` of output_dir; 0.999 suits a few thousand steps. Default: no average."
         },
     )
     teacher_revision: str = field(

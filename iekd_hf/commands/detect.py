@@ -7,7 +7,7 @@ Three arguments matter:
   --dataset_name  images on the Hub, each with its objects: bbox [x, y, width, height] in pixels and category
 
 Examples:
-  iekd-hf detect         (drawn images of simple shapes, in some minutes)
+  iekd-hf detect         (drawn images of simple shapes, in a few minutes)
   iekd-hf detect --teacher PekingU/rtdetr_r50vd --student PekingU/rtdetr_r18vd --dataset_name rishitdagli/cppe-5
 
 A recipe, a JSON or YAML file, holds arguments; those after it take precedence: iekd-hf detect recipe.yaml
@@ -54,6 +54,13 @@ class DetectorArguments(ModelArguments):
     student: str = field(
         default="tiny-rt-detr-8",
         metadata={"help": "Student: a Hub id, a folder, or `tiny-rt-detr-<width>`, which starts from scratch."},
+    )
+    teacher_epochs: float | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs to train the teacher on the data first. Default: num_train_epochs for a teacher without "
+            "weights (10 for the shapes), otherwise 0."
+        },
     )
 
 

@@ -175,8 +175,8 @@ def main(given: list[str]) -> None:
     run = DistillRun(data_args, args)
     if args.cache_teacher and not data_args.decode_once:
         raise ValueError(
-            "Expected images of one size with --cache_teacher, got several: add --decode_once true, which brings them "
-            "to one, or leave --cache_teacher out."
+            "Expected --decode_once true with --cache_teacher, got false, the default where images have several "
+            "sizes: add it, which brings them to one, or leave --cache_teacher out."
         )
     if args.cache_teacher and data_args.rand_augment is not None:
         raise ValueError(

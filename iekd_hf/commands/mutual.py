@@ -72,7 +72,7 @@ class ImageArguments(StudentDataArguments):
     labelled_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Train on this many images, of each class alike, drawn by seed. Default: 100 of the digits, "
+            "help": "Train on this many images, balanced over the classes, drawn by seed. Default: 100 of the digits, "
             "otherwise all."
         },
     )

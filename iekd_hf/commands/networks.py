@@ -48,8 +48,8 @@ def load_for_classes(
     is_known = sorted(own) == sorted(names)
     if not new_head and not is_known and own != [f"LABEL_{index}" for index in range(len(names))]:
         raise ValueError(
-            f"Expected {role} to know the {len(names)} classes of the data, {_shown(names)}, as it is measured as it "
-            f"is, got one of {len(own)}, {_shown(own)}: train it, or give it images of its own classes."
+            f"Expected {role} to know the {len(names)} classes of the data, {_shown(names)}, to be measured without "
+            f"training, got one of {len(own)}, {_shown(own)}: train it, or give it images of its own classes."
         )
     if is_known and own != names:
         _reorder_classes(model, [own.index(label) for label in names])

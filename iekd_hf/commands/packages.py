@@ -12,6 +12,6 @@ def require(extra: str, *modules: str) -> None:
     missing = [_INSTALLED_AS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(
-            f"Expected {' and '.join(missing)} to be installed, which this command needs, got no such package: run "
+            f"Expected {' and '.join(missing)} to be installed, as this command needs, got none of it: run "
             f'pip install "iekd_hf[{extra}]".'
         )

@@ -89,7 +89,7 @@ class Progress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """End the bar, also that of a training which was broken off."""
+        """End the bar, also that of a training which was interrupted."""
         if self.bar is not None:
             self.bar.close()
         self.bar, self.title = None, ""

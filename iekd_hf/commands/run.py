@@ -45,8 +45,8 @@ def find_start(args: TrainingArguments) -> ResumePoint | None:
     if not args.do_train:
         if Path(folder, RUN_FILE).is_file():
             raise ValueError(
-                f"Expected an output_dir without a run to measure in, got {folder!r}, whose results would be written "
-                "over: choose another --output_dir."
+                f"Expected an output_dir that holds no run with --do_train false, got {folder!r}, whose results would "
+                "be overwritten: choose another --output_dir."
             )
         return None
     if not resume:
@@ -114,8 +114,8 @@ class CommandRun:
             if name != "num_train_epochs" and begun.get(name, value) != value:
                 before = f"no --{name}" if begun[name] is None else f"--{name} {begun[name]}"
                 raise ValueError(
-                    f"Expected {before}, as the run in {self.args.output_dir} has begun, got {value}: resume with the "
-                    "arguments of that run, or choose another --output_dir."
+                    f"Expected {before}, as the run in {self.args.output_dir} was started, got {value}: resume with "
+                    "the arguments of that run, or choose another --output_dir."
                 )
 
     def keep_settings(self) -> None:
@@ -247,8 +247,8 @@ class CommandRun:
         if self.start and (folder / MANIFEST_FILE).is_file():
             if damage := find_damage(folder):
                 raise ValueError(
-                    f"Expected the {name} in {folder} as it was saved, got another: {damage}. Remove that folder to "
-                    "train it again."
+                    f"Expected the {name} in {folder} as it was saved, but {damage}: remove that folder to train "
+                    "it again."
                 )
             done = read_manifest(folder)
             if done.get("schedule", schedule) != schedule:
@@ -354,7 +354,7 @@ class CommandRun:
             known = ", ".join(sorted(name.removeprefix("eval_") for name in measured))
             raise ValueError(
                 f"Expected a metric of the evaluation in --metric_for_best_model, got {args.metric_for_best_model!r}: "
-                f"there are {known}."
+                f"choose one of {known}."
             )
 
     def first_image(self) -> PIL.Image.Image:

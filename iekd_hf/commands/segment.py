@@ -7,7 +7,7 @@ Three arguments matter:
   --dataset_name  images on the Hub, each with its mask: an image of its size with a class's number in each pixel
 
 Examples:
-  iekd-hf segment        (drawn images of simple shapes, in some minutes)
+  iekd-hf segment        (drawn images of simple shapes, in a few minutes)
   iekd-hf segment --teacher nvidia/mit-b3 --student nvidia/mit-b0 --dataset_name segments/sidewalk-semantic
 
 A recipe, a JSON or YAML file, holds arguments; those after it take precedence: iekd-hf segment recipe.yaml
@@ -89,8 +89,8 @@ class RunArguments(MethodByDefault, SegmentationScriptArguments, IEKDTrainingArg
     do_predict: bool = field(
         default=False,
         metadata={
-            "help": "Write the masks of the test split, or else of the validation images, to the folder predictions, "
-            "named by their rows in the data."
+            "help": "Write the predicted masks of the test split, or else of the validation images, to the folder "
+            "predictions, named by their rows in the data."
         },
     )
     paraphraser_epochs: float | None = field(

@@ -54,7 +54,7 @@ def _say_in_one_line(
         otherwise(kind, error, traceback)
         return
     if isinstance(error, KeyboardInterrupt):
-        say("interrupted: a command that trains goes on with --resume_from_checkpoint true")
+        say("interrupted: add --resume_from_checkpoint true to continue a training")
         return
     message = " ".join(str(error).split()) or kind.__name__
     if not message.startswith("Expected"):  # not one of ours, which say what to do
@@ -74,7 +74,7 @@ def _settings_of_the_process() -> Iterator[None]:
             yield
         finally:
             if hasattr(transformers.trainer.DEFAULT_PROGRESS_CALLBACK, "close"):
-                transformers.trainer.DEFAULT_PROGRESS_CALLBACK.close()  # the bar of a training that was broken off
+                transformers.trainer.DEFAULT_PROGRESS_CALLBACK.close()  # the bar of a training that was interrupted
             of_transformers.set_verbosity(verbosity)
             transformers.trainer.DEFAULT_PROGRESS_CALLBACK = progress
             for module, enabled in bars.items():

@@ -146,7 +146,7 @@ class DecodedImages(Dataset):
         """Return a batch, which torch's DataLoader asks for as a whole."""
         ids = np.asarray(indices, dtype=np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
-            raise IndexError(f"Expected indices within 0 and {len(self) - 1}, got {ids.min()} to {ids.max()}.")
+            raise IndexError(f"Expected indices from 0 to {len(self) - 1}, got {ids.min()} to {ids.max()}.")
         pixels = np.empty((len(ids), int(np.prod(self.shape))), np.uint8)
         piece_of = np.searchsorted(self._ends, ids, side="right")
         for number in np.unique(piece_of):

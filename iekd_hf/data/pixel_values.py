@@ -50,7 +50,9 @@ def pixel_values_of(processor: BaseImageProcessor) -> PixelValues:
             return PixelValues(scale.flip(dims), shift.flip(dims), reverses)
     says = [round(value, 3) for value in expected.tolist()]
     makes = [round(value, 3) for value in made[len(made) // 2].tolist()]
-    raise _inexpressible(processor, f"which makes {makes} of the colour {list(_COLOUR)}, by its attributes {says}")
+    raise _inexpressible(
+        processor, f"which turns the colour {list(_COLOUR)} into {makes}, where its attributes say {says}"
+    )
 
 
 def _declared(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:

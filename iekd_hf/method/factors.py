@@ -53,7 +53,7 @@ class ChannelSplit(nn.Module):
         if not 0 <= inheritance_ratio <= 1:
             raise ValueError(f"Expected inheritance_ratio within [0, 1], got {inheritance_ratio}.")
         if mode not in SPLIT_MODES:
-            raise ValueError(f"Expected split_mode to be one of {', '.join(SPLIT_MODES)}; got {mode!r}.")
+            raise ValueError(f"Expected mode to be one of {', '.join(SPLIT_MODES)}; got {mode!r}.")
         num_inheriting = round(num_channels * inheritance_ratio)
         if 0 < inheritance_ratio < 1:
             if num_channels < 2:
@@ -169,7 +169,7 @@ class Paraphraser(
     def __init__(self, in_channels: int, factor_channels: int, decoder: str = "conv", kernel_size: int = 3):
         super().__init__()
         if decoder not in DECODERS:
-            raise ValueError(f"Expected paraphraser_decoder to be one of {', '.join(DECODERS)}; got {decoder!r}.")
+            raise ValueError(f"Expected decoder to be one of {', '.join(DECODERS)}; got {decoder!r}.")
         self.in_channels = in_channels
         self.factor_channels = factor_channels
         self.facts: dict[str, str | float] = {}

@@ -81,7 +81,7 @@ def inheritance_loss(
 
     ```
     """
-    _check(student_factors, teacher_factors, "inheritance_distance", distance, INHERITANCE_DISTANCES, reduction, mask)
+    _check(student_factors, teacher_factors, distance, INHERITANCE_DISTANCES, reduction, mask)
     if distance == "cosine" and not normalize:
         raise ValueError("Expected normalize=True with the distance 'cosine', got False: choose another distance.")
 
@@ -140,7 +140,7 @@ def exploration_loss(
 
     ```
     """
-    _check(student_factors, teacher_factors, "exploration_distance", distance, EXPLORATION_DISTANCES, reduction, mask)
+    _check(student_factors, teacher_factors, distance, EXPLORATION_DISTANCES, reduction, mask)
     valid = Valid(mask)
     with _prepared(student_factors, teacher_factors, valid, normalize=distance != "cka") as (F_exp, F_T):
         return EXPLORATION_DISTANCES[distance](F_exp, F_T, reduction, valid)
@@ -178,7 +178,7 @@ def reconstruction_loss(
 
     ```
     """
-    _check(reconstruction, target, "reconstruction_distance", distance, RECONSTRUCTION_DISTANCES, "mean", mask)
+    _check(reconstruction, target, distance, RECONSTRUCTION_DISTANCES, "mean", mask)
     error, valid = F.l1_loss if distance == "l1" else F.mse_loss, Valid(mask)
     with _prepared(reconstruction, target, valid, normalize=False) as (R, f_T):
         if mask is None:
@@ -321,16 +321,15 @@ def _prepared(
 def _check(
     student: torch.Tensor,
     teacher: torch.Tensor,
-    argument: str,
     distance: str,
     known,
     reduction: str,
     mask: torch.Tensor | None,
 ) -> None:
     if distance not in known:
-        raise ValueError(f"Expected {argument} to be one of {', '.join(known)}; got {distance!r}.")
+        raise ValueError(f"Expected distance to be one of {', '.join(known)}; got {distance!r}.")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"Expected the reduction to be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+        raise ValueError(f"Expected reduction to be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
     if student.shape != teacher.shape:
         raise ValueError(
             f"Expected two tensors of one shape (batch_size, channels, height, width), got {tuple(student.shape)} and "

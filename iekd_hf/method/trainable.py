@@ -64,9 +64,9 @@ class StudentWithEncoders(nn.Module):
             used = self.inheritance_encoders or self.exploration_encoders
             if used and torch.is_grad_enabled() and not f_S.requires_grad:
                 raise ValueError(
-                    f"Expected the student's feature map at {name!r} to carry a gradient, got one without: gradient "
-                    'checkpointing is reentrant (set gradient_checkpointing_kwargs={"use_reentrant": False}), or its '
-                    "layers were frozen since; no feature loss would reach the student."
+                    f"Expected the student's feature map at {name!r} to carry a gradient, got one without, so no "
+                    "feature loss would reach the student: gradient checkpointing is reentrant (set "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}), or its layers were frozen since.'
                 )
         halves = [split(f_S) for split, f_S in zip(self.splits, feature_maps, strict=True)]
         factors_inh = [encode(f_inh) for encode, (f_inh, _) in zip(self.inheritance_encoders, halves, strict=False)]

@@ -57,8 +57,8 @@ def load_adapter(model: nn.Module, folder: str) -> None:
     different = different_weights(own, saved)
     if different:
         raise ValueError(
-            f"Expected the weights of the adapter {name!r} in {folder}, got others ({len(different)} differ, "
-            f"{different[0]} among them): {what_to_do}"
+            f"Expected the weights of the adapter {name!r} in {folder}, got others ({len(different)} are missing, "
+            f"unknown or of another shape, such as {different[0]}): {what_to_do}"
         )
     set_peft_model_state_dict(model, saved, adapter_name=name)
 

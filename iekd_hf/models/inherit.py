@@ -48,8 +48,8 @@ def inherit_head(student: nn.Module, teacher: nn.Module) -> list[str]:
     is_outside = {name: "backbone" not in name.split(".") for name in own}
     if all(is_outside.values()):
         raise ValueError(
-            f"Expected a student with a backbone, beside which its head is, got {type(student).__name__}: leave the "
-            "head as it is."
+            f"Expected a student with a module named backbone beside its head, got {type(student).__name__}: leave "
+            "the head as it is."
         )
     names = [name for name in own if is_outside[name] and name in given and given[name].shape == own[name].shape]
     if not any(own[name].is_floating_point() and own[name].ndim for name in names):

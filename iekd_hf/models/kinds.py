@@ -20,7 +20,7 @@ _WITHOUT_LOGITS = {
     "ForUniversalSegmentation": _BY_QUERIES,
     "ForInstanceSegmentation": _BY_QUERIES,
     "ForSegmentation": _BY_QUERIES,
-    "ForDepthEstimation": ("a depth estimator", "depth is a number and no class, so there are no logits to compare"),
+    "ForDepthEstimation": ("a depth estimator", "depth is a number, not a class, so there are no logits to compare"),
 }
 
 # Outputs of detectors that are no predictions; gathered, they would take more memory than the images.

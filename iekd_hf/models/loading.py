@@ -118,8 +118,8 @@ def _has_processor(name_or_path: str, where: dict) -> bool:
                 return True
     if unreachable:
         logger.warning(
-            f"The image processor of {name_or_path} is neither in the cache nor within reach: its pixels are "
-            "taken to be those of the other model. Pass teacher_processor if they are not."
+            f"Could not look up the image processor of {name_or_path}, which is not in the cache, and the Hub cannot "
+            "be reached: it is assumed to take the other model's pixels. Pass teacher_processor if it does not."
         )
     return False
 
@@ -129,7 +129,8 @@ def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             f"Expected {role} without code of its own, got {name_or_path!r}, which has some that is not run unless "
-            "you ask for it: read it, and if you trust it set trust_remote_code."
+            "you ask for it: read it, and if you trust it, set trust_remote_code (for a trainer in "
+            "teacher_model_init_kwargs or model_init_kwargs), or load the model yourself."
         )
     if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):
         return (
@@ -142,6 +143,6 @@ def explain_unreachable(name_or_path: str, role: str, error: Exception) -> str:
     reason = str(error).strip().partition("\n")[0]
     return (
         f"Expected {role} to be a folder or a Hub name that can be reached, got {name_or_path!r}, which is no folder "
-        f"here and could not be had from the Hub ({reason}). Without a network, give a local folder, or fill the "
+        f"here and could not be fetched from the Hub ({reason}). Without a network, give a local folder, or fill the "
         f"Hub's cache ({cache}) on a machine that has one and set HF_HUB_OFFLINE=1."
     )

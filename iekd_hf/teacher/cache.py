@@ -44,7 +44,7 @@ class TeacherCache:
     Hold the factors F_T, and the logits if a logit term is on, of K views of each image, in float16.
 
     Its folder is named by a digest of everything that the numbers depend on. An unfinished cache is continued, never
-    read; blocks that have changed since they were written are made anew.
+    read; blocks that have changed since they were written are made again.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class TeacherCache:
             view, start = self._blocks[changed[0]]
             logger.warning(
                 f"The teacher's cache in {self.folder} has changed since it was written: {len(changed)} of "
-                f"{len(self._blocks)} blocks are made anew, view {view} of the images from {start} on among them."
+                f"{len(self._blocks)} blocks are made again, the first of them view {view} from image {start} on."
             )
         return not changed
 
@@ -222,7 +222,7 @@ class TeacherCache:
                 if array.dtype != dtype or array.shape[: len(shape)] != shape or not array.flags.c_contiguous:
                     raise ValueError(f"{name} is of another cache")
         except (OSError, ValueError, EOFError) as error:
-            logger.warning(f"The teacher's cache in {self.folder} is damaged and made anew: {error}")
+            logger.warning(f"The teacher's cache in {self.folder} is damaged and will be made again: {error}")
             return False
         return True
 

@@ -109,7 +109,9 @@ class EMACallback(TrainerCallback):
         if (checkpoint / AVERAGE_FILE).is_file():
             load_model(self.averaged, checkpoint / AVERAGE_FILE)
         else:
-            logger.warning(f"There is no average of the student in {checkpoint}: it begins with the student there.")
+            logger.warning(
+                f"There is no average of the student in {checkpoint}: the average starts from the student there."
+            )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Take in the student after a step."""

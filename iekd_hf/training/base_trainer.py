@@ -23,7 +23,7 @@ from .checkpoints import check_training_state, load_weights, read_weights
 from .checks import check_callbacks, check_engine, check_recipe
 from .collate import PassBatches
 from .component_log import ComponentLog
-from .data_checks import check_a_batch, check_dispatched, is_stream
+from .data_checks import check_a_batch, check_dispatched, is_dispatched, is_stream
 from .labelled_mean import LabelledMean
 from .labels import FillLabels, measure_labelled
 from .layer_rates import layer_rates, split_by_rate
@@ -82,7 +82,7 @@ class DistillationTrainer(HubTrainer):
         self.model_accepts_loss_kwargs = False
         self.data_collator = FillLabels(self.data_collator)
         self.task_loss = TaskLoss(self)
-        self._fill_stream(self.train_dataset)
+        self._fill_labels(self.train_dataset)
         self.components = ComponentLog()
         self.run = ""  # its name, in the manifests of its checkpoints
         self._saving_folder: Path | None = None  # while a checkpoint is being written
@@ -90,27 +90,27 @@ class DistillationTrainer(HubTrainer):
         self.labelled_mean: LabelledMean | None = None  # while images are evaluated
         check_engine(self)
 
-    def _fill_stream(self, dataset) -> None:
-        """Let all batches have labels where those of a stream of classes are dispatched to several ranks."""
-        if self.args.world_size > 1 and is_stream(dataset) and self.task_loss.takes_classes:
+    def _fill_labels(self, dataset) -> None:
+        """Let all batches have labels where those of classes are dispatched to several ranks."""
+        is_shared = self.args.world_size > 1 and (is_stream(dataset) or is_dispatched(self.accelerator, dataset))
+        if is_shared and self.task_loss.takes_classes:
             self.data_collator.fills_all = True
 
     def sample_batch(self) -> dict:
         """Return the first training example as a batch on the device, to find shapes with."""
         dataset = self.columns_in_use(self.train_dataset)
-        hint = "if a transform makes it from other columns, set remove_unused_columns=False in the arguments"
+        hint = "if a transform reads or makes that column, set remove_unused_columns=False in the arguments"
         try:
             example = next(iter(dataset)) if is_stream(dataset) else dataset[0]
         except KeyError as error:
-            raise ValueError(f"Expected a first training example, got no column {error} for it: {hint}.") from error
+            raise ValueError(f"Expected a first training example, got no column {error}: {hint}.") from error
         if self.data_collator.is_usual and not isinstance(example, Mapping):
             raise ValueError(
                 f"Expected training examples as dictionaries with pixel_values and labels, got a "
                 f"{type(example).__name__}: make them in the data set's transform, or in a data_collator."
             )
         batch = self._get_collator_with_removed_columns(self.data_collator)([example])
-        name = main_input_of(self.model)
-        if name not in batch:
+        if (name := main_input_of(self.model)) not in batch:
             raise ValueError(f"Expected {name!r} in a training batch, got {sorted(batch)}: {hint}.")
         check_a_batch(dataset, self.args)
         check_dispatched(self.accelerator, dataset, batch)
@@ -181,6 +181,10 @@ class DistillationTrainer(HubTrainer):
         self.task_loss.begin_step(samples, device)
         return samples, num_items
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # No loss of ours reads Trainer's count, in whose gather a rank without a label would take no part.
+        return None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the task's loss, over the images that have a label."""
         labels = self.task_loss.take_labels(inputs)
@@ -208,7 +212,7 @@ class DistillationTrainer(HubTrainer):
         return self.accelerator.prepare_model(module)
 
     def give_forward_back(self, prepared: nn.Module) -> None:
-        """Take accelerate's autocast from around a module's forward, so that the next training prepares it anew."""
+        """Take accelerate's autocast from around a module's forward, so that the next training prepares it again."""
         module = self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
         # Accelerate leaves its mark on it, and would take it for prepared.
         vars(module).pop("_is_accelerate_prepared", None)
@@ -393,7 +397,7 @@ class DistillationTrainer(HubTrainer):
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, but by the images that have a label."""
         self.sync_buffers(self.model)
-        self._fill_stream(dataloader.dataset)
+        self._fill_labels(dataloader.dataset)
         self.labelled_mean = LabelledMean(self, dataloader.dataset)
         compute_metrics = self.compute_metrics
         if compute_metrics is not None and not self.task_loss.is_regression:

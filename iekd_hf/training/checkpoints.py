@@ -72,18 +72,20 @@ def check_made_by(folder: str, trainer: str, **made_for: str) -> None:
 
 
 def check_training_state(folder: str, args: TrainingArguments) -> None:
-    """Refuse a checkpoint that has lost its optimizer; say what begins anew where it, or other ranks, go on."""
+    """Refuse a checkpoint that has lost its optimizer; say what starts afresh where it, or other ranks, go on."""
     random_states = [*Path(folder).glob("rng_state*.pth")]  # one of each rank
     missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not Path(folder, name).is_file()]
     missing += [] if random_states else ["rng_state.pth"]
     if missing and not args.save_only_model and not Path(folder, MANIFEST_FILE).is_file():
         raise ValueError(
-            f"Expected {' and '.join(missing)} in {folder}, got neither them nor a manifest that says that there were "
-            "none: resume from another checkpoint, or set save_only_model=True to go on with a new optimizer."
+            f"Expected {' and '.join(missing)} in {folder}, got a checkpoint without, and no {MANIFEST_FILE} that "
+            "says it was saved so: resume from another checkpoint, or set save_only_model=True to go on with a new "
+            "optimizer."
         )
     if missing:
         logger.warning(
-            f"{folder} was saved with save_only_model: optimizer, learning rate schedule and random state begin anew."
+            f"{folder} has no {' and no '.join(missing)}: what they hold (optimizer, learning rate schedule, random "
+            "state) starts afresh."
         )
     elif len(random_states) != args.world_size and args.process_index == 0:
         logger.warning(
@@ -104,8 +106,9 @@ def read_encoders(module: nn.Module, folder: str) -> dict[str, torch.Tensor]:
     if different:
         raise ValueError(
             f"Expected a checkpoint of encoders as the arguments make them, got another one in {folder} "
-            f"({len(different)} weights differ, {different[0]} among them): set inheritance_ratio, factor_channels, "
-            "encoder_kernel_size and the losses that are in use as they were, or use another output_dir."
+            f"({len(different)} weights are missing, unknown or of another shape, such as "
+            f"{different[0]}): set inheritance_ratio, factor_channels, encoder_kernel_size and the losses in use as "
+            "they were, or use another output_dir."
         )
     return tensors
 
@@ -147,10 +150,14 @@ def load_paraphrasers(
     paraphrasers = list(source) if isinstance(source, (list, tuple, nn.ModuleList)) else [source]
     for paraphraser in paraphrasers:
         if not isinstance(paraphraser, kind):
-            raise ValueError(f"Expected a {kind.__name__} for this knowledge, got a {type(paraphraser).__name__}.")
+            raise ValueError(
+                f"Expected a {kind.__name__} for this knowledge, got a {type(paraphraser).__name__}: pass one, its "
+                "folder or Hub id, or None to train one."
+            )
     if len(paraphrasers) != num_layers:
         raise ValueError(
-            f"Expected {num_layers} paraphrasers, one for each layer of the teacher, got {len(paraphrasers)}."
+            f"Expected {num_layers} paraphrasers, one for each layer of the teacher, got {len(paraphrasers)}: pass as "
+            "many, or None to train them."
         )
     return paraphrasers
 

@@ -135,7 +135,7 @@ def check_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> None
     if args.gradient_checkpointing and not without_adapters(model).supports_gradient_checkpointing:
         raise ValueError(
             f"Expected a student with activation checkpointing for gradient_checkpointing=True, got "
-            f"{type(without_adapters(model)).__name__}, which has none: leave it out."
+            f"{type(without_adapters(model)).__name__}, which has none: set gradient_checkpointing=False."
         )
 
 
@@ -148,7 +148,7 @@ def check_noise(student: PreTrainedModel, args: TrainingArguments) -> None:
     except (AttributeError, NotImplementedError):
         raise ValueError(
             f"Expected a student with input embeddings for neftune_noise_alpha, got {type(student).__name__}, which "
-            "has none: leave it out."
+            "has none: leave neftune_noise_alpha out."
         ) from None
 
 
@@ -167,8 +167,8 @@ def tell_of_no_labels(student: PreTrainedModel, args: TrainingArguments) -> None
     logger.info("No image has a label: the student learns from the teacher alone, and L_goal is 0.")
     if args.lambda_kd == 0 and takes_labels(without_adapters(student)):
         warnings.warn(
-            f"No image has a label and lambda_kd=0, so nothing trains the head of {type(student).__name__}, whose "
-            "predictions stay random: pass the student without it (AutoModel), or a method with '+kd'.",
+            f"No image has a label and lambda_kd=0, so nothing trains the head of {type(student).__name__}: its "
+            "predictions will mean nothing. Pass the student without a head (AutoModel), or a method with '+kd'.",
             UserWarning,
             stacklevel=5,
         )
@@ -196,8 +196,8 @@ def check_engine(trainer: Trainer) -> None:
         )
     if trainer.args.save_on_each_node and trainer.args.world_size > 1:
         raise ValueError(
-            "Expected one set of checkpoints, got save_on_each_node=True: of a machine that does not hold the main "
-            "process they would lack the weights. Give an output_dir that all machines see, and leave it out."
+            "Expected save_on_each_node=False with several processes, got True: checkpoints on machines without the "
+            "main process would lack the weights. Use an output_dir that all machines see."
         )
     for engine, is_used in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
         # On a CPU, and in one process, Accelerate leaves out an engine that it was told to use, and does not say so.
@@ -238,10 +238,10 @@ def check_trainable(tap: FeatureTap, inputs: dict) -> None:
     """Refuse a feature map without gradient; a partly frozen backbone is fine."""
     if tap.layers and (frozen := tap.frozen_layers(inputs)):
         raise ValueError(
-            f"Expected the student's feature map at {frozen[0]!r} to carry a gradient, got one without: all "
-            f"parameters of {type(tap.model).__name__} before it are frozen, as Transformers builds a ResNet in "
-            "DETR and its kin. Call requires_grad_(True) on the student, or on its backbone, or name a layer that "
-            "trains; no feature loss would reach the student."
+            f"Expected the student's feature map at {frozen[0]!r} to carry a gradient, got one without, so "
+            f"no feature loss would reach the student: all parameters of {type(tap.model).__name__} before it are "
+            "frozen, as Transformers builds a ResNet in DETR and similar detectors. Call requires_grad_(True) on the "
+            "student, or on its backbone, or name a layer that trains."
         )
 
 
@@ -319,8 +319,8 @@ def check_recipe(trainer: Trainer, mixing: nn.Module | None) -> None:
         )
     if optimizer is not None and getattr(args, "layer_decay", None) is not None:
         raise ValueError(
-            "Expected no optimizer in optimizers with layer_decay, got one: give its groups the rates that they shall "
-            "have, and leave layer_decay out."
+            "Expected no optimizer in optimizers with layer_decay, got one: set the learning rate of each of its "
+            "groups yourself, and leave layer_decay out."
         )
     if optimizer is None:
         check_optim_args(args, trainer.model)

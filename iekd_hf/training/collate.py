@@ -20,6 +20,6 @@ class PassBatches:
             if str(error).startswith("Expected "):
                 raise
             raise ValueError(
-                f"Expected examples that make one batch, got {describe_rows(examples)} ({error}): let the data set's "
-                "transform bring images to tensors of one size and labels to numbers, or pass data_collator."
+                f"Expected examples that make one batch, got {describe_rows(examples)} ({error}): make the data "
+                "set's transform return images as tensors of one size and labels as numbers, or pass data_collator."
             ) from error

@@ -58,8 +58,8 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel, reads_lab
     num_labels, problem = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
     if problem == "multi_label_classification" and (least := read_least_target(dataset)) is not None and least < 0:
         raise ValueError(
-            f"Expected targets of 0 or 1 in {name} for several labels an image, got {least:g}: that an image is "
-            "without a label can be said of classes only. Remove these images, or leave out the labels of all."
+            f"Expected targets of 0 or 1 in {name} for several labels an image, got {least:g}: with these, single "
+            "images cannot be without a label. Remove such images, or the labels of all."
         )
     if num_labels is None or num_labels == 1 or problem in ("regression", "multi_label_classification"):
         return  # targets, not classes
@@ -73,17 +73,17 @@ def check_dataset(dataset: Dataset, name: str, model: PreTrainedModel, reads_lab
         row = int(outside.argmax())
         # A transform may make other labels of these.
         if outside[row] and not (is_transformed(dataset) and is_other_label(dataset[row], labels[row])):
+            is_below = labels[row] < 0
+            remedy = "write -100 for none" if is_below else f"load the model with num_labels={int(labels.max()) + 1}"
             raise ValueError(
-                f"Expected labels of {name} within 0 and {num_labels - 1}, the student's {num_labels} classes, got "
-                f"{int(labels[row])} in row {row} of column {column!r}: load the student with num_labels="
-                f"{int(labels.max()) + 1}, or fix the labels."
+                f"Expected labels of {name} from 0 to {num_labels - 1}, the model's {num_labels} classes, got "
+                f"{int(labels[row])} in row {row} of column {column!r}: {remedy}, or fix the labels."
             )
 
 
 def check_dispatched(accelerator: Accelerator, dataset: Dataset, batch: Mapping) -> None:
     """Refuse a batch of other things than tensors where one process reads the images and shares them out."""
-    chosen = accelerator.dataloader_config.dispatch_batches
-    if accelerator.num_processes == 1 or not (is_stream(dataset) if chosen is None else chosen):
+    if not is_dispatched(accelerator, dataset):
         return
     # Of lists, Accelerate joins those of all ranks entry by entry, and cuts the entries.
     if others := [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]:
@@ -94,16 +94,24 @@ def check_dispatched(accelerator: Accelerator, dataset: Dataset, batch: Mapping)
         )
 
 
+def is_dispatched(accelerator: Accelerator, dataset: Dataset) -> bool:
+    """Return whether one process reads the images and shares them out to others."""
+    chosen = accelerator.dataloader_config.dispatch_batches
+    return accelerator.num_processes > 1 and bool(is_stream(dataset) if chosen is None else chosen)
+
+
 def check_batches_of_one(dataset: Dataset, args: TrainingArguments, shapes: Iterable[torch.Size]) -> None:
     """Refuse a batch of one image with maps of 1x1, on which BatchNorm of the encoders cannot train."""
-    if all(shape[1:].numel() > 1 for shape in shapes) or args.dataloader_drop_last:
+    if all(shape[1:].numel() > 1 for shape in shapes):
         return
-    if args.per_device_train_batch_size == 1 or leaves_one(dataset, args):
+    are_single = _images_a_batch(args) == args.world_size
+    if are_single or (not args.dataloader_drop_last and leaves_one(dataset, args)):
         count = f"{len(dataset)} images in " if hasattr(dataset, "__len__") else ""
+        remedy = "" if are_single else "dataloader_drop_last=True, "
         raise ValueError(
             "Expected batches of at least two images where maps are 1x1, got one of a single image, which BatchNorm "
-            f"cannot train on ({count}batches of {args.train_batch_size}): set "
-            "dataloader_drop_last=True, another per_device_train_batch_size, or earlier layers."
+            f"cannot train on ({count}batches of {args.train_batch_size}): set {remedy}another "
+            "per_device_train_batch_size, or earlier layers."
         )
 
 
@@ -111,8 +119,8 @@ def check_a_batch(dataset: Dataset, args: TrainingArguments) -> None:
     """Refuse a data set that fills no batch where batches that are not full are dropped."""
     if args.dataloader_drop_last and fills_no_batch(dataset, args):
         raise ValueError(
-            f"Expected images for a batch of {_images_a_batch(args)} with dataloader_drop_last=True, got "
-            f"{len(dataset)}: set it to False, or a smaller per_device_train_batch_size."
+            f"Expected images for at least one batch of {_images_a_batch(args)} with dataloader_drop_last=True, got "
+            f"{len(dataset)}: set dataloader_drop_last=False, or a smaller per_device_train_batch_size."
         )
 
 
@@ -122,9 +130,15 @@ def fills_no_batch(dataset: Dataset, args: TrainingArguments) -> bool:
 
 
 def leaves_one(dataset: Dataset, args: TrainingArguments) -> bool:
-    """Return whether the last batch of an epoch holds a single image."""
-    return hasattr(dataset, "__len__") and len(dataset) % _images_a_batch(args) == 1
+    """Return whether a process's last batch of an epoch holds a single image."""
+    if not hasattr(dataset, "__len__"):
+        return False
+    if args.world_size > 1 and args.accelerator_config.dispatch_batches:
+        return 0 < len(dataset) % _images_a_batch(args) <= args.world_size
+    if args.world_size > 1 and args.accelerator_config.even_batches:
+        return False  # Accelerate fills up the last batches
+    return len(dataset) % args.train_batch_size == 1
 
 
 def _images_a_batch(args: TrainingArguments) -> int:
-    return args.train_batch_size * args.world_size
+    return args.train_batch_size * (1 if args.accelerator_config.split_batches else args.world_size)

@@ -27,8 +27,8 @@ def check_masks(model: nn.Module, batch: dict, where: str = "") -> None:
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= max(num_labels, 2)))
     if outside.any():
         raise ValueError(
-            f"Expected labels of pixels within 0 and {num_labels - 1}, the model's {num_labels} classes, or "
-            f"{ignore_index}, which it ignores, got {int(labels[outside][0])}{where}: mend the masks, load the model "
+            f"Expected labels of pixels from 0 to {num_labels - 1}, the model's {num_labels} classes, or "
+            f"{ignore_index}, which it ignores, got {int(labels[outside][0])}{where}: fix the masks, load the model "
             "with more num_labels, or set the label that its configuration ignores."
         )
 
@@ -59,7 +59,7 @@ def probe_with_labels(tap: FeatureTap, batch: dict) -> tuple[dict, list[torch.Si
             raise
         raise ValueError(
             f"Expected a first example that {type(without_adapters(tap.model)).__name__} takes, got "
-            f"{describe_rows([batch])} ({error}): mend the data set's transform, or load the model for such images "
+            f"{describe_rows([batch])} ({error}): fix the data set's transform, or load the model for such images "
             "and labels (num_labels, problem_type)."
         ) from error
     if not isinstance(outputs, Mapping):

@@ -78,10 +78,10 @@ def warn_of_small_shares(shares: dict[str, float], weights: dict[str, float]) ->
         if share < SMALL_SHARE:
             argument, loss = LAMBDA_OF[name], name.replace("_", " ")
             weight = weights[argument]
-            hint = f" For a tenth of it, set {argument} to {weight * 0.1 / share:.2g}." if share > 0 else ""
+            hint = f" For 10%, set {argument} to {weight * 0.1 / share:.2g}." if share > 0 else ""
             warnings.warn(
-                f"{argument}={weight:g} gives the {loss} {share:.2%} of the gradient norm of the task's loss at "
-                f"the student's features, on some batches: it will hardly act.{hint}",
+                f"With {argument}={weight:g} the gradient of the {loss} at the student's features is {share:.2%} of "
+                f"the task's loss's, measured on a few batches: it will hardly act.{hint}",
                 UserWarning,
                 stacklevel=2,
             )

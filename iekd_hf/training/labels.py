@@ -61,7 +61,7 @@ def check_are_classes(dataset: Dataset, column: str, name: str) -> None:
             if isinstance(value, str) or (has_classes and value is not None and not _is_class(value)):
                 raise ValueError(
                     f"Expected the number of a class as {column!r} in every row of {name}, got {value!r} in row "
-                    f"{row}: mend it, or leave the label out (None) where there is none."
+                    f"{row}: fix it, or leave the label out (None) where there is none."
                 )
     elif isinstance(dataset, datasets.Dataset) and column in dataset.features:
         feature = dataset.features[column]
@@ -133,8 +133,8 @@ class FillLabels:
     """
     Collate rows of which some have no label: theirs is -100; a batch where none has one gets no `labels`.
 
-    It gets them, -100 throughout, where `fills_all` is set: ranks that a stream's batches are dispatched to must all
-    have the same keys. A collator of one's own gets the rows as they are.
+    It gets them, -100 throughout, where `fills_all` is set: ranks that batches are dispatched to must all have the
+    same keys. A collator of one's own gets the rows as they are.
     """
 
     def __init__(self, collate: Callable):
@@ -163,8 +163,8 @@ def _no_label_like(label, column: str) -> int | np.ndarray | torch.Tensor:
         return torch.full_like(label, NO_LABEL) if isinstance(label, torch.Tensor) else np.full_like(label, NO_LABEL)
     raise ValueError(
         f"Expected {column!r} in every row of a batch, or none, got some without and another of type "
-        f"{type(label).__name__}: rows without a label can be mixed with classes only. Remove them, or leave out "
-        "the labels of all rows."
+        f"{type(label).__name__}: only beside labels that are numbers of classes may rows have none. Remove those "
+        "rows, or the labels of all."
     )
 
 

@@ -73,8 +73,7 @@ def check_undamaged(folder: Path) -> None:
     """Refuse a folder with a file that is missing, cut or changed."""
     if damage := find_damage(folder):
         raise ValueError(
-            f"Expected {folder} as it was written, got another: {damage}. Copy it again from where it came, or "
-            "make it anew."
+            f"Expected {folder} as it was written, but {damage}: copy it again from where it came, or make it again."
         )
 
 

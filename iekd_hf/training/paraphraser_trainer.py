@@ -117,8 +117,9 @@ class ParaphraserTrainer(DistillationTrainer):
         if not ours < trivial:
             warnings.warn(
                 "The paraphraser has not beaten the trivial predictor on held-out images: reconstruction error "
-                f"{ours:.4g} against {trivial:.4g} of the mean map. Its factors say little about the teacher: raise "
-                "paraphraser_epochs or factor_channels, or change paraphraser_learning_rate.",
+                f"{ours:.4g} against {trivial:.4g} of the mean map. Its factors say little about the teacher: train "
+                "it longer (paraphraser_epochs or paraphraser_max_steps), raise factor_channels, or change "
+                "paraphraser_learning_rate.",
                 UserWarning,
                 stacklevel=3,  # not the decorator's frame
             )

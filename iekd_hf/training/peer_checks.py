@@ -31,7 +31,7 @@ def check_models(models: list[PreTrainedModel], args: TrainingArguments, kwargs:
             if owners.setdefault(parameter, i) != i:
                 raise ValueError(
                     f"Expected models with weights of their own, but models[{owners[parameter]}] and models[{i}] "
-                    "share theirs: build the second one anew, or pass copy.deepcopy(model)."
+                    "share theirs: build the second one again, or pass copy.deepcopy(model)."
                 )
         if getattr(model, "is_activation_checkpointing", False):
             raise ValueError(

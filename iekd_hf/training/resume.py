@@ -25,7 +25,7 @@ RUN_FILE = "_run.json"
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Say where a run goes on; with nothing set, it was broken off before there was anything to go on from."""
+    """Say where a run goes on; with nothing set, it was interrupted before there was anything to go on from."""
 
     checkpoint: str | None = None  # of stage 2
     stage_1_checkpoint: str | None = None  # where stage 1 is not over
@@ -42,8 +42,8 @@ def find_resume_point(
         named = Path(resume_from_checkpoint)
         if damage := find_checkpoint_damage(named):
             raise ValueError(
-                f"Expected a whole checkpoint to resume from, got {str(named)!r}: {damage}. Copy it again from where "
-                "it came, or go on from an earlier one (resume_from_checkpoint=True takes the newest whole one)."
+                f"Expected a whole checkpoint to resume from, got {str(named)!r}: {damage}. Check the path, copy "
+                "it again, or go on from an earlier one (resume_from_checkpoint=True takes the newest whole one)."
             )
         if named.parent.name == STAGE_1_FOLDER:
             return ResumePoint(stage_1_checkpoint=str(resume_from_checkpoint))
@@ -61,7 +61,7 @@ def find_resume_point(
     if checkpoint := find_last_checkpoint(Path(output_dir) / STAGE_1_FOLDER):
         return ResumePoint(stage_1_checkpoint=checkpoint)
     if last_run(output_dir) is not None:
-        logger.warning(f"The run in {output_dir} was broken off before its first checkpoint: it starts again.")
+        logger.warning(f"The run in {output_dir} was interrupted before its first checkpoint: it starts again.")
         return ResumePoint()
     return None
 
@@ -77,15 +77,15 @@ def check_ran_to_its_end(trainer: Trainer, what: str) -> None:
 
 
 def find_last_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest whole checkpoint of a folder's last run; log which newer ones are passed over."""
+    """Return the newest whole checkpoint of a folder's last run; log which newer ones are skipped."""
     run = last_run(folder)
     for checkpoint in reversed(sort_checkpoints(str(folder)) if Path(folder).is_dir() else []):
         damage = find_checkpoint_damage(checkpoint)
         if damage is None and not _is_of_run(checkpoint, run):
-            damage = "it belongs to an earlier run in this folder; to go on from it, name it"
+            damage = "it belongs to an earlier run in this folder; to resume from it, give its path"
         if damage is None:
             return checkpoint
-        logger.warning(f"{checkpoint} is passed over: {damage}.")
+        logger.warning(f"Skipping {checkpoint}: {damage}.")
     return None
 
 
@@ -103,7 +103,7 @@ def go_on_in_stream(args: TrainingArguments, of_epoch: dict) -> dict | None:
     """
     Correct what Trainer's `_run_epoch` is given for a pass over data without a length; `None` for a pass that is over.
 
-    Trainer takes all steps for one pass, and would begin anew from a checkpoint of a later one.
+    Trainer takes all steps for one pass, and would begin again from a checkpoint of a later one.
     """
     checkpoint, epoch = of_epoch["resume_from_checkpoint"], of_epoch["epoch"]
     if checkpoint is None or args.ignore_data_skip or has_length(of_epoch["train_dataloader"]):

@@ -70,7 +70,7 @@ def check_labels(trainer: Trainer, batch: dict) -> None:
     if is_dkd and are_soft(model, labels):
         raise ValueError(
             f"Expected the class of each image as labels with kd_distance='dkd', got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}: set another kd_distance, or let the data collator make no shares of classes."
+            f"{tuple(labels.shape)}: set another kd_distance, or take a data collator that keeps class numbers."
         )
 
 

@@ -34,7 +34,7 @@ def get_paraphrasers(source, teacher_channels: list[int], args: IEKDTrainingArgu
     """Load paraphrasers and check that they fit the teacher and the arguments."""
     knowledge = KNOWLEDGE[args.knowledge]
     if not knowledge.is_kept:
-        raise ValueError("Expected no paraphraser with knowledge='attention', got one: maps of attention need none.")
+        raise ValueError("Expected no paraphraser with knowledge='attention', got one: attention maps need none.")
     paraphrasers = load_paraphrasers(source, len(teacher_channels), knowledge.teacher_side)
     for paraphraser, channels in zip(paraphrasers, teacher_channels, strict=True):
         if paraphraser.in_channels != channels:
@@ -127,7 +127,9 @@ def train_paraphrasers(
     set_seed(args.seed)  # the same paraphrasers whatever was built before them
     paraphrasers = [Paraphraser(c, k, args.paraphraser_decoder, args.encoder_kernel_size) for c, k in widths]
     trainer = ParaphraserTrainer(ParaphraserStack(paraphrasers), teacher, args, output_dir=str(output_dir), **images)
-    logger.info(f"Stage 1: training the paraphraser, {args.paraphraser_epochs:g} epochs.")
+    steps, epochs = trainer.args.max_steps, trainer.args.num_train_epochs
+    length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epochs"
+    logger.info(f"Stage 1: training the paraphraser, {length}.")
     output = trainer.train(ResumePoint(checkpoint) if checkpoint else None)
     check_ran_to_its_end(trainer, "stage 1")
     # MLflow's callback ends whatever run is active when it is collected: let that be now, not in stage 2.

@@ -193,7 +193,10 @@ class TaskLoss:
         """Return whether the task has a loss, by what is known of the labels and what the model gives for a sample."""
         is_labelled = sample.get("labels") is not None
         if is_labelled and outputs.get("loss") is None and not self.is_custom:
-            self.refuse_no_goal(model, outputs)
+            raise ValueError(
+                f"Expected {type(model).__name__} to return a loss for a batch with labels, got only "
+                f"{', '.join(outputs)}: let its forward return one, or pass compute_loss_func."
+            )
         if self.trainer.compute_loss_func is not None or (self.num_labelled and not is_labelled):
             return True
         return (outputs.get("loss") is not None or is_labelled) and self.num_labelled != 0

@@ -36,14 +36,14 @@ def check_kd_distance(trainer: Trainer, logits, has_labels: bool) -> None:
     problem = getattr(getattr(without_adapters(trainer.model), "config", None), "problem_type", None)
     found = None
     if problem == "multi_label_classification":
-        found = "several labels an image, each of which is a question of two answers"
+        found = "several labels an image, each of which is a yes or no"
     elif logits.shape[1] < 3:
-        found = f"{logits.shape[1]} classes, between which only the KL divergence says something"
+        found = f"{logits.shape[1]} classes, for which only the KL divergence means anything"
     elif logits.ndim > 2 and distance != "standardized":
-        found = "a logit of each pixel, where it is a loss between images"
+        found = "a logit for each pixel, as it compares images"
     elif distance == "dkd" and not has_labels:
-        found = "no labels, whose class it tells from the rest"
+        found = "no labels, which it needs"
     elif distance == "dkd" and trainer.mixing is not None:
-        found = "mixing, after which an image has no one class"
+        found = "mixing, after which an image has no single class"
     if found:
         raise ValueError(f"Expected another kd_distance than {distance!r} with {found}: set kd_distance='kl'.")

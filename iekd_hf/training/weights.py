@@ -195,9 +195,9 @@ def _find(trainer: Trainer, ratios: dict[str, float], step: int) -> None:
     if is_first and missing and trainer.is_world_process_zero():
         weights = trainer.distillation_objective.weights()
         warnings.warn(
-            f"{' and '.join(missing)} cannot be found, as the gradient of the task's loss or of theirs is 0 on the "
-            f"batches that are measured: {', '.join(f'{name}={weights[name]:g}' for name in missing)}, the method's "
-            "own, until it is measured again. Where few images have labels, give a number.",
+            f"{' and '.join(missing)} cannot be found: on the batches measured, the gradient of the task's loss, or "
+            f"of the loss to be weighed, is 0. {', '.join(f'{name}={weights[name]:g}' for name in missing)}, the "
+            "method's own, until the next measurement. Where few images have labels, give a number.",
             UserWarning,
             stacklevel=3,
         )

@@ -37,7 +37,7 @@ def clean(
     >>> clean([{"bbox": boxes, "category": [0, 1, 1]}], [(10, 10)], "train")[0][0]["bbox"]
     [[2.0, 2.0, 4.0, 4.0], [6.0, 6.0, 4.0, 2.0]]
     >>> clean([{"bbox": boxes, "category": [0, 1, 1]}], [(10, 10)], "train")[1]
-    'of 3 in the train split 1 is clipped to it, 1 without area inside of it is left out'
+    '2 of 3 in the train split (1 clipped, 1 without area inside left out)'
 
     ```
     """
@@ -58,9 +58,10 @@ def clean(
         kept.append(
             {key: [v for v, good in zip(values, keep, strict=True) if good] for key, values in columns.items()}
         )
-    parts = [f"{clipped} {'is' if clipped == 1 else 'are'} clipped to it"] if clipped else []
-    parts += [f"{dropped} without area inside of it {'is' if dropped == 1 else 'are'} left out"] if dropped else []
-    return kept, f"of {sum(map(len, boxes))} in the {name} split {', '.join(parts)}" if parts else ""
+    parts = [f"{clipped} clipped"] if clipped else []
+    parts += [f"{dropped} without area inside left out"] if dropped else []
+    count = f"{clipped + dropped} of {sum(map(len, boxes))}"
+    return kept, f"{count} in the {name} split ({', '.join(parts)})" if parts else ""
 
 
 def _as_array(image: dict[str, list], row: int, name: str) -> np.ndarray:
@@ -72,12 +73,12 @@ def _as_array(image: dict[str, list], row: int, name: str) -> np.ndarray:
     if array is None or not np.isfinite(array).all():
         raise ValueError(
             f"Expected each bbox to be [x, y, width, height] in pixels, got {boxes} in row {row} of the {name} split: "
-            "mend or remove it."
+            "fix or remove it."
         )
     if len(categories) != len(boxes):
         raise ValueError(
             f"Expected a category for each bbox, got {len(categories)} for {len(boxes)} in row {row} of the {name} "
-            "split: mend or remove it."
+            "split: fix or remove it."
         )
     for key, (expected, suits) in _OPTIONAL.items():
         values = image.get(key) or []
@@ -86,7 +87,7 @@ def _as_array(image: dict[str, list], row: int, name: str) -> np.ndarray:
             wrong = [f"{len(values)} for {len(boxes)}"]
         if wrong:
             raise ValueError(
-                f"Expected {expected} as {key} for each bbox, got {wrong[0]} in row {row} of the {name} split: mend "
+                f"Expected {expected} as {key} for each bbox, got {wrong[0]} in row {row} of the {name} split: fix "
                 "or remove it, or leave that field out."
             )
     return array
@@ -108,7 +109,7 @@ def _check_form(boxes: list[np.ndarray], sizes: list[tuple[int, int]], name: str
     outside = (found[:, :2] + found[:, 2:] > ends + 1).any(axis=1)
     what = ""
     if found.max() <= 1 and ends.min() > 1:
-        what = "numbers from 0 to 1: multiply them with the image's width and height"
+        what = "numbers from 0 to 1: multiply them by the image's width and height"
     elif outside.mean() > 0.5 and (found[:, 2:] > found[:, :2]).all() and (found[:, 2:] <= ends + 1).all():
         what = "what looks like corners [x0, y0, x1, y1]: subtract the first corner from the second"
     if what:

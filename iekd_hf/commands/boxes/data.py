@@ -123,7 +123,7 @@ def load_annotated(args: DetectionDataArguments, seed: int) -> tuple[dict[str, A
         }
         annotated[name] = Annotated(split.select_columns("image"), datasets.Dataset.from_dict(columns, _FEATURES))
     if remarks:
-        logger.warning("Boxes that do not fit their image: %s.", "; ".join(remarks))
+        logger.warning("Boxes outside their image: %s.", "; ".join(remarks))
     return annotated, names
 
 
@@ -209,7 +209,7 @@ def _labelled(split: datasets.Dataset, name: str) -> list[dict[str, list]]:
         missing = [value for value in image["category"] if is_missing(value) or isinstance(value, float)]
         if missing and name != "test":
             raise ValueError(
-                f"Expected categories of every object in the {name} split, got {missing[0]!r} in row {row}: name the "
+                f"Expected a category for every object in the {name} split, got {missing[0]!r} in row {row}: name the "
                 "object's category, or remove it."
             )
         kept.append({"bbox": [], "category": []} if missing else image)
@@ -227,7 +227,7 @@ def _codes(objects: list[dict], kind, names: list[str], name: str, rows: Sequenc
             if str(label) not in index:
                 raise ValueError(
                     f"Expected categories of the {name} split among the training split's {len(names)} classes, got "
-                    f"{value if label is None else label!r} in row {row}: mend it, or train on images of that class "
+                    f"{value if label is None else label!r} in row {row}: fix it, or train on images of that class "
                     "too."
                 )
         labels = image["category"] if own is None else [own[value] for value in image["category"]]

@@ -22,7 +22,7 @@ from .transforms import DetectionImages, collate
 logger = logging.getLogger(__name__)
 
 PICTURE = "detections.png"
-# The shapes are learnt in some minutes.
+# The shapes are learnt in a few minutes.
 SHAPES_EPOCHS = {"num_train_epochs": 5.0, "paraphraser_epochs": 2.0}
 SHAPES_TEACHER_EPOCHS = 10.0
 
@@ -106,7 +106,11 @@ def build_detector(
         model.requires_grad_(True)  # DETR keeps the first layers of a backbone as they are, which is for trained ones
     queries = getattr(model.config, "num_queries", None) or getattr(model.config, "num_detection_tokens", most_objects)
     if queries < most_objects:
-        logger.warning("%s finds at most %d objects in an image; some have %d.", role, queries, most_objects)
+        logger.warning(
+            "%s finds at most %d objects in an image, but some have %d: it will miss the rest; take one with more "
+            "queries to find all.",
+            *(role, queries, most_objects),
+        )
     return model
 
 

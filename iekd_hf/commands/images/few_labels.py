@@ -19,8 +19,8 @@ class StudentDataArguments(DataArguments):
     labelled_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Let the students know the labels of this many training images, of each class alike, drawn by "
-            "seed; a teacher that is trained here knows all. Default: 50 of the digits, otherwise all."
+            "help": "Let the students know the labels of this many training images, balanced over the classes, drawn "
+            "by seed; a teacher that is trained here knows all. Default: 50 of the digits, otherwise all."
         },
     )
 
@@ -35,7 +35,7 @@ class StudentDataArguments(DataArguments):
 
 def draw_labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """
-    Draw the rows whose labels the students know, of each class alike.
+    Draw the rows whose labels the students know, balanced over the classes.
 
     Args:
         labels (`np.ndarray`):
@@ -65,8 +65,8 @@ def draw_labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     classes = np.unique(labels)
     if not len(classes) <= count <= len(labels):
         raise ValueError(
-            f"Expected labelled_samples from {len(classes)}, one of each class, to {len(labels)}, all images, got "
-            f"{count}."
+            f"Expected labelled_samples between {len(classes)} (one of each class) and {len(labels)} (all images), "
+            f"got {count}."
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     # The first of each class, then the second of each, and so on.

@@ -110,7 +110,7 @@ def unify_labels(splits: datasets.DatasetDict, unlabelled: bool = False) -> data
         if unknown:
             raise ValueError(
                 f"Expected labels of the {name} split among the training split's {feature.num_classes} classes, got "
-                f"{', '.join(unknown[:5])}: mend the labels, or train on images of those classes too."
+                f"{', '.join(unknown[:5])}: fix the labels, or train on images of those classes too."
             )
         codes = [None if string is None else feature.str2int(string) for string in strings]
         unified[name] = split.remove_columns("label").add_column("label", codes).cast_column("label", feature)
@@ -159,8 +159,8 @@ def _values(split: datasets.Dataset, name: str, may_lack: bool) -> list[_Label |
             )
         if isinstance(feature, datasets.ClassLabel) and value >= feature.num_classes:
             raise ValueError(
-                f"Expected labels of the {name} split within 0 and {feature.num_classes - 1}, got {value} in row "
-                f"{row}: mend it."
+                f"Expected labels of the {name} split from 0 to {feature.num_classes - 1}, got {value} in row "
+                f"{row}: fix it."
             )
         if isinstance(value, float) and not value.is_integer():
             raise ValueError(

@@ -21,7 +21,7 @@ def rand_augment(magnitude: int) -> nn.Module:
     from kornia.augmentation.auto import RandAugment
 
     if not 0 < magnitude < 30:
-        raise ValueError(f"Expected --rand_augment between 0 and 30, got {magnitude}: 9 is a usual magnitude.")
+        raise ValueError(f"Expected --rand_augment from 1 to 29, got {magnitude}: 9 is a usual magnitude.")
     return RandAugment(n=_OPERATIONS, m=magnitude)
 
 

@@ -97,7 +97,7 @@ def load_source(args: SourceArguments) -> datasets.DatasetDict:
             raise
         name = args.dataset_name or args.train_file or args.train_dir
         raise ValueError(
-            f"Expected a data set on the Hub or on disk, got {name!r}, which cannot be had ({error}). Without a "
+            f"Expected a data set on the Hub or on disk, got {name!r}, which cannot be loaded ({error}). Without a "
             "network, give --train_file (parquet, csv, json) or --train_dir (folders of images), or fill the cache "
             "(HF_DATASETS_CACHE) on a machine that has one and set HF_HUB_OFFLINE=1."
         ) from error
@@ -312,7 +312,7 @@ def check_images(split: datasets.Dataset, name: str) -> list[tuple[int, int]]:
     if mode and brightest < _DARK:
         logger.warning(
             "The images of mode %s in the %s split use less than an eighth of their range, as 12 bits in 16 do, and "
-            "are dark: scale them to the range of the file.",
+            "are dark: scale them to the full range of that mode.",
             *(mode, name),
         )
     return sizes

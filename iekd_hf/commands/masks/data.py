@@ -215,7 +215,7 @@ def _class_names(args: SegmentationDataArguments) -> list[str] | None:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f'Expected a JSON file such as {{"0": "wall", "1": "floor"}} with the names of all classes from 0 on, got '
-            f"{path!r} ({type(error).__name__}: {error}): mend it, or name another one with --id2label_file."
+            f"{path!r} ({type(error).__name__}: {error}): fix it, or name another one with --id2label_file."
         ) from error
 
 
@@ -235,11 +235,14 @@ def _check_masks(
         try:
             labels = to_labels(example["label"], args)
         except ValueError as error:
-            raise ValueError(f"{error} {where}: name the column of the masks with --label_column_name.") from error
+            raise ValueError(
+                f"{error} {where}: turn coloured masks into numbers of classes, or name another column with "
+                "--label_column_name."
+            ) from error
         if labels.shape != size:
             raise ValueError(
                 f"Expected a mask of the size of its image {where}, got {labels.shape[0]}x{labels.shape[1]} for an "
-                f"image of {size[0]}x{size[1]} pixels (height x width): mend or remove it."
+                f"image of {size[0]}x{size[1]} pixels (height x width): fix or remove it."
             )
         if args.do_reduce_labels and (np.asarray(example["label"]) == args.ignore_index + 1).any():
             raise ValueError(
@@ -250,7 +253,7 @@ def _check_masks(
         if names is not None and found and max(found) >= len(names):
             raise ValueError(
                 f"Expected labels from 0 to {len(names) - 1}, the {len(names)} classes, or {args.ignore_index} for "
-                f"none, got {max(found)} in the mask {where}: mend the mask, name the label of no class with "
+                f"none, got {max(found)} in the mask {where}: fix the mask, name the label of no class with "
                 "--ignore_index, or all classes with --id2label_file."
             )
         used |= found

@@ -99,7 +99,7 @@ class MeanIoU(evaluate.Metric):
         self.counts += counts.cpu()
 
     def compute(self, *, predictions=None, references=None, class_names=None):
-        """Return the metrics of all that was added, and begin anew."""
+        """Return the metrics of all that was added, and start again."""
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
         counts, self.counts = self.counts.double().numpy(), torch.zeros_like(self.counts)

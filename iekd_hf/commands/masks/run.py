@@ -238,7 +238,7 @@ class SegmentationRun(CommandRun):
             copy.deepcopy(model).train()(pixel_values=pixel_values.to(model.device))
         except ValueError as error:
             raise ValueError(
-                f"Expected batches of at least two images, on one of which {type(model).__name__} cannot train "
+                f"Expected batches of at least two images, as {type(model).__name__} cannot train on a single one "
                 f"({error}), got a last one of a single image ({len(alone[0])} in batches of "
                 f"{self.args.train_batch_size}): set --dataloader_drop_last true, or another "
                 "--per_device_train_batch_size."
