@@ -437,7 +437,7 @@ def test_whole_numbers_are_targets_of_a_regression_too(make_trainer):
 def test_a_label_outside_the_classes_is_refused_in_a_list_too(make_trainer, make_mutual):
     images = make_images()
     images[3]["labels"] = 7
-    with pytest.raises(ValueError, match=r"from 0 to 2.*got 7.*num_labels=8 in row 3"):
+    with pytest.raises(ValueError, match=r"from 0 to 2.*got 7 in row 3.*num_labels=8"):
         make_trainer(train_dataset=images)
     with pytest.raises(ValueError, match=r"got 7 in row 3"):
         make_mutual(train_dataset=images)
