@@ -721,7 +721,9 @@ def test_a_student_takes_the_head_of_its_teacher_and_nothing_else():
 
 def test_a_head_that_does_not_fit_is_refused():
     tiny = tiny_detector("tiny-rt-detr-8", id2label=CATS)
-    with pytest.raises(ValueError, match=r"a student with a backbone, .* got ResNetForImageClassification: leave"):
+    with pytest.raises(
+        ValueError, match=r"a student with a module named backbone .* got ResNetForImageClassification: leave"
+    ):
         inherit_head(make_resnet(8), tiny)
     with pytest.raises(ValueError, match=r"same name and shape as the student's, got ResNetFor.* for RTDetr.*family"):
         inherit_head(tiny, make_resnet(8))

@@ -103,7 +103,7 @@ def test_errors(run, tmp_path):
         run("--output_dir", tmp_path, *QUICK, "--peers", "cifar-resnet-8", "--alone", "false")
     assert not list(tmp_path.iterdir())
     best = ["--eval_strategy", "epoch", "--metric_for_best_model", "peer_3_accuracy"]
-    with pytest.raises(ValueError, match=r"_best_model, got 'peer_3_accuracy': there are acc.* peer_1_acc"):
+    with pytest.raises(ValueError, match=r"_best_model, got 'peer_3_accuracy': choose one of acc.* peer_1_acc"):
         run("--output_dir", tmp_path, *QUICK, *best)
 
 
