@@ -43,6 +43,9 @@ def test_a_network_of_other_classes_is_trained_or_refused(tmp_path):
     torch.testing.assert_close(logits_of(known), logits_of(make_resnet(num_labels=3)))
     known.save_pretrained(tmp_path / "named")
     assert build_model(str(tmp_path / "named"), "--student", ["blue", "red cat"], **named).num_labels == 2
-    words = "to be measured without training, got one of 3, red cat, green, blue: train it"
+    words = (
+        "to know the 2 classes of the data, blue, red cat, to be measured without training, "
+        "got one of 3, red cat, green, blue: train it"
+    )
     with pytest.raises(ValueError, match=words):
         build_model(str(tmp_path / "named"), "--student", ["blue", "red cat"], new_head=False, **named)

@@ -29,7 +29,7 @@ def test_labels_are_drawn_of_each_class_alike_and_by_seed():
     assert np.array_equal(rows, draw_labelled(labels, 20, seed=1))
     assert not np.array_equal(rows, draw_labelled(labels, 20, seed=2))
     for count in (4, 201):
-        with pytest.raises(ValueError, match=rf"between 5 .one of each class. and 200 .all images., got {count}"):
+        with pytest.raises(ValueError, match=rf"between 5 \(one of each class\) and 200 \(all images\), got {count}"):
             draw_labelled(labels, count, seed=1)
 
 

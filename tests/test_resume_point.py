@@ -64,7 +64,7 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(run, state, caplog):
     if state is not None:
         (folder / "checkpoint-10" / "trainer_state.json").write_text(state)
     assert find_resume_point(folder, True).checkpoint == str(folder / "checkpoint-5")
-    assert "checkpoint-10: trainer_state.json is" in caplog.text
+    assert f"Skipping {folder / 'checkpoint-10'}: trainer_state.json is" in caplog.text
 
 
 @pytest.mark.parametrize(

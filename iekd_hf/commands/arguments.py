@@ -120,6 +120,17 @@ class MethodByDefault:
             self.lambda_inh, self.lambda_exp = preset["lambda_inh"] / by, preset["lambda_exp"] / by
 
 
+def teacher_epochs_field(own: str):
+    """Return the field of `teacher_epochs`, with the default for data of the command's own in words."""
+    return field(
+        default=None,
+        metadata={
+            "help": "Epochs to train the teacher on the data first. Default: num_train_epochs for a teacher without "
+            f"weights ({own}), otherwise 0."
+        },
+    )
+
+
 @dataclass
 class ModelArguments:
     """Say which teacher and which student, and where they come from."""
@@ -144,13 +155,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "A trained paraphraser (Hub id or folder) of this teacher; leaves stage 1 out."},
     )
-    teacher_epochs: float | None = field(
-        default=None,
-        metadata={
-            "help": "Epochs to train the teacher on the data first. Default: num_train_epochs for a teacher without "
-            "weights (8 for the digits), otherwise 0."
-        },
-    )
+    teacher_epochs: float | None = teacher_epochs_field("8 for the digits")
     plain_student: bool = field(
         default=True,
         metadata={"help": "Also train the same student without a teacher, on the same schedule, to compare with."},

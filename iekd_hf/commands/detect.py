@@ -28,7 +28,7 @@ from ..models.inherit import inherit_head
 from ..models.kinds import is_detector
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import ModelArguments
+from .arguments import ModelArguments, teacher_epochs_field
 from .boxes.data import DetectionDataArguments
 from .boxes.run import PICTURE, DetectionRun, DetectionScriptArguments, build_detector
 from .boxes.tiny_detectors import is_tiny
@@ -55,13 +55,7 @@ class DetectorArguments(ModelArguments):
         default="tiny-rt-detr-8",
         metadata={"help": "Student: a Hub id, a folder, or `tiny-rt-detr-<width>`, which starts from scratch."},
     )
-    teacher_epochs: float | None = field(
-        default=None,
-        metadata={
-            "help": "Epochs to train the teacher on the data first. Default: num_train_epochs for a teacher without "
-            "weights (10 for the shapes), otherwise 0."
-        },
-    )
+    teacher_epochs: float | None = teacher_epochs_field("10 for the shapes")
 
 
 @dataclass

@@ -28,7 +28,7 @@ from ..method.presets import METHODS
 from ..models.kinds import is_semantic_segmenter, set_ignore_index
 from ..models.loading import find_processor, load_model
 from ..training.base_trainer import DistillationTrainer
-from .arguments import MethodByDefault, ModelArguments
+from .arguments import MethodByDefault, ModelArguments, teacher_epochs_field
 from .images.source import original_rows
 from .masks.data import SegmentationDataArguments
 from .masks.run import (
@@ -61,13 +61,7 @@ class SegmenterArguments(ModelArguments):
         default="tiny-upernet-8",
         metadata={"help": "Student: a Hub id, a folder, or `tiny-upernet-<width>`, which starts from scratch."},
     )
-    teacher_epochs: float | None = field(
-        default=None,
-        metadata={
-            "help": "Epochs to train the teacher on the data first. Default: num_train_epochs for a teacher without "
-            "weights (27 for the shapes), otherwise 0."
-        },
-    )
+    teacher_epochs: float | None = teacher_epochs_field("27 for the shapes")
 
 
 @dataclass
