@@ -163,6 +163,24 @@ def test_it_is_made_anew_when_files_of_images_have_changed(make, images_seen, tm
     assert len(fingerprints) == 1 and seen == [1 + 2 * 4, 1 + 2 * 4, 0]
 
 
+def test_it_is_found_for_a_copy_of_the_same_files(make, images_seen, tmp_path):
+    """As a cluster makes for each job: to datasets, files of other times are other data."""
+    shared = {"teacher_cache_dir": str(tmp_path / "shared"), "num_train_epochs": 1}
+    noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    rows = {"image": [PIL.Image.fromarray(pixels) for pixels in noise], "label": [0, 1, 2, 0]}
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    names, seen = set(), []
+    for job in ("first", "second"):
+        (tmp_path / job).mkdir()
+        made.to_parquet(tmp_path / job / "train.parquet")
+        images = DecodedImages.decode(datasets.Dataset.from_parquet(str(tmp_path / job / "train.parquet")))
+        names.add(images.table._fingerprint)
+        images_seen.clear()
+        make(**shared, train_dataset=images).train()
+        seen.append(images_seen["images"])
+    assert len(names) == 2 and seen == [1 + 2 * 4, 0]
+
+
 class Own(nn.Module):
     """A teacher whose function is not in its weights alone."""
 
@@ -206,13 +224,11 @@ def test_another_process_finds_it():
     code = (
         "from test_teacher_cache import Own; from test_whole_batches import make_augmentation, make_decoded; "
         "from iekd_hf.teacher.cache import _digest; from iekd_hf.teacher.frozen import attributes; "
-        "print(_digest(make_augmentation(size=(3, 4))), attributes(Own()), make_decoded(4).table._fingerprint, "
-        "make_decoded(4).checksum())"
+        "print(_digest(make_augmentation(size=(3, 4))), attributes(Own()), make_decoded(4).checksum())"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    images = make_decoded(4)
-    here = [_digest(make_augmentation(size=(3, 4))), attributes(Own()), images.table._fingerprint, images.checksum()]
+    here = [_digest(make_augmentation(size=(3, 4))), attributes(Own()), make_decoded(4).checksum()]
     assert there.stdout.split() == here
 
 

@@ -104,8 +104,8 @@ class TeacherCache:
             "teacher_pixels": _digest(self.teacher.teacher_pixels),
             "knowledge": self.args.knowledge,
             "paraphrasers": fingerprint(self.teacher.paraphrasers),
-            # What datasets names its own cache by; of images that are files it knows the names only.
-            "images": [self.images.table._fingerprint, self.images.checksum()],
+            # Not the name that datasets has for them: it changes with the files' times, and not with their pixels.
+            "images": [len(self.images), *self.images.shape, self.images.checksum()],
             "augmentation": _digest(self.augmentation),
             "views": self.args.cache_views,
             "mixed_precision": self.accelerator.mixed_precision,
