@@ -4,18 +4,20 @@ import functools
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerState
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
 import comparison_report
 import datasets
-from comparison_cells import MultiStep, cell_folder, flip_labels
+from comparison_cells import Elapsed, MultiStep, cell_folder, flip_labels
 from comparison_explorations import EXPLORATIONS
 from comparison_methods import label, parse_method
 
@@ -156,6 +158,53 @@ def test_milestones():
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+def test_seconds_of_a_training_in_two_processes(monkeypatch):
+    now = {"train_runtime": 100.0, "cpu_seconds": 10.0}
+    monkeypatch.setattr(Elapsed, "_now", staticmethod(lambda: dict(now)))
+    first, state = Elapsed(), TrainerState()
+    first.on_train_begin(None, state, None)
+    now = {"train_runtime": 107.0, "cpu_seconds": 15.0}
+    state.global_step, state.stateful_callbacks = 8, {"Elapsed": first.state()}
+    now = {"train_runtime": 900.0, "cpu_seconds": 1.0}
+    second = Elapsed()
+    second.on_train_begin(None, state, None)
+    now = {"train_runtime": 902.0, "cpu_seconds": 2.0}
+    assert second.seconds() == {"train_runtime": 9.0, "cpu_seconds": 6.0}
+
+
+@pytest.mark.slow
+def test_a_cell_that_was_broken_off_goes_on_from_its_last_epoch(compare, tmp_path, monkeypatch):
+    """It comes to the same as one that was not, and another schedule is refused before anything is trained."""
+
+    def run(folder, epochs="2"):
+        networks = ["--networks", "cifar-resnet-8:cifar-resnet-8", "--methods", "ie-ft+kd", "--seeds", "3"]
+        compare("--output_dir", folder, *QUICK, "--epochs", epochs, *networks)
+        (cell,) = json.loads((folder / "comparison.json").read_text())
+        return cell
+
+    def break_off(self, args, state, control, **kwargs):
+        if Path(args.output_dir).name == "student" and state.epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Elapsed, "on_epoch_begin", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken")
+    monkeypatch.undo()
+    (student,) = (tmp_path / "broken" / "cells").glob("*/*/seed-3/student")
+    assert [path.name for path in student.glob("checkpoint-*")] == ["checkpoint-4"]
+    with pytest.raises(ValueError, match=r"broken was begun with, epochs=2\.0, got epochs=3\.0: give another"):
+        run(tmp_path / "broken", epochs="3")
+    begun = []
+    monkeypatch.setattr(Elapsed, "on_epoch_begin", lambda self, args, state, *_, **__: begun.append(state.epoch))
+    broken = run(tmp_path / "broken")
+    assert begun == [1]
+    # The same teacher and paraphraser; the cell anew.
+    shutil.copytree(tmp_path / "broken", tmp_path / "whole", ignore=shutil.ignore_patterns("cells"))
+    whole = run(tmp_path / "whole")
+    assert broken["models"] == whole["models"]
+    assert [line.get("loss") for line in broken["log"]] == [line.get("loss") for line in whole["log"]]
 
 
 @pytest.mark.slow

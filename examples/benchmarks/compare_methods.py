@@ -7,9 +7,9 @@ Compare methods of distillation in one harness: the same networks, images, sched
 
 A method can be followed by arguments that differ from its own: `ie-ft,lambda_inh=300,lambda_exp=0`. Peers that teach
 each other are written `cifar-resnet-20+cifar-resnet-20`, with the methods alone, dml, ie-dml, ie-dml+kl. A finished
-cell is never run twice: run the same line again to continue, or twice at a time to use two processes. At the end, all
-cells of the output folder are summed up in comparison.json, comparison.md and comparison.png; what the teachers said,
-in its folder teacher_cache, can be deleted then.
+cell is never run twice, and one that was broken off goes on from its last epoch: run the same line again to continue,
+or twice at a time to use two processes. At the end, all cells of the output folder are summed up in comparison.json,
+comparison.md and comparison.png; what the teachers said, in its folder teacher_cache, can be deleted then.
 """
 
 import json

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -19,6 +20,7 @@ from comparison_explorations import EXPLORATIONS
 from comparison_methods import MUTUAL, label, parse_method
 from huggingface_hub.utils import WeakFileLock
 from transformers import BaseImageProcessor, PreTrainedModel, set_seed
+from transformers.trainer_callback import ExportableState
 
 import iekd_hf
 from iekd_hf import METHODS, IEKDTrainer, IEKDTrainingArguments, MutualTrainer, MutualTrainingArguments
@@ -30,6 +32,7 @@ from iekd_hf.method.objective import is_on
 from iekd_hf.models.loading import find_processor, load_model
 from iekd_hf.training.base_trainer import DistillationTrainer
 from iekd_hf.training.checkpoints import load_weights
+from iekd_hf.training.resume import last_run
 
 
 logger = logging.getLogger(__name__)
@@ -91,7 +94,8 @@ class ScheduleArguments:
             "fp16": self.mixed_precision == "fp16",
             "channels_last": True,
             "use_cpu": self.use_cpu or not torch.cuda.is_available(),  # else bf16 is refused there
-            "save_strategy": "no",
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
             "logging_strategy": "epoch",
             "report_to": "none",
             "disable_tqdm": True,
@@ -114,6 +118,39 @@ class MultiStep(transformers.TrainerCallback):
         lr_scheduler.lr_lambdas = [lambda step: 0.1 ** sum(step >= s for s in steps)] * len(lr_scheduler.lr_lambdas)
 
 
+class Elapsed(transformers.TrainerCallback, ExportableState):
+    """Count the seconds of a training, with those of processes that were broken off: checkpoints hold the count."""
+
+    def __init__(self):
+        self.start, self.before = self._now(), {"train_runtime": 0.0, "cpu_seconds": 0.0}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Go on from a checkpoint, if the run does."""
+        self.start = self._now()
+        if state.global_step > 0:
+            self.before = state.stateful_callbacks[type(self).__name__]["attributes"]
+
+    def state(self) -> dict:
+        """Return what a checkpoint keeps."""
+        return {"args": {}, "attributes": self.seconds()}
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds so far, by a clock and of the CPU."""
+        return {name: self.before[name] + now - self.start[name] for name, now in self._now().items()}
+
+    @staticmethod
+    def _now() -> dict[str, float]:
+        return {"train_runtime": time.monotonic(), "cpu_seconds": time.process_time()}
+
+
+def train(trainer: transformers.Trainer) -> dict[str, float]:
+    """Train, from the last epoch on that a process before has finished; return the metrics."""
+    elapsed = Elapsed()
+    trainer.add_callback(elapsed)
+    begun = last_run(trainer.args.output_dir) is not None
+    return trainer.train(resume_from_checkpoint=begun).metrics | elapsed.seconds()
+
+
 class Comparison:
     """
     Hold the images, and train what is compared on them.
@@ -125,10 +162,14 @@ class Comparison:
             How networks are trained.
         output_dir (`str`):
             Where everything is kept.
+
+    Raises:
+        `ValueError`: if the folder holds a comparison with another schedule.
     """
 
     def __init__(self, data_args: DataArguments, schedule: ScheduleArguments, output_dir: str):
         self.schedule, self.folder = schedule, Path(output_dir)
+        self.check_schedule(self.folder / "schedule.json")
         splits = load_images(data_args, seed=0)
         held_out = splits["train"].train_test_split(schedule.held_out, seed=0, stratify_by_column="label")
         train, test = held_out["train"], splits.get("test", splits["validation"])
@@ -146,6 +187,19 @@ class Comparison:
         fewer = prepare(datasets.DatasetDict(train=few), self.processor, data_args, seed=0)[0]
         self.images["few"] = fewer["train"]
         self.metric = TopKAccuracy(keep_in_memory=True)
+
+    def check_schedule(self, path: Path) -> None:
+        """Compare the schedule with the one that the folder was begun with, or note it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            write(path, asdict(self.schedule))
+        begun, given = json.loads(path.read_text()), asdict(self.schedule)
+        if changed := [name for name, value in given.items() if value != begun.get(name)]:
+            raise ValueError(
+                f"Expected the schedule that {self.folder} was begun with, "
+                f"{', '.join(f'{name}={begun.get(name)}' for name in changed)}, got "
+                f"{', '.join(f'{name}={given[name]}' for name in changed)}: give another --output_dir."
+            )
 
     def build(self, name: str, seed: int) -> PreTrainedModel:
         """Make a network from scratch."""
@@ -179,7 +233,7 @@ class Comparison:
         args = IEKDTrainingArguments(method="plain", **self.schedule.training_arguments(folder, seed, epochs))
         model = model.to(memory_format=torch.channels_last)
         trainer = DistillationTrainer(model=model, args=args, **self.common(part))
-        metrics = trainer.train().metrics
+        metrics = train(trainer)
         trainer.save_model()
         return trainer, metrics
 
@@ -219,7 +273,7 @@ class Comparison:
                 # Stage 1 needs any student that takes the images: a saved teacher's kind might not.
                 student = self.build(name if is_shorthand(name) else "cifar-resnet-8", 0)
                 trainer = IEKDTrainer(student, teacher, args, teacher_processor=processor, **self.common("few"))
-                write(folder / "metrics.json", trainer.train().metrics)
+                write(folder / "metrics.json", train(trainer))
         return str(folder / "_paraphraser")
 
     def accuracies(self, trainer, parts: list[str], peer: str = "") -> dict[str, float]:
@@ -258,9 +312,7 @@ class Comparison:
                     return False
                 logger.warning("%s  %s  seed %d", networks, method, seed)
                 run = self._run_pair if ":" in networks else self._run_peers
-                start, cpu = time.monotonic(), time.process_time()
                 history, args, metrics = run(networks, *parse_method(method), folder, seed, parts)
-                metrics |= {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
                 metrics |= {"made": made()}
                 write(folder / "log.json", history)
                 write(folder / "arguments.json", {**asdict(self.schedule), **args})
@@ -286,7 +338,7 @@ class Comparison:
         trainer = EXPLORATIONS[exploration](
             student, teacher, args, paraphraser=paraphraser, teacher_processor=processor, **self.common("few")
         )
-        metrics = trainer.train().metrics
+        metrics = train(trainer)
         trainer.save_model()
         names = [*METHODS[method], "temperature", "lambda_schedule", "lambda_warmup_ratio", "split_mode", "split_seed"]
         used = {**changes, "exploration": exploration, **{name: getattr(args, name) for name in names}}
@@ -298,18 +350,18 @@ class Comparison:
         names = networks.split("+")
         peers = [self.build(name, 1000 * i + seed) for i, name in enumerate(names, start=1)]
         if method == "alone":
-            history, metrics = [], {"train_runtime": 0.0}
+            history, metrics, seconds = [], {}, Counter()
             for i, peer in enumerate(peers, start=1):
                 place = folder / "peers" / f"peer_{i}"
                 trainer, trained = self.train_alone(peer, place, seed, self.schedule.epochs, "few")
-                metrics["train_runtime"] += trained["train_runtime"]
+                seconds.update({name: trained[name] for name in ("train_runtime", "cpu_seconds")})
                 metrics |= self.accuracies(trainer, parts, peer=f"_peer_{i}")
                 history += trainer.state.log_history
-            return history, {}, metrics
+            return history, {}, metrics | seconds
         arguments = self.schedule.training_arguments(folder / "peers", seed, self.schedule.epochs, **changes)
         args = MutualTrainingArguments(mutual_loss=MUTUAL[method], split_seed=seed, **arguments)
         trainer = MutualTrainer(peers, args, **self.common("few"))
-        metrics = trainer.train().metrics
+        metrics = train(trainer)
         trainer.save_model()
         used = {**changes, "mutual_loss": args.mutual_loss, **trainer.distillation_objective.weights()}
         return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
