@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
+import average_accuracy
 import average_detection
 
 
@@ -79,5 +80,13 @@ def test_what_is_refused(average, tmp_path):
     other = write_run(tmp_path / "c", 2, 0.5, teacher={"map": 0.6, "map_50": 0.9, "map_75": 0.7, "map_dog": 0.6})
     with pytest.raises(ValueError, match=r"on the same classes, got .*'map_dog'.* beside .*'map_cat'"):
         average("--runs", run, other)
-    with pytest.raises(ValueError, match=r"with output folders of run_iekd_detection.py, got none"):
+    with pytest.raises(ValueError, match=r"with output folders of finished runs, got none"):
         average()
+    longer = write_run(tmp_path / "d", 1, 0.45, epochs=30)  # of which the row says nothing
+    with pytest.raises(ValueError, match=r"of 'ie-ft, .*' with seed 1, got two that differ, 40\.00 and 45\.00"):
+        average("--runs", run, longer)
+    models = [{"plain student": {"metrics": {"accuracy": value}}} for value in (0.5, 0.5, 0.75)]
+    runs = [{"settings": {"seed": 1}, "models": measured} for measured in models]
+    assert average_accuracy.accuracies(runs[:2]) == {"plain student": {1: 50.0}}  # each run has trained it alike
+    with pytest.raises(ValueError, match=r"of 'plain student' with seed 1, got two that differ, 50\.00 and 75\.00"):
+        average_accuracy.accuracies(runs)

@@ -15,11 +15,12 @@ from transformers import TrainerState
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 
+import comparison_cells
 import comparison_report
 import datasets
-from comparison_cells import Elapsed, MultiStep, cell_folder, flip_labels
+from comparison_cells import Elapsed, MultiStep, cell_folder, flip_labels, keep_settings
 from comparison_explorations import EXPLORATIONS
-from comparison_methods import label, parse_method
+from comparison_methods import check_method, label, parse_method
 
 from iekd_hf import METHODS, IEKDTrainer, IEKDTrainingArguments, exploration_loss, inheritance_loss
 from iekd_hf.teacher.frozen import TeacherTargets
@@ -82,6 +83,11 @@ def test_the_sweep_is_of_weights_alone_and_of_nothing_the_test_split_was_read_fo
     lines, shares = comparison_report.sweep_points(cells)
     assert lines == {"FT": {1500.0: [60.0]}, "IE-FT, lambda_exp 0.1 of lambda_inh": {1000: [70.0]}}
     assert shares == {"exploration": [(100, 0.5)]}
+    cells[1]["settings"]["networks"] = "c:d"
+    assert comparison_report.sweep_points(cells)[0] == {
+        "FT, a:b": {1500.0: [60.0]},
+        "IE-FT, lambda_exp 0.1 of lambda_inh, c:d": {1000: [70.0]},
+    }
 
 
 def test_methods_with_arguments():
@@ -89,8 +95,60 @@ def test_methods_with_arguments():
         "ie-ft",
         {"lambda_inh": 300, "lambda_schedule": "cosine", "inheritance_ratio": 0.25},
     )
+    assert parse_method("kd,bf16=false,lambda_kd=1e-9,kd_distance=dist") == (
+        "kd",
+        {"bf16": False, "lambda_kd": 1e-9, "kd_distance": "dist"},
+    )
     with pytest.raises(ValueError, match=r"Expected a method among plain, .*; got 'ft2'"):
         parse_method("ft2")
+    with pytest.raises(ValueError, match=r"Expected numbers as JSON has them .*, got 'lambda_kd=\.5'"):
+        parse_method("kd,lambda_kd=.5")
+
+
+def test_methods_that_networks_cannot_be_trained_with():
+    check_method("ie-ft,exploration=own,lambda_inh=3", "a:b")
+    check_method("dml,lambda_kl=2", "a+b")
+    with pytest.raises(ValueError, match=r"Expected a method for a\+b among alone, .*; got 'plain'"):
+        check_method("plain", "a+b")
+    with pytest.raises(ValueError, match=r"Expected a method for /c\+\+/a:b among plain, .*; got 'dml'"):
+        check_method("dml", "/c++/a:b")
+    with pytest.raises(ValueError, match=r"Expected fields of IEKDTrainingArguments in .*, got lamda_inh"):
+        check_method("ft,lamda_inh=3", "a:b")
+
+
+@pytest.mark.parametrize("networks", ["/data/c++/a,b:cifar-resnet-8", "to/image-to-text:b", "a+b", "a:b"])
+def test_networks_are_read_from_the_name_of_their_folder(networks, tmp_path):
+    folder = cell_folder(tmp_path, networks, "plain" if ":" in networks else "alone", 1)
+    folder.mkdir(parents=True)
+    peers = "" if ":" in networks else "_peer_1"
+    for name, content in {
+        "metrics": {f"test{peers}_accuracy": 0.5, "train_runtime": 1.0},
+        "arguments": {},
+        "log": [],
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    assert comparison_report.collect(tmp_path)[0]["settings"]["networks"] == networks
+    heading = f"### {networks} (test)" if not peers else f"### {networks}, peer 1 (test)"
+    assert heading in comparison_report.markdown(comparison_report.collect(tmp_path))
+    comparison_report.draw_sweep(comparison_report.collect(tmp_path), tmp_path / "sweep.png")
+
+
+def test_a_finished_cell_that_was_not_evaluated_on_the_test_split(tmp_path, caplog):
+    comparison = object.__new__(comparison_cells.Comparison)
+    comparison.folder = tmp_path
+    done = cell_folder(tmp_path, "a:b", "plain", 1) / "metrics.json"
+    done.parent.mkdir(parents=True)
+    done.write_text(json.dumps({"validation_accuracy": 0.5}))
+    assert not comparison.run("a:b", "plain", 1, ["validation"]) and not caplog.messages
+    assert not comparison.run("a:b", "plain", 1, ["validation", "test"])
+    assert caplog.messages[0].endswith("was not evaluated on test: give other seeds.")
+
+
+def test_settings_are_those_that_a_folder_was_begun_with(tmp_path):
+    for _ in range(2):
+        keep_settings(tmp_path / "new" / "settings.json", {"epochs": 1.0, "train_file": "a"})
+    with pytest.raises(ValueError, match=r"new was begun with, train_file='a', got train_file='b': give another"):
+        keep_settings(tmp_path / "new" / "settings.json", {"epochs": 1.0, "train_file": "b"})
 
 
 def test_a_cell_is_named_by_its_weights_whatever_the_presets_are(monkeypatch):
@@ -161,17 +219,17 @@ def test_milestones():
 
 
 def test_seconds_of_a_training_in_two_processes(monkeypatch):
-    now = {"train_runtime": 100.0, "cpu_seconds": 10.0}
+    now = {"train_runtime": 100.0, "train_cpu_seconds": 10.0}
     monkeypatch.setattr(Elapsed, "_now", staticmethod(lambda: dict(now)))
     first, state = Elapsed(), TrainerState()
     first.on_train_begin(None, state, None)
-    now = {"train_runtime": 107.0, "cpu_seconds": 15.0}
+    now = {"train_runtime": 107.0, "train_cpu_seconds": 15.0}
     state.global_step, state.stateful_callbacks = 8, {"Elapsed": first.state()}
-    now = {"train_runtime": 900.0, "cpu_seconds": 1.0}
+    now = {"train_runtime": 900.0, "train_cpu_seconds": 1.0}
     second = Elapsed()
     second.on_train_begin(None, state, None)
-    now = {"train_runtime": 902.0, "cpu_seconds": 2.0}
-    assert second.seconds() == {"train_runtime": 9.0, "cpu_seconds": 6.0}
+    now = {"train_runtime": 902.0, "train_cpu_seconds": 2.0}
+    assert second.seconds() == {"train_runtime": 9.0, "train_cpu_seconds": 6.0}
 
 
 @pytest.mark.slow
@@ -199,7 +257,7 @@ def test_a_cell_that_was_broken_off_goes_on_from_its_last_epoch(compare, tmp_pat
     begun = []
     monkeypatch.setattr(Elapsed, "on_epoch_begin", lambda self, args, state, *_, **__: begun.append(state.epoch))
     broken = run(tmp_path / "broken")
-    assert begun == [1]
+    assert begun == [1] and "train_loss" not in broken["training"]  # Trainer's is of the last process's epochs
     # The same teacher and paraphraser; the cell anew.
     shutil.copytree(tmp_path / "broken", tmp_path / "whole", ignore=shutil.ignore_patterns("cells"))
     whole = run(tmp_path / "whole")
@@ -227,7 +285,7 @@ def test_the_whole_line_on_the_digits(compare, tmp_path):
     rates = {cell["settings"]["method"].split(",")[0]: cell["settings"]["learning_rate"] for cell in cells}
     assert rates == {"plain": 0.1, "ie-ft+kd": 0.1, "od": 0.02}  # what a cell was made with, not what is common
     assert {"test_accuracy", "validation_accuracy"} <= set(cells[0]["models"]["student"]["metrics"])
-    assert "torch" in cells[0]["made"] and "cpu_seconds" in cells[0]["training"]
+    assert "torch" in cells[0]["made"] and "train_cpu_seconds" in cells[0]["training"]
     for picture in ("comparison.png", "sweep.png"):
         assert (tmp_path / picture).stat().st_size > 5_000
 

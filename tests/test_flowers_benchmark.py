@@ -101,7 +101,7 @@ def test_cells_are_run_once(stand_ins, run_example):
     printed = run_example(flowers, *arguments, "--recipes", *recipes)
     assert "| recipe | 9 labels | - plain | 18 labels | - plain |" in printed and f"| `{alone}` |" in printed
     cells = json.loads((stand_ins / "out" / "flowers.json").read_text())
-    assert {tuple(c["settings"].values()) for c in cells} == {
+    assert {tuple(c["settings"][name] for name in ("labelled", "method", "seed")) for c in cells} == {
         (n, recipe, seed) for n in (9, 18) for recipe in recipes for seed in (1, 2)
     }
     assert all(0 <= m["metrics"]["test_accuracy"] <= 1 for c in cells for m in c["models"].values())
@@ -111,5 +111,8 @@ def test_cells_are_run_once(stand_ins, run_example):
     without = stand_ins / "out" / "without_labels"  # once for each seed, not for each number of labels
     assert len(list(without.glob("*/seed-*/model.safetensors"))) == 2
     made = {path: path.stat().st_mtime_ns for path in (stand_ins / "out" / "cells").rglob("*.json")}
+    assert cells[0]["settings"]["steps"] == 2 and "train_file" not in cells[0]["settings"]  # a path of this machine
+    with pytest.raises(ValueError, match=r"out was begun with, learning_rate=0\.1, got learning_rate=0\.2"):
+        run_example(flowers, *arguments, "--recipes", "plain", "--learning_rate", 0.2)
     run_example(flowers, *arguments, "--recipes", *recipes)
     assert made == {path: path.stat().st_mtime_ns for path in (stand_ins / "out" / "cells").rglob("*.json")}

@@ -6,27 +6,14 @@ Average runs of classifiers, or of segmenters, over their seeds: a table in Mark
 Each folder is an --output_dir of run_iekd.py, or each one of run_mutual.py, or of run_iekd_segmentation.py.
 """
 
-import json
 from collections import defaultdict
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from average_detection import PLAIN, read_runs
+from average_detection import PLAIN, average, check_same
 from comparison_report import interval, paired
-
-from iekd_hf.commands.parser import parse_arguments
 
 
 # What is averaged, by its name in the files, and what it is called; the first that a model has.
 METRICS = {"accuracy": "accuracy", "mean_iou": "mIoU"}
-
-
-@dataclass
-class AverageArguments:
-    """Say which runs."""
-
-    runs: list[str] = field(default_factory=list, metadata={"help": "Output folders of finished runs."})
-    output_file: str | None = field(default=None, metadata={"help": "JSON file for what all runs have measured."})
 
 
 def accuracies(runs: list[dict]) -> dict[str, dict[int, float]]:
@@ -60,7 +47,8 @@ def accuracies(runs: list[dict]) -> dict[str, dict[int, float]]:
                 title = settings["method"] + ("" if distance == "kl" or not settings["lambda_kd"] else f", {distance}")
                 title += "" if settings.get("unlabelled", True) else ", labelled images alone"
             if (metric := metric_of(model)) is not None:
-                found[title][settings["seed"]] = 100 * model["metrics"][metric]
+                value = 100 * model["metrics"][metric]
+                check_same(title, settings["seed"], found[title].setdefault(settings["seed"], value), value)
     return dict(found)
 
 
@@ -121,13 +109,7 @@ def markdown(runs: list[dict]) -> str:
 
 
 def main() -> None:
-    (args,) = parse_arguments((AverageArguments,), __doc__)
-    if not args.runs:
-        raise ValueError("Expected --runs with output folders of finished runs, got none.")
-    runs = read_runs(args.runs)
-    print(markdown(runs))
-    if args.output_file:
-        Path(args.output_file).write_text(json.dumps(runs, indent=1) + "\n")
+    average(markdown, __doc__)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ that several runs share.
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,7 @@ PLAIN, DISTILLED, HEAD = "plain student", "distilled student", "teacher's head"
 class AverageArguments:
     """Say which runs."""
 
-    runs: list[str] = field(default_factory=list, metadata={"help": "Output folders of run_iekd_detection.py."})
+    runs: list[str] = field(default_factory=list, metadata={"help": "Output folders of finished runs."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for what all runs have measured."})
 
 
@@ -107,8 +108,29 @@ def by_model(runs: list[dict]) -> dict[str, dict[int, dict]]:
                 weights.append(f"shares {settings['inheritance_share']:g} and {settings['exploration_share']:g}")
             head = [HEAD] if settings.get("inherit_head") else []  # which older runs do not know
             title = ", ".join([settings["method"], *weights, *head]) if name == DISTILLED else name
-            found[title][settings["seed"]] = model
+            known = found[title].setdefault(settings["seed"], model)
+            check_same(title, settings["seed"], *(100 * each["metrics"]["map"] for each in (known, model)))
     return dict(found)
+
+
+def check_same(title: str, seed: int, known: float, found: float) -> None:
+    """
+    Refuse runs that a table would have to put in one place.
+
+    Args:
+        title (`str`), seed (`int`):
+            The row's title, and the seed.
+        known (`float`), found (`float`):
+            What the first of the runs has measured, and what another one has.
+
+    Raises:
+        `ValueError`: if they differ.
+    """
+    if known != found:
+        raise ValueError(
+            f"Expected one run of {title!r} with seed {seed}, got two that differ, {known:.2f} and {found:.2f}: "
+            "average runs of other weights, numbers of labels or epochs by themselves."
+        )
 
 
 def _precisions(model: dict) -> dict[str, float]:
@@ -156,14 +178,27 @@ def markdown(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    (args,) = parse_arguments((AverageArguments,), __doc__)
+def average(markdown: Callable[[list[dict]], str], doc: str) -> None:
+    """
+    Print a table of the runs that the command line names, and write what they measured where it says.
+
+    Args:
+        markdown (`Callable`):
+            Makes the table of what [`read_runs`] gave.
+        doc (`str`):
+            The script's own, for `--help`.
+    """
+    (args,) = parse_arguments((AverageArguments,), doc)
     if not args.runs:
-        raise ValueError("Expected --runs with output folders of run_iekd_detection.py, got none.")
+        raise ValueError("Expected --runs with output folders of finished runs, got none.")
     runs = read_runs(args.runs)
     print(markdown(runs))
     if args.output_file:
         Path(args.output_file).write_text(json.dumps(runs, indent=1) + "\n")
+
+
+def main() -> None:
+    average(markdown, __doc__)
 
 
 if __name__ == "__main__":

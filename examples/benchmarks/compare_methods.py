@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from comparison_cells import Comparison, ScheduleArguments
-from comparison_methods import parse_method
+from comparison_methods import check_method
 from comparison_report import collect, draw, draw_sweep, markdown
 
 from iekd_hf.commands.images.data import DataArguments
@@ -61,8 +61,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     if what.threads is not None:
         torch.set_num_threads(what.threads)
-    for method in what.methods:
-        parse_method(method)  # a typing error is said now, not after some hours
+    for networks in what.networks:
+        for method in what.methods:
+            check_method(method, networks)  # a typing error is said now, not after some hours
     comparison = Comparison(data_args, schedule, what.output_dir)
     parts = ["validation", "test"] if what.evaluate_on == "test" else ["validation"]
     for seed in what.seeds:

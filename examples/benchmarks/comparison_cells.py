@@ -37,6 +37,9 @@ from iekd_hf.training.resume import last_run
 
 logger = logging.getLogger(__name__)
 
+# What Trainer measures of a training, from where its process begins.
+OF_ONE_PROCESS = ("train_loss", "train_samples_per_second", "train_steps_per_second")
+
 
 @dataclass
 class ScheduleArguments:
@@ -122,7 +125,7 @@ class Elapsed(transformers.TrainerCallback, ExportableState):
     """Count the seconds of a training, with those of processes that were broken off: checkpoints hold the count."""
 
     def __init__(self):
-        self.start, self.before = self._now(), {"train_runtime": 0.0, "cpu_seconds": 0.0}
+        self.start, self.before = self._now(), {"train_runtime": 0.0, "train_cpu_seconds": 0.0}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Go on from a checkpoint, if the run does."""
@@ -140,15 +143,42 @@ class Elapsed(transformers.TrainerCallback, ExportableState):
 
     @staticmethod
     def _now() -> dict[str, float]:
-        return {"train_runtime": time.monotonic(), "cpu_seconds": time.process_time()}
+        return {"train_runtime": time.monotonic(), "train_cpu_seconds": time.process_time()}
 
 
 def train(trainer: transformers.Trainer) -> dict[str, float]:
-    """Train, from the last epoch on that a process before has finished; return the metrics."""
+    """Train, from the last epoch on that a process before has finished; return the metrics that are of all epochs."""
     elapsed = Elapsed()
     trainer.add_callback(elapsed)
     begun = last_run(trainer.args.output_dir) is not None
-    return trainer.train(resume_from_checkpoint=begun).metrics | elapsed.seconds()
+    metrics = trainer.train(resume_from_checkpoint=begun).metrics
+    if begun:  # what Trainer counts is of this process alone
+        metrics = {name: metrics[name] for name in metrics if name not in OF_ONE_PROCESS}
+    return metrics | elapsed.seconds()
+
+
+def keep_settings(path: Path, settings: dict) -> None:
+    """
+    Note what all cells of a folder are made with.
+
+    Args:
+        path (`Path`):
+            Where it is noted.
+        settings (`dict`):
+            What may not change from cell to cell.
+
+    Raises:
+        `ValueError`: if other settings are noted there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        write(path, settings)
+    noted = json.loads(path.read_text())
+    if changed := [name for name, value in settings.items() if value != noted.get(name)]:
+        before, now = (", ".join(f"{name}={those.get(name)!r}" for name in changed) for those in (noted, settings))
+        raise ValueError(
+            f"Expected the settings that {path.parent} was begun with, {before}, got {now}: give another --output_dir."
+        )
 
 
 class Comparison:
@@ -164,12 +194,11 @@ class Comparison:
             Where everything is kept.
 
     Raises:
-        `ValueError`: if the folder holds a comparison with another schedule.
+        `ValueError`: if the folder holds a comparison of other images or with another schedule.
     """
 
     def __init__(self, data_args: DataArguments, schedule: ScheduleArguments, output_dir: str):
         self.schedule, self.folder = schedule, Path(output_dir)
-        self.check_schedule(self.folder / "schedule.json")
         splits = load_images(data_args, seed=0)
         held_out = splits["train"].train_test_split(schedule.held_out, seed=0, stratify_by_column="label")
         train, test = held_out["train"], splits.get("test", splits["validation"])
@@ -187,19 +216,7 @@ class Comparison:
         fewer = prepare(datasets.DatasetDict(train=few), self.processor, data_args, seed=0)[0]
         self.images["few"] = fewer["train"]
         self.metric = TopKAccuracy(keep_in_memory=True)
-
-    def check_schedule(self, path: Path) -> None:
-        """Compare the schedule with the one that the folder was begun with, or note it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            write(path, asdict(self.schedule))
-        begun, given = json.loads(path.read_text()), asdict(self.schedule)
-        if changed := [name for name, value in given.items() if value != begun.get(name)]:
-            raise ValueError(
-                f"Expected the schedule that {self.folder} was begun with, "
-                f"{', '.join(f'{name}={begun.get(name)}' for name in changed)}, got "
-                f"{', '.join(f'{name}={given[name]}' for name in changed)}: give another --output_dir."
-            )
+        keep_settings(self.folder / "settings.json", {**asdict(schedule), **asdict(data_args)})
 
     def build(self, name: str, seed: int) -> PreTrainedModel:
         """Make a network from scratch."""
@@ -305,6 +322,9 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         done = folder / "metrics.json"
         if done.is_file():
+            measured = json.loads(done.read_text())
+            if missing := [part for part in parts if not any(name.startswith(f"{part}_") for name in measured)]:
+                logger.warning("%s was not evaluated on %s: give other seeds.", folder, " or ".join(missing))
             return False
         try:
             with WeakFileLock(folder / "lock", timeout=0.1):
@@ -354,7 +374,7 @@ class Comparison:
             for i, peer in enumerate(peers, start=1):
                 place = folder / "peers" / f"peer_{i}"
                 trainer, trained = self.train_alone(peer, place, seed, self.schedule.epochs, "few")
-                seconds.update({name: trained[name] for name in ("train_runtime", "cpu_seconds")})
+                seconds.update({name: trained[name] for name in ("train_runtime", "train_cpu_seconds")})
                 metrics |= self.accuracies(trainer, parts, peer=f"_peer_{i}")
                 history += trainer.state.log_history
             return history, {}, metrics | seconds
@@ -379,7 +399,7 @@ def flip_labels(images: datasets.Dataset, share: float) -> datasets.Dataset:
 def cell_folder(folder: Path, networks: str, method: str, seed: int) -> Path:
     """Return the folder of a cell."""
     # A network that is a folder must not lead out of this one.
-    name = quote(networks, safe="+:").replace(":", "-to-")
+    name = "-to-".join(quote(part, safe="+") for part in networks.rsplit(":", 1))
     return folder / "cells" / name / label(method) / f"seed-{seed}"
 
 

@@ -2,8 +2,10 @@
 
 import json
 import re
+from dataclasses import fields
+from typing import Any
 
-from iekd_hf import METHODS, MutualTrainingArguments
+from iekd_hf import METHODS, IEKDTrainingArguments, MutualTrainingArguments
 
 
 MUTUAL = {"alone": None, "dml": "kl", "ie-dml": "ie", "ie-dml+kl": "ie+kl"}
@@ -23,7 +25,7 @@ def parse_method(method: str) -> tuple[str, dict]:
         `tuple[str, dict]`: the name, and values by argument.
 
     Raises:
-        `ValueError`: an unknown name.
+        `ValueError`: an unknown name, or a value that cannot be read.
 
     Example:
 
@@ -36,8 +38,47 @@ def parse_method(method: str) -> tuple[str, dict]:
     name, *changes = method.split(",")
     if name not in METHODS and name not in MUTUAL:
         raise ValueError(f"Expected a method among {', '.join([*METHODS, *MUTUAL])}; got {name!r}.")
-    pairs = (change.split("=", 1) for change in changes)
-    return name, {key: json.loads(value) if re.match(r"[-\d.\[]", value) else value for key, value in pairs}
+    return name, dict(_read(change) for change in changes)
+
+
+def _read(change: str) -> tuple[str, Any]:
+    key, _, value = change.partition("=")
+    if value not in ("true", "false") and not re.match(r"[-\d.\[]", value):
+        return key, value
+    try:
+        return key, json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"Expected numbers as JSON has them (0.5, 1e-3, [1, 2]), got {change!r}.") from error
+
+
+def check_method(method: str, networks: str) -> None:
+    """
+    Refuse a method that networks cannot be trained with.
+
+    Args:
+        method (`str`):
+            As above.
+        networks (`str`):
+            `teacher:student`, or peers `first+second`.
+
+    Raises:
+        `ValueError`: a method of the other kind, or an argument that there is not.
+
+    Example:
+
+    ```python
+    >>> check_method("ie-dml", "cifar-resnet-20+cifar-resnet-20")
+
+    ```
+    """
+    name, changes = parse_method(method)
+    is_pair = ":" in networks
+    methods, arguments = (METHODS, IEKDTrainingArguments) if is_pair else (MUTUAL, MutualTrainingArguments)
+    if name not in methods:
+        raise ValueError(f"Expected a method for {networks} among {', '.join(methods)}; got {name!r}.")
+    known = {field.name for field in fields(arguments)} | ({"exploration"} if is_pair else set())
+    if unknown := sorted(changes.keys() - known):
+        raise ValueError(f"Expected fields of {arguments.__name__} in {method!r}, got {', '.join(unknown)}.")
 
 
 def label(method: str) -> str:

@@ -35,7 +35,7 @@ def collect(folder: Path) -> list[dict]:
     for done in sorted(folder.glob("cells/*/*/seed-*/metrics.json")):
         networks, method, seed = done.parts[-4:-1]
         arguments, log = (json.loads((done.parent / f"{name}.json").read_text()) for name in ("arguments", "log"))
-        networks, seed = unquote(networks.replace("-to-", ":")), int(seed.removeprefix("seed-"))
+        networks, seed = unquote(":".join(networks.rsplit("-to-", 1))), int(seed.removeprefix("seed-"))
         cells.append(as_run(networks, method, seed, json.loads(done.read_text()), arguments, log))
     return cells
 
@@ -71,7 +71,7 @@ def as_run(networks: str, method: str, seed: int, metrics: dict, arguments: dict
         if peer:
             models[f"peer {peer[2]}"]["metrics"][f"{peer[1]}_{peer[3]}"] = value
         elif name.startswith(("validation_", "test_")):
-            if "+" not in networks:  # of peers it is their mean
+            if ":" in networks:  # of peers it is their mean
                 models["student"]["metrics"][name] = value
         elif name != "made":
             (shares if name.endswith("gradient_share") else training)[name] = value
@@ -198,7 +198,7 @@ def markdown(cells: list[dict]) -> str:
             means = {method: np.mean(list(values.values())) for method, values in methods.items()}
             order = sorted(methods, key=lambda method: (method not in baselines.values(), means[method]))
             for method in order:
-                of_method = [cell for cell in cells if is_of(cell, networks.split(",")[0], method)]
+                of_method = [cell for cell in cells if is_of(cell, re.sub(r", peer \d$", "", networks), method)]
                 used = of_method[0]["settings"]
                 weights = ", ".join(written(used[name]) for name in LAMBDAS if used.get(name)) or "-"
                 mean, deviation, half = interval(list(methods[method].values()))
@@ -256,10 +256,11 @@ def sweep_points(cells: list[dict]) -> tuple[dict, dict]:
             What [`collect`] gave; cells of IE-FT, inheritance and FT count that differ in their weights alone.
 
     Returns:
-        `tuple[dict, dict]`: by what was varied, accuracies by `lambda_inh`; and by loss, pairs of its weight and its
-        gradient's share.
+        `tuple[dict, dict]`: by what was varied, and by networks where there are several, accuracies by `lambda_inh`;
+        and by loss, pairs of its weight and its gradient's share.
     """
     lines, shares = defaultdict(lambda: defaultdict(list)), defaultdict(list)
+    are_several = len({cell["settings"]["networks"] for cell in cells}) > 1
     for cell in cells:
         used, metrics = cell["settings"], cell["models"].get("student", {"metrics": {}})["metrics"]
         if used.get("knowledge") != "factors" or "validation_accuracy" not in metrics or "test_accuracy" in metrics:
@@ -270,7 +271,8 @@ def sweep_points(cells: list[dict]) -> tuple[dict, dict]:
         if used["lambda_inh"] > 0:
             ratio = used["lambda_exp"] / used["lambda_inh"]
             kind = "FT" if used["inheritance_ratio"] == 1 else f"IE-FT, lambda_exp {ratio:.2g} of lambda_inh"
-            lines[kind + kd][used["lambda_inh"]].append(100 * metrics["validation_accuracy"])
+            of = f", {used['networks']}" if are_several else ""
+            lines[kind + kd + of][used["lambda_inh"]].append(100 * metrics["validation_accuracy"])
         for loss, weight in (("inheritance", "lambda_inh"), ("exploration", "lambda_exp")):
             if f"{loss}_loss_gradient_share" in cell["gradient_shares"]:
                 shares[loss].append((used[weight], cell["gradient_shares"][f"{loss}_loss_gradient_share"]))
@@ -292,11 +294,11 @@ def draw_sweep(cells: list[dict], path: str) -> None:
     for colour, (name, points) in enumerate(sorted(lines.items())):
         xs = sorted(points)
         left.plot(xs, [np.mean(points[x]) for x in xs], "o-", color=f"C{colour}", label=name)
-    plain = [c["models"]["student"]["metrics"] for c in cells if c["settings"]["method"] == "plain"]
-    plain = [m for m in plain if "test_accuracy" not in m and "validation_accuracy" in m]
-    plain = [100 * metrics["validation_accuracy"] for metrics in plain]
-    if plain:
-        left.axhline(np.mean(plain), color="C7", linestyle="--", label="plain")
+    pairs = [cell for cell in cells if "student" in cell["models"]]
+    untested = [cell for cell in pairs if "test_accuracy" not in cell["models"]["student"]["metrics"]]
+    for networks, methods in accuracies(untested, "validation").items():
+        if plain := list(methods.get("plain", {}).values()):
+            left.axhline(np.mean(plain), color="C7", linestyle="--", label=f"plain, {networks}")
     left.set(xscale="log", xlabel="lambda_inh", ylabel="accuracy on held-out training images, %")
     if left.has_data():
         left.legend(fontsize="small")

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -23,8 +23,8 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from comparison_cells import made, write
-from comparison_methods import parse_method
+from comparison_cells import keep_settings, made, write
+from comparison_methods import label, parse_method
 from comparison_report import interval, paired
 from torch import nn
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil, set_seed
@@ -38,6 +38,9 @@ from iekd_hf.training.checkpoints import load_weights
 
 
 logger = logging.getLogger(__name__)
+
+# What may differ from one run to the next in the same folder.
+CHOICES = ("output_dir", "labelled", "recipes", "seeds", "evaluate_on")
 
 # The last bottleneck's output, a linear one: (320, height / 32, width / 32).
 TEACHER_LAYER = "_blocks.15"
@@ -115,8 +118,8 @@ def spread_over_classes(labels: list[int]) -> list[int]:
     """Return rows in a random order of which each beginning has the classes in their proportion."""
     labels, places = np.array(labels), np.empty(len(labels))
     shuffled = np.random.default_rng(0).permutation(len(labels))
-    for label in np.unique(labels):
-        rows = shuffled[labels[shuffled] == label]
+    for one in np.unique(labels):
+        rows = shuffled[labels[shuffled] == one]
         places[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
     return np.argsort(places, kind="stable").tolist()
 
@@ -126,6 +129,9 @@ class Flowers:
 
     def __init__(self, what: FlowerArguments):
         self.what, self.folder = what, Path(what.output_dir)
+        settings = {name: value for name, value in asdict(what).items() if name not in CHOICES}
+        keep_settings(self.folder / "settings.json", settings)
+        self.schedule = {name: value for name, value in settings.items() if not name.endswith("_file")}
         splits = datasets.load_dataset("parquet", data_files={"train": what.train_file, "test": what.test_file})
         self.names = splits["train"].features["label"].names
         held_out = splits["train"].train_test_split(what.held_out, seed=0, stratify_by_column="label")
@@ -264,8 +270,11 @@ class Flowers:
 
     def run(self, recipe: str, count: int, seed: int, parts: list[str]) -> None:
         """Run one cell, unless it has been run."""
-        cell = self.folder / "cells" / str(count) / quote(recipe, safe=" ,=") / f"seed-{seed}.json"
+        cell = self.folder / "cells" / str(count) / folder_name(recipe) / f"seed-{seed}.json"
         if cell.is_file():
+            measured = next(iter(json.loads(cell.read_text())["models"].values()))["metrics"]
+            if missing := [part for part in parts if f"{part}_accuracy" not in measured]:
+                logger.warning("%s was not evaluated on %s: give other seeds.", cell, " or ".join(missing))
             return
         logger.warning("%d labels  %s  seed %d", count, recipe, seed)
         start, phases, metrics = time.process_time(), [], {}
@@ -283,7 +292,7 @@ class Flowers:
                 metrics |= {name: value for name, value in found.items() if name.endswith(("accuracy", "loss"))}
         of_last = phases[-1]["metrics"] if phases else {}
         run = {
-            "settings": {"labelled": count, "method": recipe, "seed": seed},
+            "settings": {"labelled": count, "method": recipe, "seed": seed, **self.schedule},
             "models": {"teacher" if recipe == "teacher" else "student": {"metrics": metrics}},
             "gradient_shares": {name: value for name, value in of_last.items() if name.endswith("gradient_share")},
             "training": {"cpu_seconds": time.process_time() - start},
@@ -298,7 +307,7 @@ class Flowers:
         method, changes = parse_method(phase)
         if (changes.get("images"), changes.get("labels")) != ("all", "none") or METHODS[method]["lambda_kd"] > 0:
             return self.train(student, phase, count, seed, self.folder / "unfinished")[1]
-        folder = self.folder / "without_labels" / quote(phase, safe=" ,=") / f"seed-{seed}"
+        folder = self.folder / "without_labels" / folder_name(phase) / f"seed-{seed}"
         if (folder / "note.json").is_file():
             load_weights(student, str(folder))
             return json.loads((folder / "note.json").read_text())
@@ -315,6 +324,12 @@ class Flowers:
             labels = torch.tensor(self.parts[part].table["labels"][:])
             found[f"{part}_accuracy"] = (logits.argmax(dim=1) == labels).float().mean().item()
         return found
+
+
+def folder_name(recipe: str) -> str:
+    """Name a recipe by the weights of its phases, so that a preset that changes makes another cell."""
+    phases = recipe.split(" > ") if recipe != "teacher" else []
+    return quote(" > ".join(map(label, phases)) or recipe, safe=" ,=")
 
 
 def collect(folder: Path) -> list[dict]:
@@ -362,7 +377,7 @@ def markdown(cells: list[dict], part: str = "test", baselines: tuple[str, ...] =
             found = values[n].get(recipe, {})
             center, _, half = interval(list(found.values())) if found else (math.nan, math.nan, math.nan)
             row.append(f"{center:.2f}" + ("" if math.isnan(half) else f" \u00b1 {half:.2f}") if found else "-")
-            row += ["" if b == recipe else paired(found, values[n].get(b, {})) for b in baselines]
+            row += ["" if recipe in (b, "teacher") else paired(found, values[n].get(b, {})) for b in baselines]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 

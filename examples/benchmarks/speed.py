@@ -118,8 +118,11 @@ def machine() -> str:
 
 def table(sections: dict) -> str:
     """Lay the results out in Markdown."""
-    lines = [machine()]
+    lines, of = [], None
     for section in sections.values():
+        if section["machine"] != of:  # sections that were measured earlier may be of another one
+            of = section["machine"]
+            lines += ["", of]
         unit = next(name for name in ("mebibytes", "images_per_second", "milliseconds") if name in section["cases"][0])
         heading = {"mebibytes": "MiB", "images_per_second": "images/s", "milliseconds": "ms"}[unit]
         lines += ["", f"| {section['title']} | {heading} | ratio | range |", "|---|---:|---:|---|"]
@@ -127,7 +130,7 @@ def table(sections: dict) -> str:
             spread = f"{case['lowest']:.3f} to {case['highest']:.3f}" if "lowest" in case else ""
             digits = 1 if case[unit] < 100 else 0
             lines.append(f"| {case['name']} | {case[unit]:,.{digits}f} | {case['ratio']:.3f} | {spread} |")
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip()
 
 
 def draw(sections: dict, path: Path) -> None:
@@ -184,10 +187,11 @@ def main() -> None:
     sections = json.loads(written.read_text())["sections"] if written.is_file() else {}
     for name in options.sections or [n for n in names if options.device == "cuda" or "fp16" not in n]:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        sections.update(measure_memory() if name == "memory" else measure_times(name))
+        measured = measure_memory() if name == "memory" else measure_times(name)
+        sections |= {key: {"machine": machine(), **section} for key, section in measured.items()}
         order = [*SECTIONS, *(f"memory {place}" for place in PLACES)]
         sections = {key: sections[key] for key in order if key in sections}
-        written.write_text(json.dumps({"machine": machine(), "sections": sections}, indent=2) + "\n")
+        written.write_text(json.dumps({"sections": sections}, indent=2) + "\n")
         (options.output_dir / "speed.md").write_text(table(sections) + "\n")
         draw(sections, options.output_dir / "speed.png")
     print(table(sections))
