@@ -264,6 +264,7 @@ def claims() -> str:
     cifar, small = accuracies(results("cifar10"), "test"), accuracies(results("cifar10_small"), "test")[SMALL]
     pair, larger = cifar[PAIR], cifar[LARGER]
     late, larger_late = (accuracies(near_convergence(of), "test")[of] for of in (CONVERGENCE, CONVERGENCE_20))
+    longer = accuracies(results("longer"), "test")[CONVERGENCE]
     peer_1, peer_2 = (cifar[f"{PEERS}, peer {i}"] for i in (1, 2))
     cells, drawn = mean_precisions("bccd"), mean_precisions("shapes")
     at, ie_at = "at,lambda_inh=30", "ie-at,lambda_inh=30,lambda_exp=3"
@@ -289,8 +290,9 @@ def claims() -> str:
         [
             "IE improves factor transfer (FT)",
             f"IE-FT - FT: {paired(pair[IE_FT], pair[FT])}; on 2,000 images {paired(small[IE_FT], small[FT])}; "
-            f"[near convergence](convergence.md) {paired(late[IE_FT_500], late[FT_300])}; for a [larger "
-            f"student](convergence.md#a-larger-student) {paired(larger_late[IE_FT_500], larger_late[FT_300])}",
+            f"[near convergence](convergence.md) {paired(late[IE_FT_500], late[FT_300])}, over "
+            f"[40 epochs](convergence.md#the-longer-comparison) {paired(longer[IE_FT_500], longer[FT_300])}; for a "
+            f"[larger student](convergence.md#a-larger-student) {paired(larger_late[IE_FT_500], larger_late[FT_300])}",
             "for the larger student, where inheritance alone does as well",
         ],
         ["IE improves attention transfer (AT)", f"IE-AT - AT: {paired(pair[ie_at], pair[at])}", "no, the opposite"],
@@ -298,7 +300,8 @@ def claims() -> str:
         [
             "both halves are better than inheritance alone",
             f"IE-FT - inheritance: {paired(pair[IE_FT], pair[half])}; near convergence "
-            f"{paired(late[IE_FT_500], late[INHERITANCE_500])}, for the larger student "
+            f"{paired(late[IE_FT_500], late[INHERITANCE_500])}, over 40 epochs "
+            f"{paired(longer[IE_FT_500], longer[INHERITANCE_500])}, for the larger student "
             f"{paired(larger_late[IE_FT_500], larger_late[INHERITANCE_500])}",
             "not seen",
         ],
