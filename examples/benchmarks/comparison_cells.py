@@ -322,9 +322,7 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         done = folder / "metrics.json"
         if done.is_file():
-            measured = json.loads(done.read_text())
-            if missing := [part for part in parts if not any(name.startswith(f"{part}_") for name in measured)]:
-                logger.warning("%s was not evaluated on %s: give other seeds.", folder, " or ".join(missing))
+            warn_of_missing(folder, json.loads(done.read_text()), parts)
             return False
         try:
             with WeakFileLock(folder / "lock", timeout=0.1):
@@ -385,6 +383,12 @@ class Comparison:
         trainer.save_model()
         used = {**changes, "mutual_loss": args.mutual_loss, **trainer.distillation_objective.weights()}
         return trainer.state.log_history, used, metrics | self.accuracies(trainer, parts)
+
+
+def warn_of_missing(cell: Path, metrics: dict, parts: list[str]) -> None:
+    """Warn that a finished cell, which is not run again, was not evaluated on some parts."""
+    if missing := [part for part in parts if not any(name.startswith(f"{part}_") for name in metrics)]:
+        logger.warning("%s was not evaluated on %s: give other seeds.", cell, " or ".join(missing))
 
 
 def flip_labels(images: datasets.Dataset, share: float) -> datasets.Dataset:

@@ -23,7 +23,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from comparison_cells import keep_settings, made, write
+from comparison_cells import keep_settings, made, warn_of_missing, write
 from comparison_methods import label, parse_method
 from comparison_report import interval, paired
 from torch import nn
@@ -272,9 +272,8 @@ class Flowers:
         """Run one cell, unless it has been run."""
         cell = self.folder / "cells" / str(count) / folder_name(recipe) / f"seed-{seed}.json"
         if cell.is_file():
-            measured = next(iter(json.loads(cell.read_text())["models"].values()))["metrics"]
-            if missing := [part for part in parts if f"{part}_accuracy" not in measured]:
-                logger.warning("%s was not evaluated on %s: give other seeds.", cell, " or ".join(missing))
+            (model,) = json.loads(cell.read_text())["models"].values()
+            warn_of_missing(cell, model["metrics"], parts)
             return
         logger.warning("%d labels  %s  seed %d", count, recipe, seed)
         start, phases, metrics = time.process_time(), [], {}
