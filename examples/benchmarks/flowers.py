@@ -281,7 +281,7 @@ class Flowers:
             metrics = self.measure_teacher(count, parts)
         else:
             student = self.student(seed)
-            *first, last = recipe.split(" > ")
+            *first, last = phases_of(recipe)
             for phase in first:
                 phases.append(self.train_or_load(student, phase, count, seed))
             trainer, note = self.train(student, last, count, seed, self.folder / "unfinished")
@@ -325,10 +325,14 @@ class Flowers:
         return found
 
 
+def phases_of(recipe: str) -> list[str]:
+    """Return the phases that a recipe trains a student in; none for the teacher, which is measured as it is."""
+    return recipe.split(" > ") if recipe != "teacher" else []
+
+
 def folder_name(recipe: str) -> str:
     """Name a recipe by the weights of its phases, so that a preset that changes makes another cell."""
-    phases = recipe.split(" > ") if recipe != "teacher" else []
-    return quote(" > ".join(map(label, phases)) or recipe, safe=" ,=")
+    return quote(" > ".join(map(label, phases_of(recipe))) or recipe, safe=" ,=")
 
 
 def collect(folder: Path) -> list[dict]:
@@ -386,7 +390,7 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, datefmt="%H:%M:%S")
     transformers.utils.logging.disable_progress_bar()
     for recipe in what.recipes:
-        for phase in recipe.split(" > ") if recipe != "teacher" else []:
+        for phase in phases_of(recipe):
             parse_method(phase)  # a typing error is said now, not after an hour
     flowers = Flowers(what)
     parts = ["validation", "test"] if what.evaluate_on == "test" else ["validation"]
