@@ -129,9 +129,6 @@ class Flowers:
 
     def __init__(self, what: FlowerArguments):
         self.what, self.folder = what, Path(what.output_dir)
-        settings = {name: value for name, value in asdict(what).items() if name not in CHOICES}
-        keep_settings(self.folder / "settings.json", settings)
-        self.schedule = {name: value for name, value in settings.items() if not name.endswith("_file")}
         splits = datasets.load_dataset("parquet", data_files={"train": what.train_file, "test": what.test_file})
         self.names = splits["train"].features["label"].names
         held_out = splits["train"].train_test_split(what.held_out, seed=0, stratify_by_column="label")
@@ -149,6 +146,9 @@ class Flowers:
             horizontal_flip=True,
         )
         self.metric, self.teachers = TopKAccuracy(keep_in_memory=True), {}
+        settings = {name: value for name, value in asdict(what).items() if name not in CHOICES}
+        keep_settings(self.folder / "settings.json", settings)
+        self.schedule = {name: value for name, value in settings.items() if not name.endswith("_file")}
 
     def images(self, count: int, which: str, labels: str) -> DecodedImages:
         """Return the photographs that have a label, or all; the label -100 stands for none."""
