@@ -293,7 +293,7 @@ def claims() -> str:
             f"[near convergence](convergence.md) {paired(late[IE_FT_500], late[FT_300])}, over "
             f"[40 epochs](convergence.md#the-longer-comparison) {paired(longer[IE_FT_500], longer[FT_300])}; for a "
             f"[larger student](convergence.md#a-larger-student) {paired(larger_late[IE_FT_500], larger_late[FT_300])}",
-            "for the larger student, where inheritance alone does as well",
+            "for the larger student, where inheritance alone does as well; over 40 epochs the opposite",
         ],
         ["IE improves attention transfer (AT)", f"IE-AT - AT: {paired(pair[ie_at], pair[at])}", "no, the opposite"],
         ["IE improves OD", f"IE-OD - OD: {paired(pair[ie_od], pair[od])}", "not seen"],
