@@ -167,6 +167,13 @@ def test_automatic_weights_name_a_cell_and_have_no_place_in_the_sweep():
     assert comparison_report.sweep_points([made]) == ({}, {})
 
 
+def test_a_cell_names_the_device_that_it_ran_on(tmp_path, monkeypatch):
+    assert IEKDTrainingArguments(tmp_path, use_cpu=True).device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "a GPU")
+    assert comparison_cells.made()["device"] == "CPU"
+
+
 def test_flipped_labels():
     labels = [i % 4 for i in range(200)]
     features = datasets.Features(image=datasets.Value("int64"), label=datasets.ClassLabel(num_classes=4))

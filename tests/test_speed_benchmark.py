@@ -101,6 +101,12 @@ def test_training_on_a_stream_is_watched(tmp_path, monkeypatch, path):
     assert "| MiB after 8 |" in streams.table({path: measured})
 
 
+def test_figures_of_the_cpu_do_not_name_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "a GPU")
+    assert speed.machine("cuda").startswith("a GPU") and "a GPU" not in speed.machine("cpu")
+
+
 @pytest.mark.slow
 def test_every_section_runs_and_is_laid_out(tmp_path, monkeypatch, capsys):
     measured = {}

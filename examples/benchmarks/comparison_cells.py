@@ -410,10 +410,11 @@ def cell_folder(folder: Path, networks: str, method: str, seed: int) -> Path:
 def made() -> dict[str, str]:
     """Return when and by which versions something was made."""
     modules = (torch, transformers, accelerate, datasets, iekd_hf)
+    device = accelerate.PartialState().device  # the Trainer's, which may stay on the CPU
     return {
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         **{module.__name__: module.__version__ for module in modules},
     }
 

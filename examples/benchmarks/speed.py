@@ -103,10 +103,10 @@ def measure_memory() -> dict:
     return sections
 
 
-def machine() -> str:
-    """Say what was measured on."""
+def machine(device: str) -> str:
+    """Say what was measured on: a GPU, or the CPU beside it."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    if torch.cuda.is_available():
+    if device == "cuda":
         return f"{torch.cuda.get_device_name()}, {versions}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
@@ -188,7 +188,7 @@ def main() -> None:
     for name in options.sections or [n for n in names if options.device == "cuda" or "fp16" not in n]:
         print(f"{name} ...", file=sys.stderr, flush=True)
         measured = measure_memory() if name == "memory" else measure_times(name)
-        sections |= {key: {"machine": machine(), **section} for key, section in measured.items()}
+        sections |= {key: {"machine": machine(options.device), **section} for key, section in measured.items()}
         order = [*SECTIONS, *(f"memory {place}" for place in PLACES)]
         sections = {key: sections[key] for key in order if key in sections}
         written.write_text(json.dumps({"sections": sections}, indent=2) + "\n")
