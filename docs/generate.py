@@ -658,6 +658,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "convergence": lambda: comparison_table(near_convergence()),
     "convergence-20": lambda: comparison_table(near_convergence(CONVERGENCE_20)),
     "longer": lambda: comparison_table(results("longer")),
+    "longer-20": lambda: comparison_table(results("longer_20")),
     "convergence-again": convergence_again,
     "halves": halves,
     "blood-cells": lambda: detection("bccd"),
